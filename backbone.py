@@ -1,0 +1,96 @@
+"""Conv4, the encoder of few-shot learning, as a module and as a pure function of its parameters.
+
+Four blocks of 3x3 convolution, batch norm, ReLU and 2x2 max-pooling, 64 filters each (Vinyals et al.
+2016; Snell et al. 2017): 28x28 images become 64 features. The strided variant (Finn et al. 2017)
+halves the size by stride 2 instead of pooling and averages what is left over space.
+
+Which images batch norm takes its statistics from is an argument of every call, never a hidden
+train/eval switch:
+
+    norm="running"  the averages collected in training: no image influences another
+    norm="batch"    all images of the call; for episodes with queries among them: transductive
+    norm="support"  the first `num_support` images of each task, for all images of that task
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NORMS = ("running", "batch", "support")
+EPS = 1e-5  # of batch norm
+
+
+class Conv4(nn.Module):
+    """The encoder: float32 images [n, C, H, W] or [B, n, C, H, W] to features [..., out_features].
+
+    The convolutions have no bias: the batch norm behind each would cancel it.
+    """
+
+    def __init__(self, channels: int = 1, width: int = 64, image_size: int = 28, strided: bool = False):
+        super().__init__()
+        if image_size < 28:
+            raise ValueError(f"image_size {image_size} is below 28")
+        self.strided = strided
+        for i in range(4):
+            weight = torch.empty(width, channels if i == 0 else width, 3, 3)
+            nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+            self.register_parameter(f"weight{i}", nn.Parameter(weight))
+            self.register_parameter(f"gamma{i}", nn.Parameter(torch.ones(width)))
+            self.register_parameter(f"beta{i}", nn.Parameter(torch.zeros(width)))
+            self.register_buffer(f"mean{i}", torch.zeros(width))
+            self.register_buffer(f"var{i}", torch.ones(width))
+        side = image_size
+        for _ in range(4):
+            side = -(-side // 2) if strided else side // 2
+        self.out_features = width if strided else width * side * side
+
+    def forward(self, images, norm: str = "running", num_support: int = 0, momentum: float = 0.0):
+        """Encode; with norm="batch" and momentum > 0 also update the running averages."""
+        parameters = dict(self.named_parameters())
+        return conv4(parameters, images, norm, dict(self.named_buffers()), num_support, momentum, self.strided)
+
+
+def conv4(
+    parameters: dict[str, torch.Tensor],
+    images: torch.Tensor,
+    norm: str,
+    running: dict[str, torch.Tensor] | None = None,
+    num_support: int = 0,
+    momentum: float = 0.0,
+    strided: bool = False,
+) -> torch.Tensor:
+    """Conv4 as a function of `parameters` (weight0, gamma0, beta0, ... of a `Conv4`).
+
+    images: [n, C, H, W], or [B, n, C, H, W] for B tasks, which norm="support" needs.
+    running: mean0, var0, ...; needed for norm="running", updated in place where momentum > 0.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm {norm!r} is unknown; use one of {NORMS}")
+    lead = images.shape[:-3]
+    if norm == "support" and not (len(lead) == 2 and 0 < num_support <= lead[1]):
+        raise ValueError("norm='support' needs images [B, n, C, H, W] and 0 < num_support <= n")
+    x = images.flatten(0, -4)
+    for i in range(4):
+        x = F.conv2d(x, parameters[f"weight{i}"], stride=2 if strided else 1, padding=1)
+        gamma, beta = parameters[f"gamma{i}"], parameters[f"beta{i}"]
+        if norm == "support":
+            x = support_norm(x.unflatten(0, lead), gamma, beta, num_support).flatten(0, 1)
+        elif norm == "running":
+            x = F.batch_norm(x, running[f"mean{i}"], running[f"var{i}"], gamma, beta, training=False, eps=EPS)
+        else:
+            averages = (running[f"mean{i}"], running[f"var{i}"]) if momentum > 0 else (None, None)
+            x = F.batch_norm(x, *averages, gamma, beta, training=True, momentum=momentum, eps=EPS)
+        if not strided:
+            x = F.max_pool2d(x, 2)  # before the ReLU: the same values, a quarter of the work
+        x = F.relu(x)
+    features = x.mean(dim=(2, 3)) if strided else x.flatten(1)
+    return features.unflatten(0, lead) if len(lead) > 1 else features
+
+
+def support_norm(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, num_support: int) -> torch.Tensor:
+    """Batch norm of x [B, n, C, H, W] with each task's statistics of its first `num_support` images."""
+    var, mean = torch.var_mean(x[:, :num_support], dim=(1, 3, 4), correction=0, keepdim=True)
+    scale = gamma.view(-1, 1, 1) * (var + EPS).rsqrt()
+    return (x - mean) * scale + beta.view(-1, 1, 1)

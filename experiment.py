@@ -1,0 +1,501 @@
+"""What all scripts share and nothing of any method: flags, seeds, the run folder, exact resume, reports.
+
+A library that the scripts call; it never calls back and owns no train loop. A script reads:
+
+    args = parse(parser, argv, smoke={...})
+    device = setup(args)                      # seeds, device, torchrun
+    run = Run(args, "hw1", dataset.name)      # runs/hw1_omniglot_2way_1shot_seed1_<time>/
+    run.track(model=model, optimizer=optimizer, sampler=sampler)
+    for step in run.steps():                  # continues after --resume, saves on Ctrl-C
+        ...                                   # the method
+        run.record(loss)
+        if run.time_to_evaluate():
+            with run.clock_stopped(): ...
+            run.evaluated(validation_accuracy, {"Accuracy/val": ...})
+    run.load_best(model)
+    run.finish(metrics)
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import contextlib
+import json
+import math
+import os
+import platform
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from load_data import UserError
+
+VAL_SEED, TEST_SEED = 1_000_001, 1_000_002  # of the fixed tasks, the same for every method and seed
+RUN_FLAGS = {"resume", "checkpoint", "test", "device", "num_test_tasks"}  # may differ when a run continues
+
+
+class Diverged(Exception):
+    """The loss is no longer a finite number."""
+
+
+# -------------------------------------------------------------------------------------- flags
+
+
+def whole(low: int):
+    """An argparse type: an integer of at least `low`."""
+
+    def parse_whole(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if not low <= value < 2**31:
+            raise argparse.ArgumentTypeError(f"{text} is out of range; use {low} or more")
+        return value
+
+    return parse_whole
+
+
+def number(low: float = 0.0, high: float = math.inf, above: bool = False):
+    """An argparse type: a finite number in [low, high], or in (low, high] with `above`."""
+
+    def parse_number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not (low <= value <= high) or math.isinf(value) or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is out of range; use {low:g} to {high:g}")
+        return value
+
+    return parse_number
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Prints the script's docstring as it stands and each flag's default."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line instead of argparse's usage text."""
+        raise UserError(f"{message} (see python {self.prog} --help)")
+
+
+def make_parser(doc: str, **defaults) -> tuple[argparse.ArgumentParser, dict]:
+    """The common flags with a script's own `defaults`; returns the parser and its groups by name."""
+    parser = _Parser(description=doc, formatter_class=_Formatter, allow_abbrev=False)
+    groups = {name: parser.add_argument_group(name) for name in ("run", "data", "model", "optimisation", "evaluation")}
+    add = groups["run"].add_argument
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU when there is one")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="precision of the forward pass")
+    add("--random_seed", type=whole(0), default=1, help="fixes everything on one device")
+    add("--log_dir", default="runs", help="folder of all run folders")
+    add("--run_name", help="name of the run folder (default: made of the setting and the time)")
+    add("--resume", metavar="RUN_DIR", help="continue this run where its last checkpoint stands")
+    add("--test", action="store_true", help="only test the run named by --checkpoint")
+    add("--checkpoint", metavar="RUN_DIR", help="the run whose best.pt is used")
+    add("--smoke", action="store_true", help="a complete tiny run in under 20 seconds")
+    add = groups["data"].add_argument
+    add("--dataset", choices=["auto", "omniglot", "glyphs", "folder"], default="auto", help="auto: Omniglot, else glyphs")
+    add("--data_folder", help="where the images are (default: $OMNIGLOT_DIR, then ./data, then a download)")
+    add("--split", choices=["course", "lake"], default="course", help="1100/100/423 characters, or Lake's by alphabet")
+    add("--image_size", type=whole(28), default=28, help="pixels a side")
+    add("--num_classes", type=whole(2), default=5, metavar="N", help="classes in a task (way)")
+    add("--num_shot", type=whole(1), default=1, metavar="K", help="support images of each class (shot)")
+    add("--num_query", type=whole(1), default=15, metavar="Q", help="query images of each class")
+    add("--rotations", action=argparse.BooleanOptionalAction, default=False, help="turned training characters as classes")
+    add = groups["optimisation"].add_argument
+    add("--meta_batch_size", type=whole(1), default=16, metavar="B", help="tasks in a training step")
+    add("--train_steps", type=whole(0), default=1000, help="training steps")
+    add = groups["evaluation"].add_argument
+    add("--eval_freq", type=whole(1), default=100, help="steps between evaluations")
+    add("--patience", type=whole(0), default=0, help="stop after this many evaluations without a better one; 0: never")
+    add("--num_test_tasks", type=whole(2), default=600, help="fixed test tasks of the final report")
+    parser.set_defaults(**defaults)
+    return parser, groups
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None, smoke: dict, fixed: tuple[str, ...] = ()):
+    """Parse `argv`; `--smoke` and a saved run change the defaults, never what was typed.
+
+    With --resume every flag but RUN_FLAGS must be the run's own, with --checkpoint those in `fixed`
+    (what shapes the model).
+    """
+    typed = argparse.Namespace(**{action.dest: None for action in parser._actions})
+    typed = {k: v for k, v in vars(parser.parse_args(argv, typed)).items() if v is not None}
+    if typed.get("smoke"):
+        parser.set_defaults(**smoke)
+    saved_run = typed.get("resume") or typed.get("checkpoint")
+    if typed.get("resume") and typed.get("checkpoint"):
+        raise UserError("--resume and --checkpoint exclude each other; --resume trains on, --checkpoint is for --test")
+    if typed.get("test") and not typed.get("checkpoint"):
+        raise UserError("--test needs --checkpoint RUN_DIR, the run to test")
+    if saved_run:
+        saved = read_json(Path(saved_run) / "flags.json", "resume" if typed.get("resume") else "checkpoint")
+        if saved.get("script") != parser.prog.removesuffix(".py"):
+            raise UserError(f"{saved_run} is a run of {saved.get('script')}.py, not of {parser.prog}; name another")
+        known = {action.dest for action in parser._actions}
+        flags = {k: v for k, v in saved["flags"].items() if k in known and k not in RUN_FLAGS}
+        flags["num_test_tasks"] = saved["flags"]["num_test_tasks"]
+        for name, value in typed.items():
+            bound = name not in RUN_FLAGS if typed.get("resume") else name in fixed
+            if bound and value != flags.get(name):
+                raise UserError(f"--{name} {value} differs from the run's {flags.get(name)}; drop it or start a new run")
+        parser.set_defaults(**flags)
+    args = parser.parse_args(argv)
+    args.command = " ".join(["python", parser.prog, *map(shlex.quote, sys.argv[1:] if argv is None else argv)])
+    return args
+
+
+def read_json(path: Path, flag: str) -> dict:
+    """The JSON object in a run folder; UserError names `flag` when there is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--{flag} {path.parent} is not a run folder ({path.name}: {error})") from None
+
+
+def run_script(main) -> None:
+    """Run `main()`; what the user can mend becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; nothing to save yet", file=sys.stderr)
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------- device, seeds, processes
+
+
+def setup(args) -> torch.device:
+    """Seed every generator, choose the device and, under torchrun, join the other processes."""
+    random.seed(args.random_seed)
+    np.random.seed(args.random_seed % 2**32)
+    torch.manual_seed(args.random_seed)
+    torch.backends.cudnn.deterministic = True
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here; use --device cpu or auto")
+    gpu = args.device != "cpu" and torch.cuda.is_available()
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if gpu else "gloo")
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+    if not gpu:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def shard() -> tuple[int, int]:
+    """(rank, number of processes) of this process; (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def average_gradients(model: torch.nn.Module) -> None:
+    """Replace each gradient by its mean over all processes: one all-reduce of one flat vector."""
+    if shard()[1] == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    flat /= shard()[1]
+    for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        g.copy_(mean.view_as(g))
+
+
+def autocast(args, device: torch.device):
+    """The context of the forward pass: bfloat16 when asked for, or by `auto` never (the scripts decide)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+def mean_and_ci95(per_task) -> tuple[float, float]:
+    """Mean of the tasks' accuracies and the half-width of its 95 % interval (normal, 1.96 standard errors)."""
+    values = torch.as_tensor(per_task, dtype=torch.float64)
+    return values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
+
+
+# ----------------------------------------------------------------------------- the run folder
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call write(file) on a temporary file and move it to `path`; the old file survives a failure."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(partial, "wb") as out:
+            write(out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}); free some space or choose another --log_dir") from error
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, lambda out: out.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint's content; nothing pickled in it is executed. UserError when it cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; the run has saved nothing yet, start a new one") from None
+    except Exception as error:  # torch raises many kinds for a damaged or hostile file
+        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason}); use another run") from error
+
+
+def load_state(target, state: dict, path: Path) -> None:
+    """target.load_state_dict(state), with one line when the checkpoint is of another model."""
+    try:
+        target.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is of another model ({str(error).splitlines()[0]}); give the run's own flags") from error
+
+
+def git_commit() -> str | None:
+    """Commit of the code, with a + when files were changed; None outside a repository."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+class Run:
+    """One run folder, and all state that shapes the future of the run.
+
+    The folder holds flags.json, TensorBoard events, checkpoint.pt (latest), best.pt (best on
+    validation) and metrics.json; every file is replaced atomically. Under torchrun only rank 0
+    writes.
+    """
+
+    def __init__(self, args, script: str, dataset: str):
+        self.args, self.script, self.dataset = args, script, dataset
+        self.writes = shard()[0] == 0
+        self.step, self.best, self.best_step, self.stale = 0, -math.inf, 0, 0
+        self.seconds, self._clock = 0.0, None
+        self.loss_sum, self.loss_count = 0.0, 0
+        self.tracked: dict = {}
+        self.folder = Path(args.resume) if args.resume else self._new_folder()
+        self.writer = None
+
+    def _new_folder(self) -> Path:
+        a = self.args
+        name = a.run_name or (
+            f"{self.script}_{self.dataset}_{a.num_classes}way_{a.num_shot}shot_seed{a.random_seed}"
+            f"_{time.strftime('%Y%m%d-%H%M%S')}"
+        )
+        folder = Path(a.log_dir) / name
+        if self.writes:
+            for attempt in range(1, 100):
+                try:
+                    folder.mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    if a.run_name or attempt == 99:
+                        raise UserError(f"{folder} exists; choose another --run_name or use --resume {folder}") from None
+                    folder = Path(a.log_dir) / f"{name}_{attempt + 1}"  # started in the same second
+                except OSError as error:
+                    raise UserError(f"cannot create {folder} ({error}); choose another --log_dir") from None
+            versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+            flags = {k: v for k, v in vars(a).items() if k not in ("command", *(RUN_FLAGS - {"num_test_tasks", "device"}))}
+            saved = {"script": self.script, "dataset": self.dataset, "command": a.command, "flags": flags}
+            write_json(folder / "flags.json", saved | {"versions": versions, "git_commit": git_commit()})
+        if shard()[1] > 1:
+            shared = [folder]
+            dist.broadcast_object_list(shared)
+            folder = shared[0]
+        return folder
+
+    def track(self, **objects) -> None:
+        """Name everything with a state_dict that checkpoints must hold; restores it after --resume."""
+        self.tracked = objects
+        if self.args.resume:
+            path = self.folder / "checkpoint.pt"
+            state = load_checkpoint(path)
+            if set(state.get("objects", {})) != set(objects):
+                raise UserError(f"{path} is a checkpoint of another script; use another run")
+            for name, target in objects.items():
+                load_state(target, state["objects"][name], path)
+            for name in ("step", "best", "best_step", "stale", "seconds", "loss_sum", "loss_count"):
+                setattr(self, name, state[name])
+            torch.set_rng_state(state["rng"]["torch"])
+            version, internal, gauss = state["rng"]["python"]
+            random.setstate((version, tuple(internal), gauss))
+            if torch.cuda.is_available() and state["rng"]["cuda"]:
+                torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        if self.writes:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, not needed to fail early
+
+            # purge_step makes TensorBoard drop what was logged after the checkpoint.
+            purge = self.step + 1 if self.args.resume else None
+            self.writer = SummaryWriter(str(self.folder), purge_step=purge)
+            if not self.args.resume:
+                rows = "".join(f"|{k}|{v}|\n" for k, v in sorted(vars(self.args).items()))
+                self.writer.add_text("flags", "|flag|value|\n|-|-|\n" + rows)
+
+    def save(self) -> None:
+        """Replace checkpoint.pt by the state of now."""
+        if not self.writes:
+            return
+        self.writer.flush()  # what TensorBoard shows up to this step survives with it
+        names = ("step", "best", "best_step", "stale", "seconds", "loss_sum", "loss_count")
+        state = {name: getattr(self, name) for name in names}
+        state["loss_sum"] = float(state["loss_sum"])
+        state["objects"] = {name: target.state_dict() for name, target in self.tracked.items()}
+        state["rng"] = {"torch": torch.get_rng_state(), "python": random.getstate(), "cuda": []}
+        if torch.cuda.is_initialized():
+            state["rng"]["cuda"] = torch.cuda.get_rng_state_all()
+        write_atomically(self.folder / "checkpoint.pt", lambda out: torch.save(state, out))
+
+    def steps(self):
+        """Yield the numbers of the steps still to do; on Ctrl-C or SIGTERM save and leave."""
+        a, caught = self.args, []
+
+        def remember(signum, frame):
+            if caught:  # asked twice: do not wait for the end of the step
+                raise KeyboardInterrupt
+            caught.append(signum)
+
+        previous = {}
+        with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
+            previous = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        bar = tqdm(total=a.train_steps, initial=self.step, unit="step", disable=not (sys.stdout.isatty() and self.writes))
+        self._bar = bar
+        try:
+            while self.step < a.train_steps and not self.out_of_patience():
+                self._clock = time.perf_counter()
+                self.step += 1
+                yield self.step
+                self._tick()
+                bar.update()
+                if caught:
+                    self.save()
+                    print(
+                        f"interrupted at step {self.step}; continue with: python {self.script}.py --resume {self.folder}",
+                        file=sys.stderr,
+                    )
+                    sys.exit(128 + caught[0])
+        finally:
+            bar.close()
+            for s, handler in previous.items():
+                signal.signal(s, handler)
+
+    def _tick(self) -> None:
+        """Add the time since the last call to the training seconds."""
+        now = time.perf_counter()
+        self.seconds, self._clock = self.seconds + now - self._clock, now
+
+    def out_of_patience(self) -> bool:
+        return 0 < self.args.patience <= self.stale
+
+    def record(self, loss: torch.Tensor) -> None:
+        """Add a step's loss to the mean that the next evaluation logs; no synchronisation here."""
+        self.loss_sum = self.loss_sum + loss.detach()
+        self.loss_count += 1
+
+    def time_to_evaluate(self) -> bool:
+        return self.step % self.args.eval_freq == 0 or self.step == self.args.train_steps
+
+    @contextlib.contextmanager
+    def clock_stopped(self):
+        """Keep an evaluation out of the training seconds."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - begin
+
+    def evaluated(self, val_accuracy: float, scalars: dict) -> None:
+        """Log a step's evaluation, keep the best model and save; Diverged when the loss is not finite."""
+        loss = float(self.loss_sum) / max(self.loss_count, 1)
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"the loss is {loss} at step {self.step}; lower the learning rate. "
+                f"The last good checkpoint is {self.folder / 'checkpoint.pt'}"
+            )
+        self.loss_sum, self.loss_count = 0.0, 0
+        self._tick()
+        tasks_per_second = self.step * self.args.meta_batch_size / max(self.seconds, 1e-9)
+        if self.writes:
+            for tag, value in {"Loss/train": loss, "Time/tasks_per_second": tasks_per_second, **scalars}.items():
+                self.writer.add_scalar(tag, value, self.step)
+            shown = "  ".join(f"{tag} {value:.4f}" for tag, value in {"Loss/train": loss, **scalars}.items())
+            self._bar.write(f"step {self.step}  {shown}")
+        if val_accuracy > self.best:
+            self.best, self.best_step, self.stale = val_accuracy, self.step, 0
+            if self.writes:
+                best = {"step": self.step, "val_accuracy": val_accuracy, "model": self.tracked["model"].state_dict()}
+                write_atomically(self.folder / "best.pt", lambda out: torch.save(best, out))
+        else:
+            self.stale += 1
+        self.save()
+
+    def load_best(self, model: torch.nn.Module) -> int:
+        """Load the model that was best on validation; returns its step."""
+        if shard()[1] > 1:
+            dist.barrier()  # rank 0 has written it
+        return load_best(self.folder, model)
+
+    def finish(self, metrics: dict) -> dict:
+        """Write metrics.json and print it as the last line of stdout; returns the whole of it."""
+        rate = self.step * self.args.meta_batch_size / max(self.seconds, 1e-9)
+        trained = {"steps": self.step, "best_step": self.best_step, "val_accuracy": self.best}
+        trained |= {"train_seconds": round(self.seconds, 2), "tasks_per_second": round(rate, 1)}
+        if self.writes:
+            for tag in ("test_accuracy", "ci95"):
+                self.writer.add_scalar(f"Final/{tag}", metrics[tag], self.step)
+            self.writer.close()
+        metrics = report(self.args, self.script, self.dataset, trained | metrics, self.folder / "metrics.json")
+        return metrics
+
+
+def report(args, script: str, dataset: str, metrics: dict, path: Path | None = None) -> dict:
+    """Complete the metrics by the setting, write them to `path` and print them as one line of JSON."""
+    setting = {
+        "script": script, "dataset": dataset, "split": args.split,
+        "N": args.num_classes, "K": args.num_shot, "Q": args.num_query,
+    }  # fmt: skip
+    metrics = setting | metrics | {"seed": args.random_seed, "command": args.command, "git_commit": git_commit()}
+    if shard()[0] == 0:
+        if path:
+            write_json(path, metrics)
+        print(json.dumps(metrics))
+    return metrics
+
+
+def load_best(folder: Path | str, model: torch.nn.Module) -> int:
+    """Load `folder`/best.pt into `model`; returns the training step it is from."""
+    path = Path(folder) / "best.pt"
+    best = load_checkpoint(path)
+    if "model" not in best:
+        raise UserError(f"{path} is not a best.pt of these scripts; use another run")
+    load_state(model, best["model"], path)
+    return best["step"]
+
+
+def device_name(device: torch.device) -> str:
+    """For reports: the GPU's name, or the CPU threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
