@@ -106,14 +106,15 @@ def make_parser(doc: str, **defaults) -> tuple[argparse.ArgumentParser, dict]:
     add("--checkpoint", metavar="RUN_DIR", help="the run whose best.pt is used")
     add("--smoke", action="store_true", help="a complete tiny run in under 20 seconds")
     add = groups["data"].add_argument
-    add("--dataset", choices=["auto", "omniglot", "glyphs", "folder"], default="auto", help="auto: Omniglot, else glyphs")
+    add("--dataset", choices=["auto", "omniglot", "glyphs", "folder"], default="auto", help="auto: Omniglot or glyphs")
     add("--data_folder", help="where the images are (default: $OMNIGLOT_DIR, then ./data, then a download)")
     add("--split", choices=["course", "lake"], default="course", help="1100/100/423 characters, or Lake's by alphabet")
     add("--image_size", type=whole(28), default=28, help="pixels a side")
     add("--num_classes", type=whole(2), default=5, metavar="N", help="classes in a task (way)")
     add("--num_shot", type=whole(1), default=1, metavar="K", help="support images of each class (shot)")
     add("--num_query", type=whole(1), default=15, metavar="Q", help="query images of each class")
-    add("--rotations", action=argparse.BooleanOptionalAction, default=False, help="turned training characters as classes")
+    yes_or_no = argparse.BooleanOptionalAction
+    add("--rotations", action=yes_or_no, default=False, help="turned training characters as further classes")
     add = groups["optimisation"].add_argument
     add("--meta_batch_size", type=whole(1), default=16, metavar="B", help="tasks in a training step")
     add("--train_steps", type=whole(0), default=1000, help="training steps")
@@ -150,7 +151,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, smoke: dict, 
         for name, value in typed.items():
             bound = name not in RUN_FLAGS if typed.get("resume") else name in fixed
             if bound and value != flags.get(name):
-                raise UserError(f"--{name} {value} differs from the run's {flags.get(name)}; drop it or start a new run")
+                raise UserError(f"--{name} {value} is not the run's {flags.get(name)}; drop it or start a new run")
         parser.set_defaults(**flags)
     args = parser.parse_args(argv)
     args.command = " ".join(["python", parser.prog, *map(shlex.quote, sys.argv[1:] if argv is None else argv)])
@@ -197,7 +198,7 @@ def setup(args) -> torch.device:
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     if not gpu:
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 
@@ -220,7 +221,7 @@ def average_gradients(model: torch.nn.Module) -> None:
 
 
 def autocast(args, device: torch.device):
-    """The context of the forward pass: bfloat16 when asked for, or by `auto` never (the scripts decide)."""
+    """The context of the forward pass: bfloat16 when --dtype says so, else float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
@@ -267,7 +268,8 @@ def load_state(target, state: dict, path: Path) -> None:
     try:
         target.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is of another model ({str(error).splitlines()[0]}); give the run's own flags") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is of another model ({reason}); give the run's own flags") from error
 
 
 def git_commit() -> str | None:
@@ -313,12 +315,12 @@ class Run:
                     break
                 except FileExistsError:
                     if a.run_name or attempt == 99:
-                        raise UserError(f"{folder} exists; choose another --run_name or use --resume {folder}") from None
+                        raise UserError(f"{folder} exists; use --resume {folder} or another --run_name") from None
                     folder = Path(a.log_dir) / f"{name}_{attempt + 1}"  # started in the same second
                 except OSError as error:
                     raise UserError(f"cannot create {folder} ({error}); choose another --log_dir") from None
             versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-            flags = {k: v for k, v in vars(a).items() if k not in ("command", *(RUN_FLAGS - {"num_test_tasks", "device"}))}
+            flags = {k: v for k, v in vars(a).items() if k not in ("command", "resume", "checkpoint", "test")}
             saved = {"script": self.script, "dataset": self.dataset, "command": a.command, "flags": flags}
             write_json(folder / "flags.json", saved | {"versions": versions, "git_commit": git_commit()})
         if shard()[1] > 1:
@@ -380,8 +382,8 @@ class Run:
         previous = {}
         with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
             previous = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
-        bar = tqdm(total=a.train_steps, initial=self.step, unit="step", disable=not (sys.stdout.isatty() and self.writes))
-        self._bar = bar
+        quiet = not (sys.stdout.isatty() and self.writes)
+        self._bar = bar = tqdm(total=a.train_steps, initial=self.step, unit="step", disable=quiet)
         try:
             while self.step < a.train_steps and not self.out_of_patience():
                 self._clock = time.perf_counter()
@@ -391,10 +393,8 @@ class Run:
                 bar.update()
                 if caught:
                     self.save()
-                    print(
-                        f"interrupted at step {self.step}; continue with: python {self.script}.py --resume {self.folder}",
-                        file=sys.stderr,
-                    )
+                    resume = f"python {self.script}.py --resume {self.folder}"
+                    print(f"interrupted at step {self.step}; continue with: {resume}", file=sys.stderr)
                     sys.exit(128 + caught[0])
         finally:
             bar.close()

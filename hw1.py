@@ -172,7 +172,7 @@ def parse_args(argv=None):
     add("--encoder", choices=["none", "conv"], default="none", help="conv reads the images by a Conv4 first")
     add = groups["optimisation"].add_argument
     add("--learning_rate", type=number(above=True), default=4e-3, help="of Adam, at its peak; the course: 1e-3")
-    add("--schedule", choices=["constant", "linear"], default="linear", help="linear: constant, then to 0 over the 2nd half")
+    add("--schedule", choices=["constant", "linear"], default="linear", help="linear: falls to 0 over the second half")
     add("--clip", type=number(), default=1.0, help="largest norm of the gradient; 0: no limit, as in the course")
     add = groups["data"].add_argument
     add("--num_workers", type=whole(0), default=0, help="kept for the course's commands: episodes need no workers here")
@@ -182,11 +182,9 @@ def parse_args(argv=None):
     shapes = ("num_classes", "hidden_dim", "recurrent", "num_layers", "head", "logit_scale", "encoder", "image_size")
     args = experiment.parse(parser, argv, smoke, fixed=shapes)
     if args.num_query != 1:
-        raise UserError(f"--num_query {args.num_query}: the sequence of a MANN has one query of each class; drop the flag")
+        raise UserError(f"--num_query {args.num_query}: the sequence has one query of each class; drop the flag")
     if args.encoder == "conv" and args.image_size != 28:
         raise UserError(f"--encoder conv reads 28x28 images; drop --image_size {args.image_size}")
-    if args.dtype == "bfloat16":
-        raise UserError("--dtype bfloat16: the recurrent layers need float32; use float32 or auto")
     return args
 
 
@@ -207,7 +205,8 @@ def main(argv=None) -> dict:
     ).to(device)  # fmt: skip
     if args.test:
         step = experiment.load_best(args.checkpoint, model)
-        return experiment.report(args, "hw1", dataset.name, test_report(args, model, test, device) | {"best_step": step})
+        metrics = {"best_step": step} | test_report(args, model, test, device)
+        return experiment.report(args, "hw1", dataset.name, metrics)
 
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
     linear = args.schedule == "linear"
@@ -218,7 +217,9 @@ def main(argv=None) -> dict:
     run.track(model=model, optimizer=optimizer, schedule=schedule, sampler=train)
     for _ in run.steps():
         images, labels = train.sample_rows()  # [B, K+1, N, 784], [B, K+1, N, N]
-        loss = model.loss_function(model(images, labels), labels)
+        with experiment.autocast(args, device):
+            preds = model(images, labels)
+        loss = model.loss_function(preds, labels)
         optimizer.zero_grad()
         loss.backward()
         experiment.average_gradients(model)

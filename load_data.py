@@ -325,7 +325,8 @@ def fingerprint(paths: list[Path]) -> str:
             folders.sort()
             for file in sorted(files):
                 stat = os.stat(os.path.join(root, file))
-                sha.update(f"{os.path.relpath(os.path.join(root, file), path)}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+                name = os.path.relpath(os.path.join(root, file), path)
+                sha.update(f"{name}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
     return sha.hexdigest()
 
 
@@ -440,7 +441,7 @@ def locate_omniglot(data_folder: str | None) -> tuple[str, list[Path]]:
         return "archives", download_omniglot(CACHE_FOLDER)
     except UserError as error:
         where = " nor ".join(str(p) for p in searched)
-        raise NotFound(f"Omniglot is not in {where}: {error}; put {wanted} there or name it with --data_folder") from None
+        raise NotFound(f"no Omniglot in {where}, and {error}; put {wanted} there or use --data_folder") from None
 
 
 def glyph_arrays(image_size: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -540,7 +541,7 @@ class EpisodeSampler:
         if self.K + self.Q > counts[smallest]:
             name = dataset.names[chosen[smallest % len(chosen)]]
             raise UserError(
-                f"--num_shot {self.K} plus --num_query {self.Q} is more than the {counts[smallest]} images of class {name}"
+                f"--num_shot {self.K} plus --num_query {self.Q} is more than the {counts[smallest]} images of {name}"
             )
         self.images = images.contiguous().to(device)  # uint8 [total, C, H, W]
         self.counts = torch.from_numpy(counts).to(device)
@@ -553,6 +554,8 @@ class EpisodeSampler:
             if len(members) == 0:
                 raise UserError(f"--within_alphabet: no alphabet of split '{split}' has {self.N} characters")
             self.groups = torch.from_numpy(members).to(device)
+        self.labels = torch.arange(self.N, device=device)
+        self.one_hot = torch.eye(self.N, device=device)
         self.generator = torch.Generator(device)
         self.reset()
 
@@ -576,7 +579,7 @@ class EpisodeSampler:
         device = self.counts.device
         if self.fixed_labels:
             turns = torch.randint(self.num_available // N, (B, N), generator=g, device=device)
-            classes = turns * N + torch.arange(N, device=device)
+            classes = turns * N + self.labels
         elif self.groups is not None:
             allowed = self.groups[torch.randint(len(self.groups), (B,), generator=g, device=device)]
             classes = draw_distinct(B, self.num_available, N, g, allowed)
@@ -609,10 +612,10 @@ class EpisodeSampler:
         B, N, K, Q = len(rows), self.N, self.K, self.Q
         support = self.gather(rows[:, :, :K].reshape(B, N * K))
         query = self.gather(rows[:, :, K:].reshape(B, N * Q).gather(1, order))
-        support_labels = torch.arange(N, device=rows.device).repeat_interleave(K).expand(B, N * K)
+        support_labels = self.labels.repeat_interleave(K).expand(B, N * K)
         query_labels = order.div(Q, rounding_mode="floor")
         if one_hot:
-            support_labels, query_labels = (F.one_hot(y, N).float() for y in (support_labels, query_labels))
+            support_labels, query_labels = self.one_hot[support_labels], self.one_hot[query_labels]
         return support, support_labels, query, query_labels
 
     def sample_rows(self, batch_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -624,9 +627,9 @@ class EpisodeSampler:
         rows, order = self.draw(batch_size)
         B, N, K = len(rows), self.N, self.K
         rows = torch.cat([rows[:, :, :K].transpose(1, 2), rows[:, :, K].gather(1, order)[:, None]], dim=1)
-        support_labels = torch.arange(N, device=rows.device).expand(B, K, N)
-        labels = F.one_hot(torch.cat([support_labels, order[:, None]], dim=1), N).float()
-        return self.gather(rows).flatten(3), labels
+        labels = torch.cat([self.labels.expand(B, K, N), order[:, None]], dim=1)
+        one_hot = self.one_hot.index_select(0, labels.reshape(-1)).view(B, K + 1, N, N)
+        return self.gather(rows).flatten(3), one_hot
 
 
 class DataGenerator(torch.utils.data.IterableDataset):
@@ -641,7 +644,15 @@ class DataGenerator(torch.utils.data.IterableDataset):
     each worker has an own stream.
     """
 
-    def __init__(self, num_classes, num_samples_per_class, batch_type, config={}, device=torch.device("cpu"), cache=True):  # noqa: B006
+    def __init__(
+        self,
+        num_classes: int,
+        num_samples_per_class: int,
+        batch_type: str,
+        config: dict = {},  # noqa: B006 (the course's signature; never changed here)
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+        cache: bool = True,
+    ):
         if batch_type not in ("train", "val", "test"):
             raise UserError(f"batch_type {batch_type!r} is unknown; use train, val or test")
         self.num_classes, self.num_samples_per_class = num_classes, num_samples_per_class

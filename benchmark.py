@@ -1,0 +1,201 @@
+"""Plain references of each hot path beside ours: speed as a ratio, measured side by side in one run.
+
+    python benchmark.py episodes --num_classes 5     sampling a meta-batch for the MANN
+    python benchmark.py mann --num_classes 5         one training step of the MANN
+
+The references are written the way papers and course code do it. Both contestants take turns within one
+run, after a warm-up; the figures are medians, with the 10th to 90th percentile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import experiment
+from hw1 import MANN
+from load_data import Dataset, EpisodeSampler, load_dataset
+
+
+def race(contestants: dict, repeats: int, warmup: int = 5) -> dict[str, np.ndarray]:
+    """Seconds of each call of each contestant, [repeats], taking turns."""
+    seconds = {name: [] for name in contestants}
+    for turn in tqdm(range(warmup + repeats), leave=False, disable=None):
+        for name, call in contestants.items():
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def print_race(title: str, seconds: dict[str, np.ndarray], device: torch.device) -> dict:
+    """Print the medians and their ratio to the first contestant; returns them."""
+    print(f"{title}, on {experiment.device_name(device)}")
+    reference = np.median(next(iter(seconds.values())))
+    result = {"title": title, "device": experiment.device_name(device)}
+    for name, values in seconds.items():
+        low, median, high = np.percentile(values * 1e3, [10, 50, 90])
+        ratio = reference * 1e3 / median
+        print(f"  {name:34s} {median:8.3f} ms  ({low:.3f} to {high:.3f})  {ratio:6.2f}x")
+        result[name] = {"ms": round(median, 4), "ratio": round(ratio, 3)}
+    print(json.dumps(result))
+    return result
+
+
+# ----------------------------------------------------------------------------------- episodes
+
+
+class ListSampler:
+    """The course's loader in its fastest state: every image already decoded and held in memory.
+
+    Each task draws class folders, lists them (`list_folders`, as the course's code does every time),
+    draws files of each, looks every file up, stacks, shuffles the queries and is then stacked with the
+    other tasks, as a DataLoader would. The folders hold empty files; no image is read from them.
+    """
+
+    def __init__(self, dataset: Dataset, split: str, num_classes: int, num_shot: int, seed: int, root: Path):
+        self.N, self.K, self.list_folders = num_classes, num_shot, True
+        self.random = random.Random(seed)
+        self.memory, self.files = {}, {}
+        for c in dataset.splits[split].tolist():
+            folder = root / f"character{c:04d}"
+            folder.mkdir()
+            for i in range(dataset.counts[c]):
+                path = folder / f"{i:04d}.png"
+                path.touch()
+                image = dataset.images[dataset.starts[c] + i]
+                self.memory[str(path)] = image.reshape(-1).astype(np.float32) / 255
+            self.files[str(folder)] = os.listdir(folder)
+        self.folders = list(self.files)
+
+    def sample_task(self) -> tuple[np.ndarray, np.ndarray]:
+        """float32 images [K+1, N, 784] and one-hot labels [K+1, N, N]."""
+        N, K = self.N, self.K
+        images = [[None] * N for _ in range(K + 1)]
+        labels = np.zeros((K + 1, N, N), dtype=np.float32)
+        for label, folder in enumerate(self.random.sample(self.folders, N)):
+            files = os.listdir(folder) if self.list_folders else self.files[folder]
+            for row, file in enumerate(self.random.sample(files, K + 1)):
+                images[row][label] = self.memory[os.path.join(folder, file)]
+                labels[row, label, label] = 1
+        order = self.random.sample(range(N), N)
+        images[K] = [images[K][i] for i in order]
+        labels[K] = labels[K][order]
+        return np.stack([np.stack(row) for row in images]), labels
+
+    def sample(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tasks = [self.sample_task() for _ in range(batch_size)]
+        images = torch.stack([torch.from_numpy(images) for images, _ in tasks])
+        return images, torch.stack([torch.from_numpy(labels) for _, labels in tasks])
+
+
+def bench_episodes(args, device: torch.device, dataset: Dataset) -> dict:
+    B, K, N = args.meta_batch_size, args.num_shot, args.num_classes
+    sampler = EpisodeSampler(dataset, "train", N, K, 1, B, args.random_seed, device)
+
+    with tempfile.TemporaryDirectory() as root:
+        plain = ListSampler(dataset, "train", N, K, args.random_seed, Path(root))
+
+        def course(list_folders: bool):
+            plain.list_folders = list_folders
+            return [x.to(device) for x in plain.sample(B)]
+
+        contestants = {
+            "course loader, images in memory": lambda: course(True),
+            "the same with folders listed once": lambda: course(False),
+            "EpisodeSampler": sampler.sample_rows,
+        }
+        return print_race(f"episodes, B {B}, K {K}, N {N}", race(contestants, args.repeats), device)
+
+
+# --------------------------------------------------------------------------------------- mann
+
+
+class CourseMANN(nn.Module):
+    """The course's network: two LSTM layers, (N + 784) -> hidden -> N."""
+
+    def __init__(self, num_classes: int, hidden_dim: int):
+        super().__init__()
+        self.layer1 = nn.LSTM(num_classes + 784, hidden_dim, batch_first=True)
+        self.layer2 = nn.LSTM(hidden_dim, num_classes, batch_first=True)
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        B, rows, N, _ = images.shape
+        known = labels.clone()
+        known[:, -1] = 0
+        sequence = torch.cat([images, known], dim=-1).reshape(B, rows * N, -1)
+        hidden, _ = self.layer1(sequence)
+        out, _ = self.layer2(hidden)
+        return out.reshape(B, rows, N, N)
+
+
+def course_step(model: CourseMANN, optimizer, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Forward, cross entropy on the query row, backward, Adam."""
+    preds = model(images, labels)
+    loss = F.cross_entropy(preds[:, -1].reshape(-1, preds.shape[-1]), labels[:, -1].reshape(-1, preds.shape[-1]))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def our_step(model: MANN, optimizer, images: torch.Tensor, labels: torch.Tensor, dtype: str) -> None:
+    """The step of hw1.py's train loop."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        preds = model(images, labels)
+    loss = model.loss_function(preds, labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def bench_mann(args, device: torch.device, dataset: Dataset) -> dict:
+    sampler = EpisodeSampler(
+        dataset, "train", args.num_classes, args.num_shot, 1, args.meta_batch_size, args.random_seed, device
+    )
+    images, labels = sampler.sample_rows()
+    course = CourseMANN(args.num_classes, args.hidden_dim).to(device)
+    course_adam = torch.optim.Adam(course.parameters(), 1e-3)
+    contestants = {"course step": lambda: course_step(course, course_adam, images, labels)}
+    for dtype in ("float32", "bfloat16"):
+        ours = MANN(args.num_classes, args.num_shot + 1, args.hidden_dim).to(device)
+        adam = torch.optim.Adam(ours.parameters(), 1e-3, fused=True)
+        contestants[f"our step, {dtype}"] = lambda ours=ours, adam=adam, dtype=dtype: our_step(
+            ours, adam, images, labels, dtype
+        )
+    title = f"mann, B {args.meta_batch_size}, K {args.num_shot}, N {args.num_classes}, hidden {args.hidden_dim}"
+    return print_race(title, race(contestants, args.repeats), device)
+
+
+BENCHMARKS = {"episodes": bench_episodes, "mann": bench_mann}
+
+
+def main(argv=None) -> dict:
+    parser, groups = experiment.make_parser(__doc__, meta_batch_size=128)
+    parser.prog = "benchmark.py"
+    parser.add_argument("benchmark", choices=list(BENCHMARKS), help="what to measure")
+    groups["model"].add_argument("--hidden_dim", type=experiment.whole(1), default=128, help="units, for mann")
+    groups["run"].add_argument("--repeats", type=experiment.whole(3), default=100, help="timed turns")
+    args = experiment.parse(parser, argv, smoke={"repeats": 3})
+    device = experiment.setup(args)
+    dataset = load_dataset(args.dataset, args.data_folder, args.split)
+    return BENCHMARKS[args.benchmark](args, device, dataset)
+
+
+if __name__ == "__main__":
+    experiment.run_script(main)
