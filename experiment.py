@@ -117,10 +117,11 @@ def make_parser(doc: str, **defaults) -> tuple[argparse.ArgumentParser, dict]:
     add("--rotations", action=yes_or_no, default=False, help="turned training characters as further classes")
     add = groups["optimisation"].add_argument
     add("--meta_batch_size", type=whole(1), default=16, metavar="B", help="tasks in a training step")
-    add("--train_steps", type=whole(0), default=1000, help="training steps")
+    add("--train_steps", type=whole(1), default=1000, help="training steps")
     add = groups["evaluation"].add_argument
     add("--eval_freq", type=whole(1), default=100, help="steps between evaluations")
     add("--patience", type=whole(0), default=0, help="stop after this many evaluations without a better one; 0: never")
+    add("--num_val_tasks", type=whole(2), default=600, help="fixed tasks of each evaluation in training")
     add("--num_test_tasks", type=whole(2), default=600, help="fixed test tasks of the final report")
     parser.set_defaults(**defaults)
     return parser, groups

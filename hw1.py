@@ -160,7 +160,7 @@ def parse_args(argv=None):
     """The flags; combinations that cannot work are refused here."""
     parser, groups = experiment.make_parser(
         __doc__, num_classes=5, num_query=1, meta_batch_size=128, train_steps=6000, eval_freq=100,
-        num_test_tasks=10_000, rotations=True,
+        num_val_tasks=2000, num_test_tasks=10_000, rotations=True,
     )  # fmt: skip
     parser.prog = "hw1.py"
     add = groups["model"].add_argument
@@ -177,8 +177,10 @@ def parse_args(argv=None):
     add = groups["data"].add_argument
     add("--num_workers", type=whole(0), default=0, help="kept for the course's commands: episodes need no workers here")
     add("--image_caching", type=str, default="True", help="kept for the course's commands: images are always in memory")
+    add("--jitter", type=number(0, 1), default=0.0, help="random turn (radians), size and slant of training images")
     add("--fixed_labels", action="store_true", help="training characters keep their labels: the memorisation lesson")
-    smoke = {"train_steps": 40, "eval_freq": 20, "num_test_tasks": 600, "hidden_dim": 32, "meta_batch_size": 32}
+    smoke = {"train_steps": 40, "eval_freq": 20, "num_val_tasks": 200, "num_test_tasks": 600, "hidden_dim": 32,
+             "meta_batch_size": 32}  # fmt: skip
     shapes = ("num_classes", "hidden_dim", "recurrent", "num_layers", "head", "logit_scale", "encoder", "image_size")
     args = experiment.parse(parser, argv, smoke, fixed=shapes)
     if args.num_query != 1:
@@ -197,8 +199,8 @@ def main(argv=None) -> dict:
         return EpisodeSampler(dataset, part, args.num_classes, args.num_shot, 1, B, seed, device, **options)
 
     train = sampler("train", args.random_seed, args.meta_batch_size, rotations=args.rotations,
-                    fixed_labels=args.fixed_labels, shard=experiment.shard())  # fmt: skip
-    val, test = sampler("val", VAL_SEED, 500), sampler("test", TEST_SEED, 500)
+                    fixed_labels=args.fixed_labels, jitter=args.jitter, shard=experiment.shard())  # fmt: skip
+    val, test = sampler("val", VAL_SEED, 200), sampler("test", TEST_SEED, 200)
     model = MANN(
         args.num_classes, args.num_shot + 1, args.hidden_dim, args.recurrent, args.num_layers, args.head,
         args.logit_scale, args.encoder, dim_input=dataset.images[0].size,
@@ -230,9 +232,9 @@ def main(argv=None) -> dict:
         run.record(loss)
         if run.time_to_evaluate():
             with run.clock_stopped():
-                val_accuracy, val_loss = evaluate(model, val, 2000)
+                val_accuracy, val_loss = evaluate(model, val, args.num_val_tasks)
                 # The homework plots the test curve; nothing is decided by it.
-                test_accuracy, test_loss = evaluate(model, test, 1000)
+                test_accuracy, test_loss = evaluate(model, test, args.num_val_tasks)
             val_accuracy, test_accuracy = val_accuracy.mean().item(), test_accuracy.mean().item()
             run.evaluated(val_accuracy, {
                 "Loss/val": val_loss, "Accuracy/val": val_accuracy,
@@ -242,7 +244,7 @@ def main(argv=None) -> dict:
     log_episode(run, model, test)
     metrics = test_report(args, model, test, device)
     if args.fixed_labels:
-        metrics["train_accuracy"] = evaluate(model, train, 2000)[0].mean().item()
+        metrics["train_accuracy"] = evaluate(model, train, args.num_val_tasks)[0].mean().item()
     return run.finish(metrics)
 
 

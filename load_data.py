@@ -137,7 +137,8 @@ def find_omniglot(folder: Path) -> tuple[str, list[Path]] | None:
         missing = [path for path in paths if not path.exists()]
         if len(missing) == 0:
             return form, paths
-        if len(missing) < len(paths) and form == "archives" and not extracted[0].is_dir():
+        partial = form == "archives" and not extracted[0].is_dir() and folder != CACHE_FOLDER
+        if len(missing) < len(paths) and partial:  # in ./data the download fetches the other one
             raise UserError(f"{missing[0]} is missing; put both official archives into {folder}")
     for candidate in (folder / "omniglot_resized", folder):
         if next(candidate.glob("*/character*/*.png"), None) is not None:
@@ -490,6 +491,15 @@ def draw_distinct(rows: int, n: int, k: int, generator: torch.Generator, allowed
     return keys.topk(k, dim=1).indices
 
 
+def distort(images: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+    """Turn, scale and slant images [n, C, H, W]; amounts [n, 4]: radians, size, slant in x and in y."""
+    angle, size, slant_x, slant_y = amounts.unbind(dim=1)
+    cos, sin, zero = (1 + size) * angle.cos(), angle.sin(), torch.zeros_like(angle)
+    affine = torch.stack([cos, slant_x - sin, zero, slant_y + sin, cos, zero], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
 class EpisodeSampler:
     """Draws meta-batches of B episodes of N classes, K support and Q query images, on one device.
 
@@ -502,6 +512,8 @@ class EpisodeSampler:
         that have N classes (Lake et al. 2015).
     fixed_labels: class c always gets the label c mod N, so a network can memorise the labels of the
         training classes instead of learning to learn from the support set.
+    jitter: every image is turned (by up to so many radians), scaled and slanted (by up to this share)
+        at random, as if another person had drawn it.
     shard: (rank, world) keeps the rank-th of `world` equal slices of every meta-batch; all ranks draw
         the same tasks together, so their union does not depend on `world`.
     """
@@ -519,11 +531,12 @@ class EpisodeSampler:
         rotations: bool = False,
         within_alphabet: bool = False,
         fixed_labels: bool = False,
+        jitter: float = 0.0,
         shard: tuple[int, int] = (0, 1),
     ):
         chosen = dataset.splits[split]
         self.N, self.K, self.Q, self.B = num_classes, num_shot, num_query, batch_size
-        self.seed, self.shard, self.fixed_labels = seed, shard, fixed_labels
+        self.seed, self.shard, self.fixed_labels, self.jitter = seed, shard, fixed_labels, jitter
         if batch_size % shard[1]:
             raise UserError(f"--meta_batch_size {batch_size} does not divide over {shard[1]} processes")
         starts, counts = dataset.starts[chosen], dataset.counts[chosen]
@@ -598,9 +611,14 @@ class EpisodeSampler:
         return rows[mine], order[mine]
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """Float32 images [..., C, H, W] in [0, 1] of int64 rows [...]."""
-        flat = self.images.index_select(0, rows.reshape(-1))
-        return flat.to(torch.float32).div_(255).view(*rows.shape, *self.images.shape[1:])
+        """Float32 images [B, ..., C, H, W] in [0, 1] of int64 rows [B, ...]."""
+        images = self.images.index_select(0, rows.reshape(-1)).to(torch.float32).div_(255)
+        if self.jitter > 0:
+            rank, world = self.shard
+            shape = (world, rows.numel(), 4)  # all ranks draw for all and use their own
+            noise = torch.rand(shape, generator=self.generator, device=rows.device)[rank]
+            images = distort(images, self.jitter * (2 * noise - 1))
+        return images.view(*rows.shape, *self.images.shape[1:])
 
     def sample(self, batch_size: int | None = None, one_hot: bool = False):
         """A meta-batch as (support, support labels, query, query labels).
@@ -747,4 +765,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,62 @@
+"""Shared by all tests: a scratch working directory with a warm data cache, and data whose answer is known."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+import load_data  # noqa: E402
+
+has_omniglot = pytest.mark.skipif(not os.environ.get("OMNIGLOT_DIR"), reason="needs OMNIGLOT_DIR")
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """A working directory whose ./data caches what the first test that needs it packs."""
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(autouse=True)
+def _in_work(work, monkeypatch):
+    monkeypatch.chdir(work)
+    # Refused at once: no test waits for, or depends on, the network.
+    monkeypatch.setattr(load_data, "DOWNLOAD_URL", "http://127.0.0.1:9/")
+
+
+@pytest.fixture(scope="session")
+def run_script(work):
+    """run_script("hw1.py", "--smoke", ...) in the working directory; returns the CompletedProcess."""
+
+    def run(script, *args, env=None, cwd=work, **kwargs):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+        command = [sys.executable, str(REPO / script), *map(str, args)]
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **kwargs)
+
+    return run
+
+
+def known_dataset(num_classes=30, drawings=20, split=None):
+    """Images that say what they are: pixel 0 is the class, pixel 1 the drawing (times 1/255)."""
+    images = np.zeros((num_classes * drawings, 1, 28, 28), np.uint8)
+    images[:, 0, 0, 0] = np.repeat(np.arange(num_classes), drawings)
+    images[:, 0, 0, 1] = np.tile(np.arange(drawings), num_classes)
+    names = [f"alphabet{c // 10}/character{c:03d}" for c in range(num_classes)]
+    everything = np.arange(num_classes)
+    splits = split or {"train": everything, "val": everything, "test": everything}
+    counts = np.full(num_classes, drawings)
+    return load_data.Dataset("folder", images, counts, names, splits, "made by a test", "0" * 64, Path("none"))
+
+
+def one_line_error(result, *words):
+    """Assert exit code 2, one `error:` line on stderr with all `words`, no traceback."""
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for word in words:
+        assert word in lines[0], (word, lines[0])
