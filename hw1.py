@@ -7,7 +7,7 @@ weights can only learn how to learn. The loss is the cross entropy of the N quer
 
     python hw1.py --num_shot 1 --num_classes 2            about two minutes on two CPU cores
     python hw1.py --num_shot 1 --num_classes 2 --smoke    a complete run in seconds
-    python hw1.py --num_shot 1 --num_classes 2 --head recurrent --logit_scale 1 --no-rotations \\
+    python hw1.py --num_shot 1 --num_classes 2 --head recurrent --logit_scale 1 --forget_bias 0 --no-rotations \\
         --schedule constant --learning_rate 1e-3 --clip 0 --train_steps 25000    the course's recipe
 """
 
@@ -35,6 +35,8 @@ class MANN(nn.Module):
         has hidden_dim units and a linear layer reads the logits off.
     logit_scale: a recurrent state lies in (-1, 1), too narrow for a confident softmax; the
         recurrent head's logits are multiplied by this.
+    forget_bias: added to the LSTM's initial forget-gate bias; at 1 the memory of the support set
+        survives to the queries from the first step on (Jozefowicz et al. 2015).
     encoder: "none" feeds the pixels, "conv" 64 features of a Conv4 trained along (28x28 images).
     """
 
@@ -47,6 +49,7 @@ class MANN(nn.Module):
         num_layers: int = 2,
         head: str = "recurrent",
         logit_scale: float = 1.0,
+        forget_bias: float = 0.0,
         encoder: str = "none",
         dim_input: int = 784,
     ):
@@ -61,6 +64,10 @@ class MANN(nn.Module):
             cell(size, next_size, batch_first=True) for size, next_size in zip(sizes, sizes[1:], strict=False)
         )
         self.readout = nn.Linear(hidden_dim, num_classes) if head == "linear" else None
+        for layer, units in zip(self.layers, sizes[1:], strict=True):
+            if recurrent == "lstm":
+                with torch.no_grad():
+                    layer.bias_ih_l0[units : 2 * units] += forget_bias  # gates are ordered i, f, g, o
         self.logit_scale = logit_scale if head == "recurrent" else 1.0
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -169,6 +176,7 @@ def parse_args(argv=None):
     add("--num_layers", type=whole(1), default=2, help="recurrent layers")
     add("--head", choices=["linear", "recurrent"], default="linear", help="what makes N logits; the course: recurrent")
     add("--logit_scale", type=number(above=True), default=10.0, help="factor on the recurrent head's states; course: 1")
+    add("--forget_bias", type=number(), default=1.0, help="added to the LSTM's forget-gate bias; the course: 0")
     add("--encoder", choices=["none", "conv"], default="none", help="conv reads the images by a Conv4 first")
     add = groups["optimisation"].add_argument
     add("--learning_rate", type=number(above=True), default=4e-3, help="of Adam, at its peak; the course: 1e-3")
@@ -203,7 +211,7 @@ def main(argv=None) -> dict:
     val, test = sampler("val", VAL_SEED, 200), sampler("test", TEST_SEED, 200)
     model = MANN(
         args.num_classes, args.num_shot + 1, args.hidden_dim, args.recurrent, args.num_layers, args.head,
-        args.logit_scale, args.encoder, dim_input=dataset.images[0].size,
+        args.logit_scale, args.forget_bias, args.encoder, dim_input=dataset.images[0].size,
     ).to(device)  # fmt: skip
     if args.test:
         step = experiment.load_best(args.checkpoint, model)

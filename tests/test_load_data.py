@@ -268,7 +268,8 @@ def small_omniglot(tmp_path, monkeypatch):
     """Both archives with 4 and 3 invented characters in place of 964 and 659, and their digests."""
     drawings = load_data.draw_glyphs(7, image_size=105).reshape(7, 20, 105, 105) > 127
     archives = {}
-    for part, alphabet, characters in (("images_background", "Latin", range(4)), ("images_evaluation", "ULOG", range(4, 7))):
+    parts = (("images_background", "Latin", range(4)), ("images_evaluation", "ULOG", range(4, 7)))
+    for part, alphabet, characters in parts:
         sha = hashlib.sha256()
         with zipfile.ZipFile(tmp_path / f"{part}.zip", "w") as archive:
             for c in characters:
