@@ -94,3 +94,20 @@ def support_norm(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, num_s
     var, mean = torch.var_mean(x[:, :num_support], dim=(1, 3, 4), correction=0, keepdim=True)
     scale = gamma.view(-1, 1, 1) * (var + EPS).rsqrt()
     return (x - mean) * scale + beta.view(-1, 1, 1)
+
+
+def prototypes(support: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Mean feature of each class (Snell et al. 2017, eq. 1): support [B, N*K, D] in class order -> [B, N, D]."""
+    return support.unflatten(1, (num_classes, -1)).mean(dim=2)
+
+
+def fast_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """What --dtype means for convolutions: auto takes bfloat16 where the processor computes in it."""
+    if dtype == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported()
+        else:  # without such instructions bfloat16 is emulated and slower than float32
+            probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+            fast = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if dtype == "bfloat16" else torch.float32

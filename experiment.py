@@ -354,8 +354,7 @@ class Run:
             purge = self.step + 1 if self.args.resume else None
             self.writer = SummaryWriter(str(self.folder), purge_step=purge)
             if not self.args.resume:
-                rows = "".join(f"|{k}|{v}|\n" for k, v in sorted(vars(self.args).items()))
-                self.writer.add_text("flags", "|flag|value|\n|-|-|\n" + rows)
+                self.writer.add_text("flags", markdown_table(vars(self.args)))
 
     def save(self) -> None:
         """Replace checkpoint.pt by the state of now."""
@@ -464,11 +463,14 @@ class Run:
         trained = {"steps": self.step, "best_step": self.best_step, "val_accuracy": self.best}
         trained |= {"train_seconds": round(self.seconds, 2), "tasks_per_second": round(rate, 1)}
         if self.writes:
-            for tag in ("test_accuracy", "ci95"):
-                self.writer.add_scalar(f"Final/{tag}", metrics[tag], self.step)
+            self.writer.add_text("metrics", markdown_table(trained | metrics), self.step)
             self.writer.close()
-        metrics = report(self.args, self.script, self.dataset, trained | metrics, self.folder / "metrics.json")
-        return metrics
+        return report(self.args, self.script, self.dataset, trained | metrics, self.folder / "metrics.json")
+
+
+def markdown_table(values: dict) -> str:
+    """Names and values as the table that TensorBoard's text page shows."""
+    return "|name|value|\n|-|-|\n" + "".join(f"|{k}|{v}|\n" for k, v in sorted(values.items()))
 
 
 def report(args, script: str, dataset: str, metrics: dict, path: Path | None = None) -> dict:

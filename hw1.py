@@ -37,7 +37,7 @@ class MANN(nn.Module):
         recurrent head's logits are multiplied by this.
     forget_bias: added to the LSTM's initial forget-gate bias; at 1 the memory of the support set
         survives to the queries from the first step on (Jozefowicz et al. 2015).
-    encoder: "none" feeds the pixels, "conv" 64 features of a Conv4 trained along (28x28 images).
+    encoder: "none" feeds the pixels, "conv" 64 features of a strided Conv4 trained along (28x28 images).
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class MANN(nn.Module):
     ):
         super().__init__()
         self.num_classes, self.samples_per_class = num_classes, samples_per_class
-        self.encoder = Conv4(dim_input // 784) if encoder == "conv" else None
+        self.encoder = Conv4(dim_input // 784, strided=True) if encoder == "conv" else None
         features = self.encoder.out_features if self.encoder else dim_input
         last = num_classes if head == "recurrent" else hidden_dim
         sizes = [num_classes + features] + [hidden_dim] * (num_layers - 1) + [last]

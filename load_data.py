@@ -6,7 +6,7 @@ and caches the images once; from then on one uint8 array lives on the training d
 meta-batch of B episodes is a few tensor operations (`EpisodeSampler`). `DataGenerator` serves the
 same episodes one at a time through the course's interface.
 
-    python load_data.py                      # what is here, and a picture of one episode
+    python load_data.py                      # what is here, with pictures of an episode and of classes
     python load_data.py --dataset glyphs     # procedurally drawn characters, needs no data
     python load_data.py --dataset folder --data_folder my_images
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import random
@@ -406,7 +407,9 @@ def load_dataset(
         source, digest = f"{form} in {paths[0].parent if form != 'resized' else paths[0]}", fingerprint(paths)
         build = lambda: read_omniglot(form, paths, image_size)
     elif name == "glyphs":
-        source, digest = "drawn by load_data.draw_glyphs", "builtin"
+        # Other drawing code makes other glyphs, and so another cache file.
+        digest = hashlib.sha256(inspect.getsource(draw_glyphs).encode()).hexdigest()
+        source = "drawn by load_data.draw_glyphs"
         build = lambda: glyph_arrays(image_size)
     elif name == "folder":
         folder = Path(data_folder or "")
@@ -736,8 +739,18 @@ def episode_figure(support, support_labels, query, query_labels, predictions=Non
     return figure
 
 
+def class_sheet(dataset: Dataset, rows: int = 10, columns: int = 10) -> np.ndarray:
+    """uint8 picture of `rows` classes, spread over the dataset, by `columns` images each."""
+    columns = min(columns, int(dataset.counts.min()))
+    chosen = np.linspace(0, len(dataset.names) - 1, rows).astype(int)
+    sheet = np.stack([dataset.images[dataset.starts[c] :][:columns] for c in chosen])  # [rows, columns, C, H, W]
+    sheet = sheet.transpose(0, 3, 1, 4, 2).reshape(rows * sheet.shape[3], columns * sheet.shape[4], -1)
+    paper = 255 - sheet[..., 0] if sheet.shape[-1] == 1 else sheet
+    return paper.repeat(2, axis=0).repeat(2, axis=1)
+
+
 def main(argv=None) -> Dataset:
-    """Print what was found and write a picture of one episode to runs/episode.png."""
+    """Print what was found; write a picture of one episode and one of some classes to runs/."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", choices=["auto", "omniglot", "glyphs", "folder"], default="auto")
     parser.add_argument("--data_folder", help="where the images are")
@@ -754,10 +767,10 @@ def main(argv=None) -> Dataset:
     print(f"digest      {data.digest}\ncache file  {data.cache_file}\nloaded in   {seconds:.2f} s")
     sampler = EpisodeSampler(data, "train", min(5, len(data.splits["train"])), 1, 1)
     episode = [tensor[0] for tensor in sampler.sample(1)]
-    picture = Path("runs/episode.png")
-    picture.parent.mkdir(exist_ok=True)
-    episode_figure(*episode).savefig(picture, dpi=150)
-    print(f"picture     {picture}")
+    Path("runs").mkdir(exist_ok=True)
+    episode_figure(*episode).savefig("runs/episode.png", dpi=150)
+    iio.imwrite("runs/classes.png", class_sheet(data))
+    print("pictures    runs/episode.png, runs/classes.png")
     return data
 
 

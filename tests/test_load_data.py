@@ -502,6 +502,7 @@ def test_command_line(run_script, tmp_path, work):
     result = run_script("load_data.py", "--dataset", "glyphs")
     assert result.returncode == 0, result.stderr
     assert "1100 classes" in result.stdout and (work / "runs" / "episode.png").stat().st_size > 5000
+    assert iio.imread(work / "runs" / "classes.png").shape == (560, 560)
     one_line_error(run_script("load_data.py", "--dataset", "folder", "--data_folder", tmp_path / "no"), "--data_folder")
 
 

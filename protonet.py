@@ -1,0 +1,322 @@
+"""Prototypical networks: a class is the mean of its embedded support images, a query the nearest class.
+
+Snell et al. 2017, "Prototypical networks for few-shot learning". A Conv4 embeds every image; the
+prototype of a class is the mean embedding of its support images; a softmax over the negative squared
+Euclidean distances to the prototypes labels the queries. Nothing is adapted at test time, and batch
+norm uses running averages, so no query influences another (non-transductive).
+
+    python protonet.py --num_classes 5 --num_shot 1            two minutes of training on two CPU cores
+    python protonet.py --smoke                                 a complete run in seconds
+    python protonet.py --test --checkpoint RUN_DIR --num_classes 20 --num_shot 5
+    python protonet.py --predict DIR --checkpoint RUN_DIR      label your own pictures: DIR/support/CLASS/*.png
+                                                               and DIR/query/*.png
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import experiment
+from backbone import Conv4, fast_dtype, prototypes
+from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
+from load_data import IMAGE_SUFFIXES, EpisodeSampler, episode_figure, load_dataset, read_image, resize
+
+# ---------------------------------------------------------------------------------- the method
+
+
+def squared_distances(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """||f - c||^2 for points f [B, M, D] and centres c [B, N, D] -> [B, M, N]."""
+    cross = points @ centres.transpose(1, 2)
+    return points.square().sum(-1, keepdim=True) - 2 * cross + centres.square().sum(-1)[:, None]
+
+
+def proto_logits(support: torch.Tensor, query: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Class scores of the queries (eq. 2): features [B, N*K, D] in class order and [B, M, D] -> [B, M, N]."""
+    return -squared_distances(query, prototypes(support, num_classes))
+
+
+def embed(encoder: nn.Module, images: torch.Tensor, dtype: torch.dtype, **norm) -> torch.Tensor:
+    """Features [B, n, D] in float32 of images [B, n, C, H, W]: all tasks in one call of the encoder."""
+    B, n = images.shape[:2]
+    flat = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        features = encoder(flat, **norm)
+    return features.float().view(B, n, -1)
+
+
+def episode_loss(encoder: nn.Module, episode, num_classes: int, dtype: torch.dtype) -> torch.Tensor:
+    """Cross entropy of the queries given the support set; batch norm sees the whole meta-batch.
+
+    When support and query have the same size they also change places: the same features give twice
+    as many questions.
+    """
+    support, support_labels, query, query_labels = episode
+    n = support.shape[1]
+    features = embed(encoder, torch.cat([support, query], dim=1), dtype, norm="batch", momentum=0.1)
+    support, query = features[:, :n], features[:, n:]
+    loss = F.cross_entropy(proto_logits(support, query, num_classes).flatten(0, 1), query_labels.flatten())
+    if support.shape == query.shape:
+        order = query_labels.argsort(dim=1, stable=True)  # queries in class order, to serve as support
+        query = query.gather(1, order[..., None].expand_as(query))
+        swapped = proto_logits(query, support, num_classes).flatten(0, 1)
+        loss = (loss + F.cross_entropy(swapped, support_labels.flatten())) / 2
+    return loss
+
+
+@torch.no_grad()
+def evaluate(encoder: nn.Module, sampler: EpisodeSampler, num_tasks: int, dtype: torch.dtype, norm: str = "running"):
+    """Accuracy of each of the first `num_tasks` tasks of the sampler's stream [num_tasks], and the mean loss.
+
+    norm="running" is non-transductive; norm="batch" normalises with the queries of one task at a time.
+    """
+    sampler.reset()
+    correct, losses = [], []
+    while (done := sum(map(len, correct))) < num_tasks:
+        support, _, query, labels = sampler.sample()
+        images = torch.cat([support, query], dim=1)
+        if norm == "batch":
+            features = torch.cat([embed(encoder, task[None], dtype, norm=norm) for task in images])
+        else:
+            features = embed(encoder, images, dtype, norm=norm)
+        n = support.shape[1]
+        logits = proto_logits(features[:, :n], features[:, n:], sampler.N)
+        losses.append(F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item())
+        right = (logits.argmax(dim=-1) == labels).float().mean(dim=1)
+        correct.append(right[: num_tasks - done].cpu())
+    return torch.cat(correct), sum(losses) / len(losses)
+
+
+# ---------------------------------------------------------------------------- your own pictures
+
+
+def prepare_drawing(image: torch.Tensor, ink: str, size: int) -> torch.Tensor:
+    """A photographed or drawn character [C, H, W] in 0..255 as the training images look: [1, size, size].
+
+    Grey; bright strokes on dark paper (`ink` says how it is now: dark, bright, or auto, which takes the
+    border for paper); contrast stretched; cut out around the ink, with a margin.
+    """
+    grey = image.float().mean(dim=0)
+    border = torch.cat([grey[0], grey[-1], grey[:, 0], grey[:, -1]]).median()
+    if ink == "auto":
+        ink = "dark" if border > grey.mean() else "bright"
+    level = (border - grey if ink == "dark" else grey - border).clamp(min=0)
+    level = level / level.max().clamp(min=1)
+    ys, xs = (level > 0.4).nonzero(as_tuple=True)
+    if len(ys) == 0:
+        return torch.zeros(1, size, size)
+    top, bottom, left, right = int(ys.min()), int(ys.max()) + 1, int(xs.min()), int(xs.max()) + 1
+    side = int(1.35 * max(bottom - top, right - left)) + 2
+    canvas = torch.zeros(side, side)
+    y, x = (side - (bottom - top)) // 2, (side - (right - left)) // 2
+    canvas[y : y + bottom - top, x : x + right - left] = level[top:bottom, left:right]
+    small = F.interpolate(canvas[None, None], size=(size, size), mode="bilinear", antialias=True)[0]
+    return (small / small.max()).clamp(0, 1)  # thin strokes lose contrast when they shrink
+
+
+def read_pictures(folder: Path, what: str) -> list[Path]:
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    if not files:
+        raise UserError(f"--predict: {what} {folder} has no pictures; put .png or .jpg files there")
+    return files
+
+
+def predict(args, encoder: nn.Module, channels: int, dtype: torch.dtype, device: torch.device) -> list[dict]:
+    """Label DIR/query/* by DIR/support/CLASS/*; prints a table, writes predictions.csv and .png."""
+    root = Path(args.predict)
+    for part in ("support", "query"):
+        if not (root / part).is_dir():
+            raise UserError(f"--predict: {root / part} is missing; DIR holds support/CLASS/*.png and query/*.png")
+    classes = sorted(p for p in (root / "support").iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(classes) < 2:
+        raise UserError(f"--predict: {root / 'support'} has {len(classes)} class folders; it takes two or more")
+
+    def load(path: Path) -> torch.Tensor:
+        image = torch.from_numpy(read_image(path, str(path)))
+        if channels == 1:
+            return prepare_drawing(image, args.ink, args.image_size)
+        small = resize(image.expand(channels, -1, -1)[None].numpy(), args.image_size)
+        return torch.from_numpy(small)[0].float() / 255
+
+    support = [(i, load(file)) for i, c in enumerate(classes) for file in read_pictures(c, "class")]
+    files = read_pictures(root / "query", "folder")
+    query = torch.stack([load(file) for file in files]).to(device)
+    labels = torch.tensor([i for i, _ in support], device=device)
+    with torch.no_grad():
+        features = embed(encoder, torch.stack([image for _, image in support]).to(device)[None], dtype)[0]
+        one_hot = F.one_hot(labels, len(classes)).float()
+        centres = (one_hot.T @ features) / one_hot.sum(dim=0)[:, None]  # classes may differ in size
+        logits = -squared_distances(embed(encoder, query[None], dtype), centres[None])[0]
+    probability, guess = logits.softmax(dim=-1).max(dim=-1)
+    rows = [
+        {"file": file.name, "predicted_class": classes[int(g)].name, "probability": round(float(p), 4)}
+        for file, g, p in zip(files, guess, probability, strict=True)
+    ]
+    width = max(len(row["file"]) for row in rows) + 2
+    for row in rows:
+        print(f"{row['file']:{width}}{row['predicted_class']:24}{row['probability']:.3f}")
+    folder = Path(args.checkpoint)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    experiment.write_atomically(folder / "predictions.csv", lambda out: out.write(text.getvalue().encode()))
+    figure = prediction_figure(support, classes, query.cpu(), rows)
+    experiment.write_atomically(folder / "predictions.png", lambda out: figure.savefig(out, dpi=120, format="png"))
+    print(f"written: {folder / 'predictions.csv'}, {folder / 'predictions.png'}")
+    return rows
+
+
+def prediction_figure(support, classes, query, rows):
+    """One row a class: its first support image, then the queries it was chosen for."""
+    from matplotlib.figure import Figure
+
+    members = [[j for j, row in enumerate(rows) if row["predicted_class"] == c.name][:8] for c in classes]
+    columns = 1 + max(1, *map(len, members))
+    figure = Figure(figsize=(1.3 * columns, 1.45 * len(classes)), layout="constrained")
+    axes = figure.subplots(len(classes), columns, squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+
+    def show(ax, image, title):
+        image = image.permute(1, 2, 0).numpy()
+        ax.imshow(1 - image if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
+        ax.set_title(title, fontsize=8, parse_math=False)
+
+    for i, c in enumerate(classes):
+        show(axes[i, 0], next(image for label, image in support if label == i), f"class {c.name[:14]}")
+        for column, j in enumerate(members[i], start=1):
+            show(axes[i, column], query[j], f"{rows[j]['file'][:14]} {rows[j]['probability']:.2f}")
+    return figure
+
+
+# ------------------------------------------------------------------------------------ the script
+
+
+def parse_args(argv=None):
+    """The flags; combinations that cannot work are refused here."""
+    parser, groups = experiment.make_parser(
+        __doc__, meta_batch_size=1, train_steps=1600, eval_freq=100, rotations=True, num_val_tasks=600
+    )
+    parser.prog = "protonet.py"
+    add = groups["data"].add_argument
+    add("--train_classes", type=whole(2), default=60, help="classes in a training task; the paper: 60")
+    add("--train_shot", type=whole(1), default=1, help="support images of each class in training")
+    add("--train_query", type=whole(1), default=1, help="query images of each class in training")
+    add("--jitter", type=number(0, 1), default=0.1, help="random turn (radians), size and slant of training images")
+    add("--within_alphabet", action="store_true", help="test tasks of characters of one alphabet (Lake et al.)")
+    add("--predict", metavar="DIR", help="label DIR/query/* by DIR/support/CLASS/*, with --checkpoint")
+    add("--ink", choices=["auto", "dark", "bright"], default="auto", help="for --predict: strokes against the paper")
+    add = groups["model"].add_argument
+    add("--width", type=whole(1), default=64, help="filters of each convolution")
+    add = groups["optimisation"].add_argument
+    add("--learning_rate", type=number(above=True), default=3e-3, help="of AdamW, at its peak")
+    add("--weight_decay", type=number(), default=0.01, help="of AdamW")
+    smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "train_classes": 10,
+             "width": 16}  # fmt: skip
+    args = experiment.parse(parser, argv, smoke, fixed=("width", "image_size"))
+    if args.predict and not args.checkpoint:
+        raise UserError("--predict needs --checkpoint RUN_DIR, the trained run")
+    return args
+
+
+def main(argv=None) -> dict | list[dict]:
+    args = parse_args(argv)
+    device = experiment.setup(args)
+    dtype = fast_dtype(args.dtype, device)
+    if args.predict:
+        weight = experiment.load_checkpoint(Path(args.checkpoint) / "best.pt")["model"]["weight0"]
+        encoder = Conv4(weight.shape[1], args.width, args.image_size).to(device)
+        experiment.load_best(args.checkpoint, encoder)
+        return predict(args, encoder, weight.shape[1], dtype, device)
+
+    dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
+    encoder = Conv4(dataset.images.shape[1], args.width, args.image_size)
+    encoder = encoder.to(device, memory_format=torch.channels_last)
+
+    def tasks(part: str, seed: int) -> EpisodeSampler:
+        B = max(1, 2000 // (args.num_classes * (args.num_shot + args.num_query)))  # about 2000 images a call
+        N, K, Q = args.num_classes, args.num_shot, args.num_query
+        return EpisodeSampler(dataset, part, N, K, Q, B, seed, device, within_alphabet=args.within_alphabet)
+
+    test = tasks("test", TEST_SEED)
+    if args.test:
+        step = experiment.load_best(args.checkpoint, encoder)
+        metrics = {"best_step": step} | test_report(args, encoder, test, dtype, device)
+        return experiment.report(args, "protonet", dataset.name, metrics)
+
+    val = tasks("val", VAL_SEED)
+    N = args.train_classes
+    train = EpisodeSampler(
+        dataset, "train", N, args.train_shot, args.train_query, args.meta_batch_size, args.random_seed, device,
+        rotations=args.rotations, jitter=args.jitter, shard=experiment.shard(),
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(encoder.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.learning_rate, total_steps=args.train_steps + 1, pct_start=0.2
+    )
+    run = Run(args, "protonet", dataset.name)
+    run.track(model=encoder, optimizer=optimizer, schedule=schedule, sampler=train)
+    for _ in run.steps():
+        loss = episode_loss(encoder, train.sample(), N, dtype)
+        optimizer.zero_grad()
+        loss.backward()
+        experiment.average_gradients(encoder)
+        optimizer.step()
+        schedule.step()
+        run.record(loss)
+        if run.time_to_evaluate():
+            with run.clock_stopped():
+                val_accuracy, val_loss = evaluate(encoder, val, args.num_val_tasks, dtype)
+                # The curve on the test classes is for plots; nothing is decided by it.
+                test_accuracy, test_loss = evaluate(encoder, test, args.num_val_tasks // 4, dtype)
+            val_accuracy, test_accuracy = val_accuracy.mean().item(), test_accuracy.mean().item()
+            run.evaluated(val_accuracy, {
+                "Loss/val": val_loss, "Accuracy/val": val_accuracy,
+                "Loss/test": test_loss, "Accuracy/test": test_accuracy,
+            })  # fmt: skip
+    run.load_best(encoder)
+    log_episode(run, encoder, test, dtype)
+    return run.finish(test_report(args, encoder, test, dtype, device))
+
+
+def test_report(args, encoder: nn.Module, test: EpisodeSampler, dtype: torch.dtype, device: torch.device) -> dict:
+    """Accuracy on the fixed test tasks: non-transductive, and beside it with the task's own batch norm."""
+    accuracy, ci95 = experiment.mean_and_ci95(evaluate(encoder, test, args.num_test_tasks, dtype)[0])
+    some = min(args.num_test_tasks, 600)
+    transductive, transductive_ci95 = experiment.mean_and_ci95(evaluate(encoder, test, some, dtype, norm="batch")[0])
+    return {
+        "test_accuracy": accuracy, "ci95": ci95, "num_test_tasks": args.num_test_tasks,
+        "batch_norm": "running", "test_accuracy_transductive": transductive, "ci95_transductive": transductive_ci95,
+        "within_alphabet": args.within_alphabet, "dtype": str(dtype).removeprefix("torch."),
+        "device": experiment.device_name(device), "parameters": sum(p.numel() for p in encoder.parameters()),
+    }  # fmt: skip
+
+
+def log_episode(run: Run, encoder: nn.Module, test: EpisodeSampler, dtype: torch.dtype) -> None:
+    """Send one test episode to TensorBoard: a picture with predictions, and its embedding for the projector."""
+    if not run.writes:
+        return
+    test.reset()
+    support, support_labels, query, query_labels = (x[:1] for x in test.sample())
+    with torch.no_grad():
+        features = embed(encoder, torch.cat([support, query], dim=1), dtype)
+    n = support.shape[1]
+    guesses = proto_logits(features[:, :n], features[:, n:], test.N)[0].argmax(dim=-1)
+    shown = 3 * test.N
+    figure = episode_figure(
+        support[0], support_labels[0], query[0, :shown], query_labels[0, :shown], guesses[:shown]
+    )
+    run.writer.add_figure("episode", figure, run.step)
+    names = [f"support {y}" for y in support_labels[0].tolist()] + [f"query {y}" for y in query_labels[0].tolist()]
+    images = 1 - torch.cat([support, query], dim=1)[0]
+    run.writer.add_embedding(features[0], names, images, run.step, "episode")
+
+
+if __name__ == "__main__":
+    experiment.run_script(main)
