@@ -158,7 +158,7 @@ def our_step(model: MANN, optimizer, images: torch.Tensor, labels: torch.Tensor,
     """The step of hw1.py's train loop."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         preds = model(images, labels)
-    loss = model.loss_function(preds, labels)
+    loss = model.loss_function(preds.float() if dtype == "bfloat16" else preds, labels)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

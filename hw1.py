@@ -57,6 +57,8 @@ class MANN(nn.Module):
         self.num_classes, self.samples_per_class = num_classes, samples_per_class
         self.encoder = Conv4(dim_input // 784, strided=True) if encoder == "conv" else None
         features = self.encoder.out_features if self.encoder else dim_input
+        # Averaged over space, the features of all images are alike at first; this brings out the difference.
+        self.standardise = nn.BatchNorm1d(features, affine=False) if self.encoder else None
         last = num_classes if head == "recurrent" else hidden_dim
         sizes = [num_classes + features] + [hidden_dim] * (num_layers - 1) + [last]
         cell = CELLS[recurrent]
@@ -75,8 +77,9 @@ class MANN(nn.Module):
         if self.encoder is None:
             return images
         flat = images.reshape(-1, self.encoder.weight0.shape[1], 28, 28)
+        flat = flat.contiguous(memory_format=torch.channels_last)
         norm = "batch" if self.training else "running"
-        return self.encoder(flat, norm=norm, momentum=0.1).view(*images.shape[:-1], -1)
+        return self.standardise(self.encoder(flat, norm=norm, momentum=0.1)).view(*images.shape[:-1], -1)
 
     def read(self, sequence: torch.Tensor, states: list | None = None) -> tuple[torch.Tensor, list]:
         """Run the recurrent layers over [B, T, D + N]; returns logits [B, T, N] and the final states."""
@@ -120,7 +123,7 @@ class MANN(nn.Module):
 
     def loss_function(self, preds: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross entropy of the N queries of each task; preds and labels are [B, K+1, N, N]."""
-        return F.cross_entropy(preds[:, -1].flatten(0, 1).float(), labels[:, -1].flatten(0, 1).argmax(dim=-1))
+        return F.cross_entropy(preds[:, -1].flatten(0, 1), labels[:, -1].flatten(0, 1).argmax(dim=-1))
 
 
 @torch.no_grad()
@@ -212,7 +215,7 @@ def main(argv=None) -> dict:
     model = MANN(
         args.num_classes, args.num_shot + 1, args.hidden_dim, args.recurrent, args.num_layers, args.head,
         args.logit_scale, args.forget_bias, args.encoder, dim_input=dataset.images[0].size,
-    ).to(device)  # fmt: skip
+    ).to(device, memory_format=torch.channels_last)  # fmt: skip
     if args.test:
         step = experiment.load_best(args.checkpoint, model)
         metrics = {"best_step": step} | test_report(args, model, test, device)
@@ -229,7 +232,7 @@ def main(argv=None) -> dict:
         images, labels = train.sample_rows()  # [B, K+1, N, 784], [B, K+1, N, N]
         with experiment.autocast(args, device):
             preds = model(images, labels)
-        loss = model.loss_function(preds, labels)
+        loss = model.loss_function(preds.float(), labels)
         optimizer.zero_grad()
         loss.backward()
         experiment.average_gradients(model)

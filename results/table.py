@@ -1,0 +1,80 @@
+"""Write the tables of the README from the committed result files; nothing in them is typed by hand.
+
+    python results/table.py            rewrites README.md between its markers
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent
+README = RESULTS.parent / "README.md"
+# setting -> what the course or the slides report, and the best published figure where there is one
+MANN = {"K1N2": "above 90", "K2N2": "above 90", "K1N3": "about 80", "K1N4": "about 70", "conv_K1N5": "not tried"}
+
+
+def load(name: str) -> list[dict]:
+    """The metrics of all seeds of a setting, in the order of the seeds."""
+    return [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"{name}_seed*.json"))]
+
+
+def mean_of_seeds(runs: list[dict], key: str, ci: str) -> str:
+    """Mean over seeds in per cent, with the 95 % interval over their test tasks."""
+    values, halves = [100 * r[key] for r in runs], [100 * r[ci] for r in runs]
+    half = math.sqrt(sum(h * h for h in halves)) / len(runs)
+    return f"{sum(values) / len(values):.1f} ± {half:.1f}"
+
+
+def mann_table() -> str:
+    rows = ["| MANN, course split | course | ours | each seed | queries asked alone | minutes |", "|---" * 6 + "|"]
+    for setting, course in MANN.items():
+        runs = load(f"mann/{setting}")
+        if not runs:
+            continue
+        seeds = ", ".join(f"{100 * r['test_accuracy']:.1f}" for r in runs)
+        minutes = sum(r["train_seconds"] for r in runs) / len(runs) / 60
+        ours = mean_of_seeds(runs, "test_accuracy", "ci95")
+        alone = mean_of_seeds(runs, "test_accuracy_alone", "ci95_alone")
+        first = runs[0]
+        name = f"{first['K']}-shot {first['N']}-way" + (", conv encoder" if "conv" in setting else "")
+        rows.append(f"| {name} | {course} | {ours} | {seeds} | {alone} | {minutes:.0f} |")
+    runs = load("mann/K1N2")
+    return "\n".join(rows) + (
+        f"\n\nTest accuracy in per cent, mean of {len(runs)} seeds ± 95 % interval over "
+        f"{runs[0]['num_test_tasks']} fixed tasks each; minutes of training on one of two CPU cores, both busy. Command of the first row:\n"
+        f"`{runs[0]['command']}`."
+    )
+
+
+def memorisation_text() -> str:
+    (run,) = load("mann/memorisation")
+    return (
+        f"With `--fixed_labels` every training character keeps one label. The network then answers "
+        f"{100 * run['train_accuracy']:.1f} % of the training tasks right, and {100 * run['test_accuracy']:.1f} ± "
+        f"{100 * run['ci95']:.1f} % of the tasks with new characters, where guessing gives {100 / run['N']:.1f} %: it "
+        f"has memorised the characters and has not learned to learn.\n`{run['command']}`"
+    )
+
+
+def speed_table() -> str:
+    rows = ["| what | contestant | ms | ratio |", "|---|---|---|---|"]
+    for race in json.loads((RESULTS / "speed.json").read_text()):
+        for name, value in race.items():
+            if isinstance(value, dict):
+                rows.append(f"| {race['title']} | {name} | {value['ms']:.2f} | {value['ratio']:.2f}x |")
+    return "\n".join(rows)
+
+
+def render(text: str) -> str:
+    """README text with everything between its markers written anew."""
+    for name, table in (("results", mann_table), ("memorisation", memorisation_text), ("speed", speed_table)):
+        pattern = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        text = pattern.sub(lambda m, table=table: m[1] + table() + m[2], text)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(render(README.read_text()))

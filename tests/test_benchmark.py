@@ -1,0 +1,32 @@
+"""The plain references of benchmark.py compute what the fast paths compute."""
+
+import torch
+from conftest import known_dataset
+
+from benchmark import CourseMANN, ListSampler, course_step, our_step
+from hw1 import MANN
+
+
+def test_course_network_and_ours_are_the_same_function():
+    torch.manual_seed(0)
+    ours, course = MANN(4, 2, 16).double(), CourseMANN(4, 16).double()
+    course.layer1.load_state_dict(ours.layers[0].state_dict())
+    course.layer2.load_state_dict(ours.layers[1].state_dict())
+    images = torch.rand(3, 2, 4, 784, dtype=torch.float64)
+    labels = torch.eye(4, dtype=torch.float64).expand(3, 2, 4, 4).clone()
+    assert torch.allclose(ours(images, labels), course(images, labels), atol=1e-14)
+    # One step of plain Adam and one of ours, which runs fused, end at the same parameters.
+    course_step(course, torch.optim.Adam(course.parameters(), 1e-3), images, labels)
+    our_step(ours, torch.optim.Adam(ours.parameters(), 1e-3, fused=True), images, labels, "float32")
+    for a, b in zip(ours.parameters(), course.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-8)
+
+
+def test_list_sampler_draws_proper_episodes(tmp_path):
+    sampler = ListSampler(known_dataset(), "train", 4, 2, 0, tmp_path)
+    images, labels = sampler.sample(50)
+    assert images.shape == (50, 3, 4, 784) and labels.shape == (50, 3, 4, 4)
+    classes = (images[..., 0] * 255).round().long()
+    assert torch.equal(labels[:, :2], torch.eye(4).expand(50, 2, 4, 4))
+    assert torch.equal(classes[:, 0].gather(1, labels[:, 2].argmax(-1)), classes[:, 2])
+    assert (labels[:, 2].argmax(-1) != torch.arange(4)).any()  # queries are shuffled

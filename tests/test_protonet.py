@@ -1,0 +1,212 @@
+"""Prototypical networks: hand-computed probabilities, independence of queries, prediction on pictures."""
+
+import csv
+import json
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from conftest import known_dataset, one_line_error
+from torch import nn
+
+import load_data
+import protonet
+from backbone import Conv4, prototypes
+from load_data import EpisodeSampler
+from protonet import embed, episode_loss, evaluate, proto_logits, squared_distances
+
+SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]
+
+
+def test_hand_made_points_give_hand_computed_probabilities():
+    # Two classes in the plane with prototypes (0, 1) and (4, 1); the query (1, 1) is at distances 1 and 9.
+    support = torch.tensor([[[0.0, 0.0], [0.0, 2.0], [4.0, 0.0], [4.0, 2.0]]])
+    query = torch.tensor([[[1.0, 1.0], [2.0, 5.0]]])
+    assert torch.equal(prototypes(support, 2), torch.tensor([[[0.0, 1.0], [4.0, 1.0]]]))
+    logits = proto_logits(support, query, 2)
+    assert torch.equal(logits, torch.tensor([[[-1.0, -9.0], [-20.0, -20.0]]]))
+    first = 1 / (1 + np.exp(-8.0))
+    assert logits.softmax(-1)[0].tolist() == [[pytest.approx(first), pytest.approx(1 - first)], [0.5, 0.5]]
+
+
+def test_distance_equals_the_definition_and_the_linear_form():
+    f, c = torch.randn(2, 7, 5, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)
+    distances = (f[:, :, None] - c[:, None]).square().sum(-1)
+    assert torch.allclose(squared_distances(f, c), distances, atol=1e-12)
+    linear = 2 * f @ c.transpose(1, 2) - c.square().sum(-1)[:, None]  # up to ||f||^2, the same for all classes
+    assert torch.allclose(-distances, linear - f.square().sum(-1, keepdim=True), atol=1e-12)
+    assert torch.allclose((-distances).softmax(-1), linear.softmax(-1), atol=1e-12)
+
+
+def test_permuting_the_classes_permutes_the_predictions():
+    support, query = torch.randn(1, 4, 3, 5, dtype=torch.float64), torch.randn(1, 6, 5, dtype=torch.float64)
+    order = torch.tensor([2, 0, 3, 1])
+    logits = proto_logits(support.flatten(1, 2), query, 4)
+    assert torch.allclose(proto_logits(support[:, order].flatten(1, 2), query, 4), logits[..., order], atol=1e-12)
+
+
+def test_queries_influence_each_other_only_in_the_transductive_mode():
+    torch.manual_seed(0)
+    encoder = Conv4(width=8)
+    images = torch.rand(1, 8, 1, 28, 28)
+    changed = images.clone()
+    changed[:, 7] = 1 - changed[:, 7]
+    for norm, same in (("running", True), ("batch", False)):
+        a, b = (embed(encoder, x, torch.float32, norm=norm)[:, :7] for x in (images, changed))
+        assert torch.allclose(a, b, atol=1e-6) == same, norm
+
+
+class Corner(nn.Module):
+    """An encoder that reads the class off the images of `known_dataset`, as a one-hot vector times 9."""
+
+    def forward(self, images, norm="running", momentum=0.0):
+        return 9 * torch.nn.functional.one_hot((images[:, 0, 0, 0] * 255).round().long(), 30).float()
+
+
+@pytest.mark.parametrize("K, Q", [(1, 1), (2, 2), (5, 3)])
+def test_a_perfect_encoder_scores_one_and_has_no_loss(K, Q):
+    sampler = EpisodeSampler(known_dataset(), "test", 6, K, Q, 4, seed=1)
+    accuracy, loss = evaluate(Corner(), sampler, 10, torch.float32)
+    assert accuracy.tolist() == [1.0] * 10 and loss < 1e-6
+    assert episode_loss(Corner(), sampler.sample(), 6, torch.float32) < 1e-6  # also with swapped roles
+
+
+def test_swapped_roles_equal_the_swapped_task():
+    torch.manual_seed(0)
+    encoder = Conv4(width=8).double()
+    support, labels, query, query_labels = EpisodeSampler(known_dataset(), "train", 5, 1, 1, 2, seed=3).sample()
+    support, query = support.double(), query.double()
+    loss = episode_loss(encoder, (support, labels, query, query_labels), 5, torch.float32)
+    in_order = query_labels.argsort(1)
+    query_sorted = torch.stack([q[o] for q, o in zip(query, in_order, strict=True)])
+    features = encoder(torch.cat([support, query_sorted], 1).flatten(0, 1), norm="batch").float().view(2, 10, -1)
+    s, q = features[:, :5], features[:, 5:]
+    cross = lambda a, b: nn.functional.cross_entropy(proto_logits(a, b, 5).flatten(0, 1), labels.flatten())
+    both = [cross(s, q), cross(q, s)]
+    assert torch.allclose(loss, sum(both) / 2, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(work, tmp_path_factory):
+    """A small network trained on the glyphs for some seconds."""
+    folder = tmp_path_factory.mktemp("proto")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        metrics = protonet.main([
+            *SMOKE, "--width", "32", "--train_steps", "120", "--eval_freq", "60", "--train_classes", "30",
+            "--num_test_tasks", "60", "--log_dir", str(folder), "--run_name", "small",
+        ])  # fmt: skip
+    return folder / "small", metrics
+
+
+def test_training_learns(trained):
+    folder, metrics = trained
+    assert metrics["test_accuracy"] > 0.85 and metrics["batch_norm"] == "running"
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+
+
+def test_evaluation_at_other_n_and_k(trained):
+    folder, metrics = trained
+    base = ["--test", "--checkpoint", str(folder), "--num_test_tasks", "40"]
+    one = protonet.main([*base, "--num_classes", "20"])
+    five = protonet.main([*base, "--num_classes", "20", "--num_shot", "5"])
+    assert one["N"] == 20 and one["test_accuracy"] < metrics["test_accuracy"] < 1
+    assert five["K"] == 5 and five["test_accuracy"] > one["test_accuracy"]
+    assert protonet.main([*base, "--within_alphabet", "--split", "lake"])["within_alphabet"]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--train_shot", "2", "--train_query", "3", "--jitter", "0", "--no-rotations", "--meta_batch_size", "2"],
+    ["--dtype", "float32", "--learning_rate", "1e-2", "--weight_decay", "0", "--split", "lake", "--image_size", "32"],
+    ["--dtype", "bfloat16", "--num_query", "3", "--num_shot", "2", "--patience", "1", "--within_alphabet"],
+])  # fmt: skip
+def test_every_flag_in_a_smoke_run(flags, tmp_path):
+    metrics = protonet.main([*SMOKE, "--log_dir", str(tmp_path), *flags])
+    assert 0.2 < metrics["test_accuracy"] <= 1
+
+
+def photograph(character, size, ink, paper, noise=0):
+    """A glyph [28, 28] (1 is ink) as a picture: enlarged, off-centre, in colours, with noise."""
+    big = load_data.resize((character * 255).astype(np.uint8)[None, None], size)[0, 0][..., None] / 255
+    canvas = np.zeros((size + size // 2, size * 2, 1))
+    canvas[size // 4 : size // 4 + size, size // 2 : size // 2 + size] = big
+    picture = canvas * np.array(ink) + (1 - canvas) * np.array(paper)
+    picture = picture + np.random.default_rng(0).normal(0, noise, picture.shape)
+    return picture.clip(0, 255).round().astype(np.uint8)
+
+
+STYLES = [
+    {"size": 60, "ink": (0, 0, 0), "paper": (255, 255, 255)},
+    {"size": 150, "ink": (40, 40, 160), "paper": (235, 225, 200), "noise": 6},  # blue ink on yellowish paper
+    {"size": 90, "ink": (250, 250, 250), "paper": (20, 60, 20)},  # chalk on a board
+    {"size": 40, "ink": (90, 20, 20), "paper": (200, 200, 200), "noise": 3},
+]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """support/<class>/* and query/* of five glyphs of the test split, in several styles and sizes."""
+    data = load_data.load_dataset("glyphs")
+    rng = np.random.default_rng(3)
+    classes = rng.choice(data.splits["test"], 5, replace=False)
+    for n, c in enumerate(classes):
+        drawings = data.images[data.starts[c] : data.starts[c] + 20, 0] / 255
+        folder = tmp_path / "support" / f"letter {n}"
+        folder.mkdir(parents=True)
+        for i in range(1 + n % 3):  # one or more each
+            iio.imwrite(folder / f"{i}.png", photograph(drawings[i], **STYLES[(n + i) % 4]))
+        (tmp_path / "query").mkdir(exist_ok=True)
+        for i, style in enumerate(STYLES):
+            suffix = ("png", "jpg")[i % 2]
+            iio.imwrite(tmp_path / "query" / f"letter {n} style {i}.{suffix}", photograph(drawings[10 + i], **style))
+    return tmp_path
+
+
+def test_predict_labels_pictures_of_any_look(trained, pictures, capsys):
+    folder, _ = trained
+    rows = protonet.main(["--predict", str(pictures), "--checkpoint", str(folder)])
+    assert len(rows) == 20
+    right = sum(row["file"].startswith(row["predicted_class"]) for row in rows)
+    assert right >= 18, rows
+    with open(folder / "predictions.csv") as file:
+        assert [row["predicted_class"] for row in csv.DictReader(file)] == [row["predicted_class"] for row in rows]
+    assert iio.imread(folder / "predictions.png").shape[0] > 300
+    assert "letter 0 style 0.png" in capsys.readouterr().out
+    assert {p.name for p in pictures.iterdir()} == {"support", "query"}  # nothing is written into DIR
+
+
+def test_ink_flag(trained, pictures):
+    inverted = [255 - load_data.read_image(p, "")[0] for p in sorted((pictures / "query").glob("*style 0.png"))]
+    for image in inverted:
+        dark = protonet.prepare_drawing(torch.from_numpy(255 - image[None]), "dark", 28)
+        assert torch.allclose(protonet.prepare_drawing(torch.from_numpy(image[None]), "bright", 28), dark, atol=1e-5)
+        assert torch.allclose(protonet.prepare_drawing(torch.from_numpy(image[None]), "auto", 28), dark, atol=1e-5)
+    blank = protonet.prepare_drawing(torch.full((3, 40, 40), 200, dtype=torch.uint8), "auto", 28)
+    assert blank.shape == (1, 28, 28) and not blank.any()
+
+
+def test_bad_folders_get_one_line(trained, pictures, tmp_path, run_script, capsys):
+    folder, _ = trained
+
+    def refused(*words):
+        with pytest.raises(SystemExit) as stop:
+            protonet.experiment.run_script(
+                lambda: protonet.main(["--predict", str(pictures), "--checkpoint", str(folder)])
+            )
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and all(word in err for word in words), err
+
+    (pictures / "query" / "bad.png").write_text("not a picture")
+    refused("cannot read the image", "bad.png")
+    (pictures / "query" / "bad.png").unlink()
+    (pictures / "support" / "empty").mkdir()
+    refused("empty", "has no pictures")
+    for p in list((pictures / "support").iterdir()):
+        if p.name != "letter 0":
+            p.rename(tmp_path / f"moved {p.name}")
+    refused("has 1 class folders")
+    (pictures / "support").rename(pictures / "elsewhere")
+    refused("support is missing")
+    one_line_error(run_script("protonet.py", "--predict", pictures), "--predict needs --checkpoint")
+    one_line_error(run_script("protonet.py", "--predict", pictures, "--checkpoint", tmp_path), "not a run folder")
