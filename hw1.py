@@ -20,7 +20,7 @@ from torch import nn
 import experiment
 from backbone import Conv4
 from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
-from load_data import EpisodeSampler, episode_figure, load_dataset
+from load_data import EpisodeSampler, draw_distinct, episode_figure, load_dataset
 
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
@@ -96,9 +96,13 @@ class MANN(nn.Module):
         input_images [B, K+1, N, 784], input_labels one-hot [B, K+1, N, N] -> [B, K+1, N, N]. The
         labels of the last row, the queries, are replaced by zeros; the inputs are not modified.
         """
-        B, rows, N, _ = input_images.shape
+        return self.classify(self.encode(input_images), input_labels)
+
+    def classify(self, features: torch.Tensor, input_labels: torch.Tensor) -> torch.Tensor:
+        """`forward` for encoded images [B, K+1, N, D]."""
+        B, rows, N, _ = features.shape
         labels = torch.cat([input_labels[:, :-1], torch.zeros_like(input_labels[:, -1:])], dim=1)
-        pairs = torch.cat([self.encode(input_images), labels], dim=-1)  # [B, K+1, N, D + N]
+        pairs = torch.cat([features, labels], dim=-1)  # [B, K+1, N, D + N]
         logits, _ = self.read(pairs.flatten(1, 2))  # [B, (K+1) * N, N]
         return logits.view(B, rows, N, N)
 
@@ -124,6 +128,23 @@ class MANN(nn.Module):
     def loss_function(self, preds: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross entropy of the N queries of each task; preds and labels are [B, K+1, N, N]."""
         return F.cross_entropy(preds[:, -1].flatten(0, 1), labels[:, -1].flatten(0, 1).argmax(dim=-1))
+
+
+def deal_tasks(features: torch.Tensor, labels: torch.Tensor, B: int, N: int, g: torch.Generator):
+    """Deal B tasks of N classes from one large episode, so that each of its images is encoded only once.
+
+    features [1, K+1, P, D] and one-hot labels [1, K+1, P, P] of P classes -> [B, K+1, N, D], [B, K+1, N, N].
+    """
+    in_order = labels[0].argmax(dim=-1).argsort(dim=-1)  # [K+1, P]: the query row is shuffled
+    classes = draw_distinct(B, features.shape[2], N, g)  # [B, N]
+    order = torch.rand(B, N, generator=g, device=g.device).argsort(dim=1)  # of the queries
+    columns = classes.unsqueeze(1).repeat(1, features.shape[1], 1)  # [B, K+1, N]
+    columns[:, -1] = classes.gather(1, order)
+    places = in_order.expand(B, -1, -1).gather(2, columns)
+    rows = torch.arange(features.shape[1], device=g.device)[:, None]
+    one_hot = torch.eye(N, device=g.device).repeat(B, features.shape[1], 1, 1)
+    one_hot[:, -1] = one_hot[:, 0].gather(1, order[..., None].expand(-1, -1, N))
+    return features[0][rows, places], one_hot
 
 
 @torch.no_grad()
@@ -184,6 +205,8 @@ def parse_args(argv=None):
     add = groups["optimisation"].add_argument
     add("--learning_rate", type=number(above=True), default=4e-3, help="of Adam, at its peak; the course: 1e-3")
     add("--schedule", choices=["constant", "linear"], default="linear", help="linear: falls to 0 over the second half")
+    add("--shared_classes", type=whole(0), default=0, metavar="P",
+        help="deal the tasks of a step from the images of P classes, each encoded once; 0: no")  # fmt: skip
     add("--clip", type=number(), default=1.0, help="largest norm of the gradient; 0: no limit, as in the course")
     add = groups["data"].add_argument
     add("--num_workers", type=whole(0), default=0, help="kept for the course's commands: episodes need no workers here")
@@ -196,6 +219,8 @@ def parse_args(argv=None):
     args = experiment.parse(parser, argv, smoke, fixed=shapes)
     if args.num_query != 1:
         raise UserError(f"--num_query {args.num_query}: the sequence has one query of each class; drop the flag")
+    if args.shared_classes and args.shared_classes < args.num_classes:
+        raise UserError(f"--shared_classes {args.shared_classes} is less than --num_classes {args.num_classes}")
     if args.encoder == "conv" and args.image_size != 28:
         raise UserError(f"--encoder conv reads 28x28 images; drop --image_size {args.image_size}")
     return args
@@ -206,10 +231,11 @@ def main(argv=None) -> dict:
     device = experiment.setup(args)
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
 
-    def sampler(part: str, seed: int, B: int, **options) -> EpisodeSampler:
-        return EpisodeSampler(dataset, part, args.num_classes, args.num_shot, 1, B, seed, device, **options)
+    def sampler(part: str, seed: int, B: int, num_classes: int = args.num_classes, **options) -> EpisodeSampler:
+        return EpisodeSampler(dataset, part, num_classes, args.num_shot, 1, B, seed, device, **options)
 
-    train = sampler("train", args.random_seed, args.meta_batch_size, rotations=args.rotations,
+    B, N, P = args.meta_batch_size, args.num_classes, args.shared_classes
+    train = sampler("train", args.random_seed, 1 if P else B, num_classes=P or N, rotations=args.rotations,
                     fixed_labels=args.fixed_labels, jitter=args.jitter, shard=experiment.shard())  # fmt: skip
     val, test = sampler("val", VAL_SEED, 200), sampler("test", TEST_SEED, 200)
     model = MANN(
@@ -229,9 +255,12 @@ def main(argv=None) -> dict:
     run = Run(args, "hw1", dataset.name)
     run.track(model=model, optimizer=optimizer, schedule=schedule, sampler=train)
     for _ in run.steps():
-        images, labels = train.sample_rows()  # [B, K+1, N, 784], [B, K+1, N, N]
+        images, labels = train.sample_rows()  # [B, K+1, N, 784], [B, K+1, N, N]; or one task of P classes
         with experiment.autocast(args, device):
-            preds = model(images, labels)
+            features = model.encode(images)
+            if P:
+                features, labels = deal_tasks(features, labels, B, N, train.generator)
+            preds = model.classify(features, labels)
         loss = model.loss_function(preds.float(), labels)
         optimizer.zero_grad()
         loss.backward()

@@ -44,7 +44,8 @@ def mann_table() -> str:
     runs = load("mann/K1N2")
     return "\n".join(rows) + (
         f"\n\nTest accuracy in per cent, mean of {len(runs)} seeds ± 95 % interval over "
-        f"{runs[0]['num_test_tasks']} fixed tasks each; minutes of training on one of two CPU cores, both busy. Command of the first row:\n"
+        f"{runs[0]['num_test_tasks']} fixed tasks each; minutes of training on one of two CPU cores, both busy. "
+        "Command of the first row:\n"
         f"`{runs[0]['command']}`."
     )
 

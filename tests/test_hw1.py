@@ -122,6 +122,23 @@ def test_untrained_or_label_blind_model_scores_one_in_n(N, blind):
     assert abs(accuracy.mean().item() - 1 / N) < 5 * sigma
 
 
+def test_dealt_tasks_are_proper_episodes():
+    images, labels = EpisodeSampler(known_dataset(), "train", 12, 2, 1, 1, seed=5).sample_rows()
+    B, N = 3000, 4
+    dealt, one_hot = hw1.deal_tasks(images, labels, B, N, torch.Generator().manual_seed(1))
+    assert dealt.shape == (B, 3, N, 784) and one_hot.shape == (B, 3, N, N)
+    assert torch.equal(one_hot[:, :2], torch.eye(N).expand(B, 2, N, N))
+    classes, drawings = ((dealt[..., i] * 255).round().long() for i in (0, 1))
+    assert torch.equal(classes[:, 0], classes[:, 1]) and (drawings[:, 0] != drawings[:, 1]).all()
+    assert torch.equal(classes[:, 0].gather(1, one_hot[:, 2].argmax(-1)), classes[:, 2])
+    assert (classes[:, 0].sort(1).values.diff(dim=1) > 0).all()
+    counts = classes[:, 0].flatten().bincount()
+    counts = counts[counts > 0]
+    assert len(counts) == 12 and (counts - B * N / 12).abs().max() < 5 * math.sqrt(B * N / 12)
+    order = one_hot[:, 2].argmax(-1)[:, 0].bincount()
+    assert (order - B / N).abs().max() < 5 * math.sqrt(B / N)
+
+
 def test_evaluate_is_the_mean_over_the_fixed_tasks():
     sampler = EpisodeSampler(known_dataset(), "test", 3, 1, 1, 64, seed=9)
     model = MANN(3, 2, 8)
@@ -192,7 +209,7 @@ def test_smoke_run_leaves_a_complete_run_folder(tmp_path, monkeypatch, capsys):
     ["--recurrent", "rnn", "--head", "recurrent", "--logit_scale", "1", "--forget_bias", "0",
      "--schedule", "constant", "--clip", "0"],
     ["--encoder", "conv", "--meta_batch_size", "2", "--train_steps", "2", "--eval_freq", "2", "--num_test_tasks", "8",
-     "--num_val_tasks", "8", "--jitter", "0.2"],
+     "--num_val_tasks", "8", "--jitter", "0.2", "--shared_classes", "9"],
     ["--fixed_labels", "--no-rotations", "--split", "lake", "--num_shot", "2", "--random_seed", "7"],
     ["--learning_rate", "1e-5", "--patience", "1", "--num_workers", "4", "--image_caching", "False"],
     ["--dtype", "bfloat16", "--num_query", "1", "--image_size", "32", "--num_test_tasks", "10"],
@@ -298,6 +315,7 @@ BAD_FLAGS = {
     "--learning_rate -1": "--learning_rate",
     "--learning_rate 0": "--learning_rate",
     "--jitter 2": "--jitter",
+    "--shared_classes 3": "--shared_classes 3 is less than --num_classes 5",
     "--clip inf": "--clip",
     "--hidden_dim 0": "--hidden_dim",
     "--train_steps 1.5": "--train_steps",
