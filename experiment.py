@@ -426,8 +426,11 @@ class Run:
         yield
         self._clock += time.perf_counter() - begin
 
-    def evaluated(self, val_accuracy: float, scalars: dict) -> None:
-        """Log a step's evaluation, keep the best model and save; Diverged when the loss is not finite."""
+    def evaluated(self, val_accuracy: float | None, scalars: dict) -> None:
+        """Log a step's evaluation, keep the best model and save; Diverged when the loss is not finite.
+
+        Without a validation accuracy (None) nothing is chosen: the latest model is kept as best.pt.
+        """
         loss = float(self.loss_sum) / max(self.loss_count, 1)
         if not math.isfinite(loss):
             raise Diverged(
@@ -442,8 +445,8 @@ class Run:
                 self.writer.add_scalar(tag, value, self.step)
             shown = "  ".join(f"{tag} {value:.4f}" for tag, value in {"Loss/train": loss, **scalars}.items())
             self._bar.write(f"step {self.step}  {shown}")
-        if val_accuracy > self.best:
-            self.best, self.best_step, self.stale = val_accuracy, self.step, 0
+        if val_accuracy is None or val_accuracy > self.best:
+            self.best, self.best_step, self.stale = val_accuracy or 0.0, self.step, 0
             if self.writes:
                 best = {"step": self.step, "val_accuracy": val_accuracy, "model": self.tracked["model"].state_dict()}
                 write_atomically(self.folder / "best.pt", lambda out: torch.save(best, out))

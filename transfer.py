@@ -1,0 +1,245 @@
+"""The fine-tuning baseline: an ordinary classifier, pre-trained on many characters and adapted to others.
+
+The slides' baseline for few-shot learning (see also Chen et al. 2019, "A closer look at few-shot
+classification"). Phase 1 trains a Conv4 with a linear head to tell the 1200 training and validation
+characters apart. Phase 2 gives a copy of it a new head and fine-tunes all of it to tell the 423 test
+characters apart. Of every character some drawings are held out and only ever measured. Beside it, on the
+same test tasks as the episodic methods, a fresh head is fitted to the support set of each N-way K-shot
+task, on features of phase 1 alone, which never saw a test character.
+
+    python transfer.py                        both phases and the few-shot figure
+    python transfer.py --smoke                a complete run in seconds
+    python transfer.py --adapt all            few-shot tasks fine-tune a whole network each
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import experiment
+from backbone import Conv4, fast_dtype
+from experiment import TEST_SEED, Run, UserError, number, whole
+from load_data import Dataset, EpisodeSampler, distort, load_dataset
+
+
+class Drawings:
+    """Random minibatches of (image, class) from the training drawings of some classes, and the held-out ones.
+
+    A generator of its own, whose state can be saved, draws the batches and their distortions.
+    """
+
+    def __init__(self, dataset: Dataset, classes, held_out: int, seed: int, device, jitter: float):
+        if held_out >= dataset.counts[classes].min():
+            raise UserError(f"--held_out {held_out} leaves no drawing of a class with {dataset.counts[classes].min()}")
+        rows = [range(dataset.starts[c], dataset.starts[c] + dataset.counts[c]) for c in classes]
+        train = [(row, y) for y, drawings in enumerate(rows) for row in drawings[:-held_out]]
+        test = [(row, y) for y, drawings in enumerate(rows) for row in drawings[-held_out:]]
+        self.images = torch.from_numpy(dataset.images).to(device)
+        self.train, self.test = (torch.tensor(pairs, device=device).T for pairs in (train, test))  # [2, n]
+        self.jitter, self.generator = jitter, torch.Generator(device).manual_seed(seed)
+
+    def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Float32 images [size, C, H, W] and labels [size] of training drawings."""
+        g = self.generator
+        rows, labels = self.train[:, torch.randint(self.train.shape[1], (size,), generator=g, device=g.device)]
+        images = self.images[rows].float() / 255
+        noise = 2 * torch.rand(size, 4, generator=g, device=g.device) - 1
+        return (distort(images, self.jitter * noise) if self.jitter > 0 else images), labels
+
+    def state_dict(self) -> dict:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.generator.set_state(state["generator"].cpu())
+
+
+class Classifier(nn.Module):
+    """A Conv4 and a linear head."""
+
+    def __init__(self, encoder: Conv4, num_classes: int):
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(encoder.out_features, num_classes)
+
+    def forward(self, images: torch.Tensor, dtype: torch.dtype, **norm) -> torch.Tensor:
+        """Logits [n, classes] of images [n, C, H, W]."""
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            features = self.encoder(images.contiguous(memory_format=torch.channels_last), **norm)
+        return self.head(features.float())
+
+
+@torch.no_grad()
+def held_out_accuracy(model: Classifier, drawings: Drawings, dtype: torch.dtype) -> torch.Tensor:
+    """Whether each held-out drawing is labelled right: float [n]."""
+    right = []
+    for rows, labels in zip(drawings.test[0].split(1000), drawings.test[1].split(1000), strict=True):
+        logits = model(drawings.images[rows].float() / 255, dtype)
+        right.append((logits.argmax(dim=-1) == labels).float())
+    return torch.cat(right).cpu()
+
+
+def fit_heads(features: torch.Tensor, labels: torch.Tensor, N: int, steps: int, rate: float, decay: float):
+    """Fit a linear head to each task's support features, all tasks together, by gradient descent with momentum.
+
+    features [B, n, D], labels [B, n] -> weights [B, D, N] and biases [B, 1, N], both started at zero.
+    """
+    B, _, D = features.shape
+    weight = torch.zeros(B, D, N, device=features.device, requires_grad=True)
+    bias = torch.zeros(B, 1, N, device=features.device, requires_grad=True)
+    optimizer = torch.optim.SGD([weight, bias], rate, momentum=0.9, weight_decay=decay)
+    for _ in range(steps):
+        logits = features @ weight + bias
+        # The sum over tasks: every task descends its own mean loss.
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten()) * B
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return weight.detach(), bias.detach()
+
+
+def few_shot(args, encoder: Conv4, sampler: EpisodeSampler, dtype: torch.dtype) -> torch.Tensor:
+    """Accuracy of each of `--num_test_tasks` test tasks: a fresh head (or network) for every support set."""
+    sampler.reset()
+    N, correct = sampler.N, []
+    while (done := sum(map(len, correct))) < args.num_test_tasks:
+        support, support_labels, query, query_labels = sampler.sample()
+        if args.adapt == "all":
+            logits = torch.stack([
+                adapt_network(args, encoder, s, y, q, dtype)
+                for s, y, q in zip(support, support_labels, query, strict=True)
+            ])  # fmt: skip
+        else:
+            with torch.no_grad():
+                flat = torch.cat([support, query], dim=1).flatten(0, 1)
+                with torch.autocast(flat.device.type, dtype, enabled=dtype != torch.float32):
+                    features = encoder(flat.contiguous(memory_format=torch.channels_last))
+                # Unit vectors: a cosine head needs neither a tuned rate nor a tuned number of steps.
+                features = F.normalize(features.float().view(len(support), -1, encoder.out_features), dim=-1)
+            n = support.shape[1]
+            weight, bias = fit_heads(
+                features[:, :n], support_labels, N, args.head_steps, args.head_rate, args.head_decay
+            )
+            logits = features[:, n:] @ weight + bias
+        right = (logits.argmax(dim=-1) == query_labels).float().mean(dim=1)
+        correct.append(right[: args.num_test_tasks - done].cpu())
+    return torch.cat(correct)
+
+
+def adapt_network(args, encoder: Conv4, support, labels, query, dtype: torch.dtype) -> torch.Tensor:
+    """Query logits [N*Q, N] of a copy of the whole network fine-tuned on one support set."""
+    copy = Conv4(support.shape[1], args.width, args.image_size).to(support.device)
+    copy.load_state_dict(encoder.state_dict())
+    model = Classifier(copy, int(labels.max()) + 1).to(support.device)
+    optimizer = torch.optim.Adam([
+        {"params": model.encoder.parameters(), "lr": args.finetune_rate / 10},
+        {"params": model.head.parameters(), "lr": 0.1},
+    ])  # fmt: skip
+    for _ in range(args.head_steps):
+        loss = F.cross_entropy(model(support, dtype, norm="running"), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return model(query, dtype, norm="running")
+
+
+def parse_args(argv=None):
+    """The flags; --train_steps counts both phases."""
+    parser, groups = experiment.make_parser(
+        __doc__, meta_batch_size=128, train_steps=3200, eval_freq=200, num_val_tasks=600
+    )
+    parser.prog = "transfer.py"
+    add = groups["data"].add_argument
+    add("--held_out", type=whole(1), default=5, help="drawings of each character that are only measured")
+    add("--jitter", type=number(0, 1), default=0.15, help="random turn (radians), size and slant of training images")
+    groups["model"].add_argument("--width", type=whole(1), default=64, help="filters of each convolution")
+    add = groups["optimisation"].add_argument
+    add("--finetune_steps", type=whole(1), default=1200, help="the last of --train_steps, on the test characters")
+    add("--learning_rate", type=number(above=True), default=3e-3, help="of AdamW at its peak, phase 1")
+    add("--finetune_rate", type=number(above=True), default=3e-3, help="of AdamW at its peak, phase 2")
+    add = groups["evaluation"].add_argument
+    add("--adapt", choices=["head", "all"], default="head", help="what a few-shot task fits: a head, or everything")
+    add("--head_steps", type=whole(1), default=100, help="gradient steps on a few-shot task's support set")
+    add("--head_rate", type=number(above=True), default=1.0, help="their rate")
+    add("--head_decay", type=number(), default=0.001, help="their weight decay")
+    smoke = {"train_steps": 20, "finetune_steps": 10, "eval_freq": 5, "num_test_tasks": 10, "width": 8,
+             "meta_batch_size": 32}  # fmt: skip
+    args = experiment.parse(parser, argv, smoke, fixed=("width", "image_size"))
+    if args.finetune_steps >= args.train_steps:
+        raise UserError(f"--finetune_steps {args.finetune_steps} must be less than --train_steps {args.train_steps}")
+    if args.rotations:
+        raise UserError("--rotations: a classifier of characters has no use for it; drop the flag")
+    return args
+
+
+def main(argv=None) -> dict:
+    args = parse_args(argv)
+    device = experiment.setup(args)
+    dtype = fast_dtype(args.dtype, device)
+    dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
+    splits = dataset.splits
+    channels = dataset.images.shape[1]
+    known = [*splits["train"], *splits["val"]]
+    first = Drawings(dataset, known, args.held_out, args.random_seed, device, args.jitter)
+    second = Drawings(dataset, splits["test"], args.held_out, args.random_seed, device, args.jitter)
+    model = nn.ModuleDict({
+        "pretrained": Classifier(Conv4(channels, args.width, args.image_size), len(known)),
+        "finetuned": Classifier(Conv4(channels, args.width, args.image_size), len(splits["test"])),
+    }).to(device, memory_format=torch.channels_last)  # fmt: skip
+    N, K, Q = args.num_classes, args.num_shot, args.num_query
+    tasks = EpisodeSampler(dataset, "test", N, K, Q, max(1, 2000 // (N * (K + Q))), TEST_SEED, device)
+    if args.test:
+        step = experiment.load_best(args.checkpoint, model)
+        metrics = {"best_step": step} | report(args, model, first, second, tasks, dtype, device)
+        return experiment.report(args, "transfer", dataset.name, metrics)
+
+    pretrain_steps = args.train_steps - args.finetune_steps
+    optimizers, schedules = {}, {}
+    for name, rate, steps in (
+        ("pretrained", args.learning_rate, pretrain_steps), ("finetuned", args.finetune_rate, args.finetune_steps),
+    ):  # fmt: skip
+        optimizers[name] = torch.optim.AdamW(model[name].parameters(), rate, weight_decay=0.05, fused=True)
+        schedules[name] = torch.optim.lr_scheduler.OneCycleLR(optimizers[name], rate, total_steps=steps + 1)
+    run = Run(args, "transfer", dataset.name)
+    run.track(
+        model=model, first=first, second=second,
+        **{f"optimizer_{k}": v for k, v in optimizers.items()}, **{f"schedule_{k}": v for k, v in schedules.items()},
+    )  # fmt: skip
+    for step in run.steps():
+        name, drawings = ("pretrained", first) if step <= pretrain_steps else ("finetuned", second)
+        if step == pretrain_steps + 1:  # phase 2 starts from the pre-trained body and a new head
+            model["finetuned"].encoder.load_state_dict(model["pretrained"].encoder.state_dict())
+        images, labels = drawings.batch(args.meta_batch_size)
+        loss = F.cross_entropy(model[name](images, dtype, norm="batch", momentum=0.1), labels)
+        optimizers[name].zero_grad()
+        loss.backward()
+        optimizers[name].step()
+        schedules[name].step()
+        run.record(loss)
+        if run.time_to_evaluate():
+            with run.clock_stopped():
+                accuracy = held_out_accuracy(model[name], drawings, dtype).mean().item()
+            # No checkpoint is chosen by these drawings: the last one counts.
+            run.evaluated(None, {f"Accuracy/{name}": accuracy})
+    run.load_best(model)
+    return run.finish(report(args, model, first, second, tasks, dtype, device))
+
+
+def report(args, model, first: Drawings, second: Drawings, tasks: EpisodeSampler, dtype, device) -> dict:
+    """Held-out accuracy of both phases and the few-shot figure on the common test tasks."""
+    pretrained, pretrained_ci95 = experiment.mean_and_ci95(held_out_accuracy(model["pretrained"], first, dtype))
+    finetuned, finetuned_ci95 = experiment.mean_and_ci95(held_out_accuracy(model["finetuned"], second, dtype))
+    accuracy, ci95 = experiment.mean_and_ci95(few_shot(args, model["pretrained"].encoder, tasks, dtype))
+    return {
+        "test_accuracy": accuracy, "ci95": ci95, "num_test_tasks": args.num_test_tasks, "adapt": args.adapt,
+        "pretrained_accuracy": pretrained, "pretrained_ci95": pretrained_ci95,
+        "pretrained_classes": model["pretrained"].head.out_features,
+        "finetuned_accuracy": finetuned, "finetuned_ci95": finetuned_ci95,
+        "finetuned_classes": model["finetuned"].head.out_features, "held_out": args.held_out,
+        "batch_norm": "running", "dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    experiment.run_script(main)
