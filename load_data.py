@@ -163,61 +163,62 @@ def read_archive(path: Path, part: str) -> dict[str, list[np.ndarray]]:
     return {c: [images[f] for f in files] for c, files in group_by_class(list(images)).items()}
 
 
-def read_folder(path: Path, depth: int) -> dict[str, list[np.ndarray]]:
-    """{class: its uint8 images [C, H, W]} of a folder of class folders, `depth` folders deep."""
+def read_folder(path: Path, depth: int, image_size: int | None = None) -> dict[str, list[np.ndarray]]:
+    """{class: its uint8 images [C, H, W]} of class folders `depth` folders deep, resized as they are read."""
     classes = group_by_class(list_tree(path, depth))
     read = tqdm(classes.items(), desc=f"reading {path}", unit="class", disable=not sys.stderr.isatty())
-    return {c: [read_image(path / f, str(path / f)) for f in files] for c, files in read}
 
 
-def verify_omniglot(part: str, classes: dict[str, list[np.ndarray]], source: Path) -> None:
-    """Raise UserError unless `classes` are the pixels of the official images."""
-    expected, digest = ARCHIVES[part]
-    remedy = f"delete it and download {part}.zip from github.com/brendenlake/omniglot again"
-    short = [c for c, images in classes.items() if len(images) != DRAWINGS]
+    def load(file: Path) -> np.ndarray:
+        image = read_image(file, str(file))
+        return resize(image[None], image_size)[0] if image_size else image
+
+    return {c: [load(path / f) for f in files] for c, files in read}
+
+
+def check_counts(classes: dict[str, list[np.ndarray]], expected: int, source: Path) -> None:
+    """Raise UserError unless there are `expected` characters with 20 drawings each."""
+    short = [name for name, images in classes.items() if len(images) != DRAWINGS]
     if len(classes) != expected or short:
-        detail = f"{short[0]} has {len(classes[short[0]])} drawings" if short else f"{len(classes)} characters"
-        raise UserError(f"{source} is not the official Omniglot: {detail}, want {expected} with {DRAWINGS}; {remedy}")
+        found = f"{short[0]} has {len(classes[short[0]])} drawings" if short else f"{len(classes)} characters"
+        want = f"want {expected} with {DRAWINGS}"
+        raise UserError(f"{source} is not the whole Omniglot: {found}, {want}; delete it and get it again")
+
+
+def check_pixels(classes: dict[str, list[np.ndarray]], digest: str, source: Path) -> None:
+    """Raise UserError unless the images, in sorted order, are the official ones."""
     sha = hashlib.sha256()
     for images in classes.values():
         for image in images:
             sha.update(np.packbits(image > 127).tobytes())
     if sha.hexdigest() != digest:
-        raise UserError(f"{source} is not the official Omniglot: wrong pixel digest {sha.hexdigest()[:12]}; {remedy}")
+        found = f"wrong pixel digest {sha.hexdigest()[:12]}"
+        raise UserError(f"{source} is not the official Omniglot: {found}; delete it and get it again")
 
 
 def read_omniglot(form: str, paths: list[Path], image_size: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Images, counts and names of all 1623 characters: the background set, then the evaluation set."""
     classes: dict[str, list[np.ndarray]] = {}
-    if form == "resized":
-        classes = read_folder(paths[0], depth=2)
-        # The course merged both sets into one folder; their alphabets tell them apart.
-        order = sorted(classes, key=lambda name: (name.split("/")[0] in EVALUATION_ALPHABETS, name))
-        classes = {name: classes[name] for name in order}
-        expected = sum(n for n, _ in ARCHIVES.values())
-        short = [c for c, images in classes.items() if len(images) != DRAWINGS]
-        if len(classes) != expected or short:
-            detail = f"{short[0]} has {len(classes[short[0]])} images" if short else f"{len(classes)} characters"
-            raise UserError(f"{paths[0]} is incomplete: {detail}, want {expected} with {DRAWINGS}; copy it again")
+    if form == "resized":  # by the course, which merged both sets into one folder; the alphabets tell them apart
+        found = read_folder(paths[0], depth=2, image_size=image_size)
+        check_counts(found, sum(n for n, _ in ARCHIVES.values()), paths[0])
+        order = sorted(found, key=lambda name: (name.split("/")[0] in EVALUATION_ALPHABETS, name))
+        classes = {name: found[name] for name in order}
     else:
-        for part, path in zip(ARCHIVES, paths, strict=True):
+        for (part, (expected, digest)), path in zip(ARCHIVES.items(), paths, strict=True):
             found = read_archive(path, part) if form == "archives" else read_folder(path, depth=2)
-            verify_omniglot(part, found, path)
+            check_counts(found, expected, path)
+            check_pixels(found, digest, path)
             classes.update(found)
-    images, counts, names = stack(classes, image_size)
-    return 255 - images[:, :1], counts, names  # the files have white paper
+    images, counts, names = stack(classes)
+    return 255 - resize(images[:, :1], image_size), counts, names  # the files have white paper
 
 
-def stack(classes: dict[str, list[np.ndarray]], image_size: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Resize all images to uint8 [total, C, size, size]; grey ones join colour ones as grey RGB."""
+def stack(classes: dict[str, list[np.ndarray]]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Images uint8 [total, C, H, W], counts and names; grey images join colour ones as grey RGB."""
     flat = [image for images in classes.values() for image in images]
     channels = max(image.shape[0] for image in flat)
-    if len({image.shape for image in flat}) == 1:
-        images = resize(np.stack(flat), image_size)
-    else:
-        images = np.concatenate(
-            [np.broadcast_to(resize(image[None], image_size), (1, channels, image_size, image_size)) for image in flat]
-        )
+    images = np.stack([np.broadcast_to(image, (channels, *image.shape[1:])) for image in flat])
     return images, np.array([len(images) for images in classes.values()]), list(classes)
 
 
@@ -457,12 +458,12 @@ def glyph_arrays(image_size: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 def folder_arrays(folder: Path, depth: int, image_size: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Images of the class folders in `folder`, or below its train, val and test (depth 2)."""
-    classes = read_folder(folder, depth)
+    classes = read_folder(folder, depth, image_size)
     if depth == 2:
         classes = {c: images for c, images in classes.items() if c.split("/")[0] in ("train", "val", "test")}
     if len(classes) < 3:
         raise UserError(f"--data_folder {folder} has {len(classes)} classes with images; want sub-folders of pictures")
-    images, counts, names = stack(classes, image_size)
+    images, counts, names = stack(classes)
     if images.shape[1] == 1 and images.mean() > 127:  # dark strokes on bright paper: ink is 255
         images = 255 - images
     return images, counts, names
