@@ -81,6 +81,7 @@ def test_swapped_roles_equal_the_swapped_task():
     in_order = query_labels.argsort(1)
     query_sorted = torch.stack([q[o] for q, o in zip(query, in_order, strict=True)])
     features = encoder(torch.cat([support, query_sorted], 1).flatten(0, 1), norm="batch").float().view(2, 10, -1)
+    features = protonet.temper(features)
     s, q = features[:, :5], features[:, 5:]
     cross = lambda a, b: nn.functional.cross_entropy(proto_logits(a, b, 5).flatten(0, 1), labels.flatten())
     both = [cross(s, q), cross(q, s)]
