@@ -178,7 +178,7 @@ def run_script(main) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; nothing to save yet", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
