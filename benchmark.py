@@ -2,6 +2,7 @@
 
     python benchmark.py episodes --num_classes 5     sampling a meta-batch for the MANN
     python benchmark.py mann --num_classes 5         one training step of the MANN
+    python benchmark.py protonet --repeats 10        one training step of prototypical networks
 
 The references are written the way papers and course code do it. Both contestants take turns within one
 run, after a warm-up; the figures are medians, with the 10th to 90th percentile.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,8 +25,10 @@ from torch import nn
 from tqdm import tqdm
 
 import experiment
+from backbone import Conv4
 from hw1 import MANN
 from load_data import Dataset, EpisodeSampler, load_dataset
+from protonet import episode_loss
 
 
 def race(contestants: dict, repeats: int, warmup: int = 5) -> dict[str, np.ndarray]:
@@ -182,15 +186,79 @@ def bench_mann(args, device: torch.device, dataset: Dataset) -> dict:
     return print_race(title, race(contestants, args.repeats), device)
 
 
-BENCHMARKS = {"episodes": bench_episodes, "mann": bench_mann}
+# ----------------------------------------------------------------------------------- protonet
+
+
+class PlainConv4(nn.Sequential):
+    """The encoder as papers draw it: four times convolution, batch norm, ReLU, pooling; the bias stays."""
+
+    def __init__(self, channels: int = 1, width: int = 64):
+        blocks = []
+        for i in range(4):
+            convolution = nn.Conv2d(channels if i == 0 else width, width, 3, padding=1)
+            blocks += [convolution, nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+        super().__init__(*blocks, nn.Flatten())
+
+
+def plain_protonet_step(encoder: nn.Module, optimizer, tasks: list) -> float:
+    """Tasks one after another: embed the support set, embed the queries, distances, cross entropy."""
+    losses = []
+    for support, support_labels, query, query_labels in tasks:
+        embedded, centres = encoder(support), []
+        for c in range(int(support_labels.max()) + 1):
+            centres.append(embedded[support_labels == c].mean(dim=0))
+        distances = torch.cdist(encoder(query), torch.stack(centres)) ** 2
+        losses.append(F.cross_entropy(-distances, query_labels))
+    loss = torch.stack(losses).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def bench_protonet(args, device: torch.device, dataset: Dataset) -> dict:
+    """16 tasks of 5-way 1-shot 15-query: sampling and one training step, at the same network."""
+    B, K, N, Q = args.meta_batch_size, args.num_shot, args.num_classes, args.num_query
+    plain = PlainConv4().to(device)
+    plain_adam = torch.optim.Adam(plain.parameters(), 1e-3)
+    with tempfile.TemporaryDirectory() as root:
+        lists = ListSampler(dataset, "train", N, K + Q - 1, args.random_seed, Path(root))
+
+        def plain_step() -> None:
+            tasks = []
+            for _ in range(B):
+                images, labels = (torch.from_numpy(x).to(device) for x in lists.sample_task())
+                images, labels = images.view(K + Q, N, 1, 28, 28), labels.argmax(dim=-1)
+                support, query = images[:K].flatten(0, 1), images[K:].flatten(0, 1)
+                tasks.append((support, labels[:K].flatten(), query, labels[K:].flatten()))
+            plain_protonet_step(plain, plain_adam, tasks)
+
+        contestants = {"tasks one after another": plain_step}
+        for dtype in (torch.float32, torch.bfloat16):
+            encoder = Conv4().to(device, memory_format=torch.channels_last)
+            adam = torch.optim.Adam(encoder.parameters(), 1e-3, fused=True)
+            sampler = EpisodeSampler(dataset, "train", N, K, Q, B, args.random_seed, device)
+
+            def our_step(encoder=encoder, adam=adam, sampler=sampler, dtype=dtype) -> None:
+                loss = episode_loss(encoder, sampler.sample(), N, dtype)
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+
+            contestants[f"together, {str(dtype).removeprefix('torch.')}"] = our_step
+        return print_race(f"protonet, B {B}, K {K}, N {N}, Q {Q}", race(contestants, args.repeats, warmup=2), device)
+
+
+BENCHMARKS = {"episodes": bench_episodes, "mann": bench_mann, "protonet": bench_protonet}
 
 
 def main(argv=None) -> dict:
-    parser, groups = experiment.make_parser(__doc__, meta_batch_size=128)
+    parser, groups = experiment.make_parser(__doc__)
     parser.prog = "benchmark.py"
     parser.add_argument("benchmark", choices=list(BENCHMARKS), help="what to measure")
     groups["model"].add_argument("--hidden_dim", type=experiment.whole(1), default=128, help="units, for mann")
     groups["run"].add_argument("--repeats", type=experiment.whole(3), default=100, help="timed turns")
+    parser.set_defaults(meta_batch_size=16 if "protonet" in (argv or sys.argv) else 128)
     args = experiment.parse(parser, argv, smoke={"repeats": 3})
     device = experiment.setup(args)
     dataset = load_dataset(args.dataset, args.data_folder, args.split)

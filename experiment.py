@@ -299,7 +299,13 @@ class Run:
         self.seconds, self._clock = 0.0, None
         self.loss_sum, self.loss_count = 0.0, 0
         self.tracked: dict = {}
-        self.folder = Path(args.resume) if args.resume else self._new_folder()
+        if args.resume:
+            self.folder = Path(args.resume)
+            before = read_json(self.folder / "flags.json", "resume").get("dataset")
+            if before != dataset:  # say, `auto` found Omniglot then and not now
+                raise UserError(f"--resume {self.folder} trained on {before}, but the data found now is {dataset}")
+        else:
+            self.folder = self._new_folder()
         self.writer = None
 
     def _new_folder(self) -> Path:

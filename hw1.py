@@ -229,6 +229,8 @@ def parse_args(argv=None):
 def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)
+    if args.shared_classes and experiment.shard()[1] > 1:
+        raise UserError("--shared_classes cannot be split over processes; drop it or run without torchrun")
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
 
     def sampler(part: str, seed: int, B: int, num_classes: int = args.num_classes, **options) -> EpisodeSampler:

@@ -3,8 +3,11 @@
 import torch
 from conftest import known_dataset
 
-from benchmark import CourseMANN, ListSampler, course_step, our_step
+from backbone import Conv4
+from benchmark import CourseMANN, ListSampler, PlainConv4, course_step, our_step, plain_protonet_step
 from hw1 import MANN
+from load_data import EpisodeSampler
+from protonet import proto_logits
 
 
 def test_course_network_and_ours_are_the_same_function():
@@ -20,6 +23,22 @@ def test_course_network_and_ours_are_the_same_function():
     our_step(ours, torch.optim.Adam(ours.parameters(), 1e-3, fused=True), images, labels, "float32")
     for a, b in zip(ours.parameters(), course.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-8)
+
+
+def test_plain_protonet_step_is_ours_for_one_task():
+    torch.manual_seed(0)
+    plain, ours = PlainConv4(width=8), Conv4(width=8)
+    with torch.no_grad():
+        for i in range(4):
+            plain[4 * i].weight.copy_(getattr(ours, f"weight{i}"))
+            plain[4 * i].bias.zero_()
+    support, support_labels, query, query_labels = EpisodeSampler(known_dataset(), "train", 4, 2, 2, 1, 1).sample()
+    task = (support[0], support_labels[0], query[0], query_labels[0])
+    loss = plain_protonet_step(plain, torch.optim.SGD(plain.parameters(), 0.0), [task])
+    # The plain way normalises support and query apart; so must ours, to be compared.
+    features = [ours(x[0], norm="batch")[None] for x in (support, query)]
+    expected = torch.nn.functional.cross_entropy(proto_logits(*features, 4)[0], query_labels[0])
+    assert abs(loss - expected.item()) < 1e-3 * expected.item()
 
 
 def test_list_sampler_draws_proper_episodes(tmp_path):

@@ -85,6 +85,14 @@ def test_two_runs_in_the_same_second_get_two_folders(tmp_path, monkeypatch):
         experiment.Run(args, "hw1", "glyphs")
 
 
+def test_a_run_continues_on_its_own_data_only(tmp_path):
+    run = experiment.Run(hw1.parse_args(["--log_dir", str(tmp_path), "--run_name", "a"]), "hw1", "omniglot")
+    args = hw1.parse_args(["--resume", str(run.folder)])
+    assert experiment.Run(args, "hw1", "omniglot").folder == run.folder
+    with pytest.raises(UserError, match="trained on omniglot, but the data found now is glyphs"):
+        experiment.Run(args, "hw1", "glyphs")
+
+
 def test_patience_and_best(tmp_path):
     args = hw1.parse_args(["--log_dir", str(tmp_path), "--patience", "2", "--eval_freq", "1", "--train_steps", "10"])
     run = experiment.Run(args, "hw1", "glyphs")

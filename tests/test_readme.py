@@ -45,8 +45,9 @@ def test_every_command_of_the_readme_parses(command):
     assert parse(flags).command.startswith(f"python {script}")
 
 
-@pytest.mark.parametrize("name", ["episodes", "mann"])
+@pytest.mark.parametrize("name", ["episodes", "mann", "protonet"])
 def test_benchmarks_run(name, capsys):
-    result = benchmark.main([name, "--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_classes", "2"])
+    flags = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_classes", "2", "--num_query", "2"]
+    result = benchmark.main([name, *flags])
     assert all(v["ms"] > 0 for v in result.values() if isinstance(v, dict))
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == result
