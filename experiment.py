@@ -155,6 +155,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, smoke: dict, 
                 raise UserError(f"--{name} {value} is not the run's {flags.get(name)}; drop it or start a new run")
         parser.set_defaults(**flags)
     args = parser.parse_args(argv)
+    args.git_commit = git_commit()  # of the code that runs, whatever happens to the files meanwhile
     args.command = " ".join(["python", parser.prog, *map(shlex.quote, sys.argv[1:] if argv is None else argv)])
     return args
 
@@ -327,9 +328,10 @@ class Run:
                 except OSError as error:
                     raise UserError(f"cannot create {folder} ({error}); choose another --log_dir") from None
             versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-            flags = {k: v for k, v in vars(a).items() if k not in ("command", "resume", "checkpoint", "test")}
+            meta = ("command", "git_commit", "resume", "checkpoint", "test")
+            flags = {k: v for k, v in vars(a).items() if k not in meta}
             saved = {"script": self.script, "dataset": self.dataset, "command": a.command, "flags": flags}
-            write_json(folder / "flags.json", saved | {"versions": versions, "git_commit": git_commit()})
+            write_json(folder / "flags.json", saved | {"versions": versions, "git_commit": a.git_commit})
         if shard()[1] > 1:
             shared = [folder]
             dist.broadcast_object_list(shared)
@@ -488,7 +490,7 @@ def report(args, script: str, dataset: str, metrics: dict, path: Path | None = N
         "script": script, "dataset": dataset, "split": args.split,
         "N": args.num_classes, "K": args.num_shot, "Q": args.num_query,
     }  # fmt: skip
-    metrics = setting | metrics | {"seed": args.random_seed, "command": args.command, "git_commit": git_commit()}
+    metrics = setting | metrics | {"seed": args.random_seed, "command": args.command, "git_commit": args.git_commit}
     if shard()[0] == 0:
         if path:
             write_json(path, metrics)
