@@ -210,7 +210,7 @@ def prediction_figure(support, classes, query, rows):
 def parse_args(argv=None):
     """The flags; combinations that cannot work are refused here."""
     parser, groups = experiment.make_parser(
-        __doc__, meta_batch_size=1, train_steps=1600, eval_freq=100, rotations=True, num_val_tasks=600
+        __doc__, meta_batch_size=1, train_steps=3000, eval_freq=250, rotations=True, num_val_tasks=600
     )
     parser.prog = "protonet.py"
     add = groups["data"].add_argument
