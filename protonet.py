@@ -45,7 +45,7 @@ def temper(features: torch.Tensor) -> torch.Tensor:
     """Shrink features [..., D] so that squared distances are divided by sqrt(D), as attention does.
 
     Squared distances in 64 dimensions are so large at first that the softmax is saturated and little
-    is learned; measured on the validation characters after 250 steps: 95.9 % against 94.0 % without.
+    is learned.
     """
     return features / features.shape[-1] ** 0.25
 
