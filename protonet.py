@@ -248,18 +248,18 @@ def main(argv=None) -> dict | list[dict]:
     encoder = Conv4(dataset.images.shape[1], args.width, args.image_size)
     encoder = encoder.to(device, memory_format=torch.channels_last)
 
-    def tasks(part: str, seed: int) -> EpisodeSampler:
+    def tasks(part: str, seed: int, within_alphabet: bool = False) -> EpisodeSampler:
         B = max(1, 2000 // (args.num_classes * (args.num_shot + args.num_query)))  # about 2000 images a call
         N, K, Q = args.num_classes, args.num_shot, args.num_query
-        return EpisodeSampler(dataset, part, N, K, Q, B, seed, device, within_alphabet=args.within_alphabet)
+        return EpisodeSampler(dataset, part, N, K, Q, B, seed, device, within_alphabet=within_alphabet)
 
-    test = tasks("test", TEST_SEED)
+    test = tasks("test", TEST_SEED, args.within_alphabet)
     if args.test:
         step = experiment.load_best(args.checkpoint, encoder)
         metrics = {"best_step": step} | test_report(args, encoder, test, dtype, device)
         return experiment.report(args, "protonet", dataset.name, metrics)
 
-    val = tasks("val", VAL_SEED)
+    val = tasks("val", VAL_SEED)  # of any alphabets: its 100 characters are too few of one
     N = args.train_classes
     train = EpisodeSampler(
         dataset, "train", N, args.train_shot, args.train_query, args.meta_batch_size, args.random_seed, device,
