@@ -456,9 +456,8 @@ class Run:
         if self.writes:
             for tag, value in {"Loss/train": loss, "Time/tasks_per_second": tasks_per_second, **scalars}.items():
                 self.writer.add_scalar(tag, value, self.step)
-            shown = "  ".join(f"{tag} {value:.4f}" for tag, value in {"Loss/train": loss, **scalars}.items()
-                              if tag.startswith(("Loss", "Accuracy")))
-            self._bar.write(f"step {self.step}  {shown}")
+            main = {k: v for k, v in {"Loss/train": loss, **scalars}.items() if k.startswith(("Loss", "Accuracy"))}
+            self._bar.write(f"step {self.step}  " + "  ".join(f"{tag} {value:.4f}" for tag, value in main.items()))
         if val_accuracy is None or val_accuracy > self.best:
             self.best, self.best_step, self.stale = val_accuracy or 0.0, self.step, 0
             if self.writes:
