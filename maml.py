@@ -49,12 +49,12 @@ class Learner(nn.Module):
 
     def __init__(self, encoder: Conv4, num_classes: int, inner_steps: int, inner_lr: float, head="linear", learn=False):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.inner_steps = encoder, inner_steps
         if head == "linear":  # zero: the first inner step then makes each class weight its mean feature, centred
             self.head_weight = nn.Parameter(torch.zeros(num_classes, encoder.out_features))
             self.head_bias = nn.Parameter(torch.zeros(num_classes))
         self.names = [name for name, _ in encoder.named_parameters()] + ["head_weight", "head_bias"]
-        self.rates = nn.Parameter(torch.full((inner_steps, len(self.names)), inner_lr), requires_grad=learn)
+        self.rates = nn.Parameter(torch.full((max(1, inner_steps), len(self.names)), inner_lr), requires_grad=learn)
 
     def theta(self) -> Parameters:
         own = {name: p for name, p in self.named_parameters(recurse=False) if name != "rates"}
@@ -62,7 +62,7 @@ class Learner(nn.Module):
 
     def step_sizes(self, steps: int) -> list[Parameters]:
         """The learning rate of each tensor in each of `steps` inner steps; beyond the trained ones the last repeats."""
-        rows = [self.rates[min(i, len(self.rates) - 1)] for i in range(steps)]
+        rows = [self.rates[min(i, len(self.rates) - 1)] for i in range(steps)]  # [tensors] each
         return [dict(zip(self.names, row, strict=True)) for row in rows]
 
 
@@ -76,6 +76,7 @@ class Setting(NamedTuple):
     first_order: bool = False
     batch_norm: str = "transductive"
     dtype: torch.dtype = torch.float32
+    under_vmap: bool = False  # there the second derivative of F.batch_norm is wrong (torch 2.13): spell it out
 
 
 def embed(theta: Parameters, images: torch.Tensor, s: Setting, num_support: int) -> torch.Tensor:
@@ -84,10 +85,11 @@ def embed(theta: Parameters, images: torch.Tensor, s: Setting, num_support: int)
     batch_norm="transductive" normalises with all images of the call, "support" with the support set alone.
     """
     with torch.autocast(images.device.type, s.dtype, enabled=s.dtype not in (torch.float32, torch.float64)):
-        if s.batch_norm == "transductive" or num_support == len(images):
+        n = len(images) if s.batch_norm == "transductive" else num_support  # images that give the statistics
+        if n == len(images) and not s.under_vmap:
             features = conv4(theta, images, "batch", strided=s.strided)
         else:
-            features = conv4(theta, images[None], "support", None, num_support, strided=s.strided)[0]
+            features = conv4(theta, images[None], "support", None, n, strided=s.strided)[0]
     return features if features.dtype == torch.float64 else features.float()
 
 
@@ -171,12 +173,13 @@ def meta_gradient(learner: Learner, batch, s: Setting, weights: list[float]) -> 
     On a GPU all tasks go through one `vmap`. On a CPU convolutions with different weights for every task are slow
     when batched, and each task goes by itself; its graph is freed before the next.
     """
-    theta, step_sizes = learner.theta(), learner.step_sizes(len(learner.rates))
+    theta, step_sizes = learner.theta(), learner.step_sizes(learner.inner_steps)
 
     def loss_of(*task):
         return task_loss(theta, step_sizes, *task, s, weights)
 
     if batch[0].is_cuda:
+        s = s._replace(under_vmap=True)
         loss = vmap(loss_of)(*batch).mean()
         loss.backward()
         return loss.detach()
@@ -244,7 +247,9 @@ def parse_args(argv=None):
         __doc__, meta_batch_size=16, train_steps=6000, eval_freq=500, rotations=True, num_val_tasks=300
     )
     parser.prog = "maml.py"
-    groups["data"].add_argument("--train_query", type=whole(1), default=5, help="query images of a class in training")
+    add = groups["data"].add_argument
+    add("--train_query", type=whole(1), default=5, help="query images of a class in training")
+    add("--train_classes", type=whole(0), default=0, help="classes in a training task, for --head proto; 0: N")
     add = groups["model"].add_argument
     add("--encoder", choices=["strided", "pooled"], default="strided", help="the paper's for Omniglot, or Conv4-64")
     add("--width", type=whole(1), default=64, help="filters of each convolution")
@@ -270,6 +275,8 @@ def parse_args(argv=None):
         raise UserError("--inner_steps 0 with --head linear: a shared head cannot know a task's labels; use 1 or more")
     if args.learn_inner_lrs and args.inner_steps == 0:
         raise UserError("--learn_inner_lrs needs --inner_steps 1 or more")
+    if args.train_classes and args.head == "linear":
+        raise UserError("--train_classes needs --head proto: a linear head has one output for each of --num_classes")
     return args
 
 
@@ -295,8 +302,8 @@ def main(argv=None) -> dict:
 
     val = tasks("val", VAL_SEED)
     train = EpisodeSampler(
-        dataset, "train", args.num_classes, args.num_shot, args.train_query, args.meta_batch_size, args.random_seed,
-        device, rotations=args.rotations, shard=experiment.shard(),
+        dataset, "train", args.train_classes or args.num_classes, args.num_shot, args.train_query,
+        args.meta_batch_size, args.random_seed, device, rotations=args.rotations, shard=experiment.shard(),
     )  # fmt: skip
     trained = [p for p in learner.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, args.outer_lr, fused=True)
@@ -308,7 +315,7 @@ def main(argv=None) -> dict:
         progress = step / args.train_steps
         weights = multi_step_weights(args.inner_steps, progress) if args.multi_step_loss else [1.0]
         optimizer.zero_grad()
-        loss = meta_gradient(learner, train.sample(), s, weights)
+        loss = meta_gradient(learner, train.sample(), s._replace(num_classes=train.N), weights)
         experiment.average_gradients(learner)
         norm = nn.utils.clip_grad_norm_(trained, args.clip or float("inf"))
         run.record(loss + 0 * norm)  # a norm that is not finite ends the run like such a loss
