@@ -31,7 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 import experiment
-from experiment import TEST_SEED, Run, UserError, number, whole
+from experiment import TEST_SEED, Diverged, Run, UserError, number, whole
 
 PARTS = ("alias", "closed_form", "gradient", "classification", "logistic")
 GD_STEPS = {"gradient": [5, 1], "logistic": [10]}  # inner steps of the parts that take steps
@@ -101,7 +101,7 @@ def training_points(kind: str, groups: int, sizes: torch.Tensor, device=None) ->
 
 
 def sample_tasks(num_tasks: int, num_true: int, points: str, device=None) -> torch.Tensor:
-    """Coefficients alpha, uniform and then of norm 1: [1, 1, num_true, T] on a grid, [T, 1, num_true, 1] if random."""
+    """Coefficients alpha, uniform, then of norm 1: [1, 1, num_true, T] on a grid, [T, 1, num_true, 1] if random."""
     alpha = F.normalize(2 * torch.rand(num_tasks, num_true, dtype=torch.float64, device=device) - 1, dim=1)
     return alpha.T[None, None] if points == "grid" else alpha[:, None, :, None]
 
@@ -237,6 +237,8 @@ def meta_train(args, device: torch.device) -> tuple[Run, FeatureWeights]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if not model.c.isfinite().all():  # before the next pseudo-inverse fails on it
+            raise Diverged(f"the feature weights are no longer finite at step {step}; lower --learning_rate")
         run.record(loss)
         if run.time_to_evaluate():
             with run.clock_stopped(), torch.no_grad():
@@ -300,15 +302,17 @@ def curve_panel(ax, outcome: dict, args) -> None:
 
 def weights_panel(ax, history: torch.Tensor, args) -> None:
     """The weights over the steps of meta-training, in three groups."""
-    steps = [min(i * args.eval_freq, args.train_steps) for i in range(len(history))]
+    steps = torch.tensor([min(i * args.eval_freq, args.train_steps) for i in range(len(history))] + [math.nan])
+    history = torch.cat([history, torch.full_like(history[:1], math.nan)])  # a gap ends each curve of the one line
     groups = groups_of_features(args)
     for name, label, colour in (("others", "other features", GREY), ("aliases", "look like S on the grid", ORANGE),
                                 ("S", "features in S", BLUE)):  # fmt: skip
-        lines = ax.plot(steps, history[:, groups[name]], color=colour, linewidth=0.6)
-        if lines:
-            lines[0].set_label(f"{label} ({len(lines)})")
+        number = int(groups[name].sum())
+        curves = history[:, groups[name]].T.flatten()
+        ax.plot(steps.repeat(number), curves, color=colour, linewidth=0.6, label=f"{label} ({number})")
     ax.set(xlabel="step of meta-training", ylabel="feature weight $c_k$", xlim=(0, args.train_steps))
-    for handle in ax.legend(frameon=False, fontsize=8).get_lines():
+    legend = ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1, frameon=False, fontsize=8)
+    for handle in legend.get_lines():
         handle.set_linewidth(2)
 
 
@@ -324,9 +328,8 @@ def part_figure(outcomes: list[dict]):
         steps = f"{args.num_gd_steps} gradient step{'s' if args.num_gd_steps != 1 else ''}"
         title = {"closed_form": "regression, closed form", "classification": "classification by regression on signs",
                  "logistic": f"classification, logistic, {steps}", "gradient": f"regression, {steps}"}  # fmt: skip
-        left.set_title(title[args.part], loc="left", fontsize=10)
-        right.set_title(f"{args.optimizer}, learning rate {args.learning_rate:g}", loc="left", fontsize=10)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+        left.set_title(f"{title[args.part]} ({args.optimizer} {args.learning_rate:g})", loc="left", fontsize=10)
+    figure.axes[0].legend(edgecolor="none", fontsize=8)
     return figure
 
 
@@ -344,7 +347,6 @@ def parse_args(argv=None):
         __doc__, without=UNUSED, meta_batch_size=16, train_steps=600, eval_freq=20, num_test_tasks=600
     )
     parser.prog = "feature_weights.py"
-    parser.set_defaults(patience=0)
     add = groups["run"].add_argument
     add("--part", choices=[*PARTS, "all"], default="all", help="of the homework: d, e, f, g, h")
     add("--results_dir", metavar="DIR", help="copy figures and numbers there as features_<part>.png, features.json")
@@ -368,10 +370,13 @@ def parse_args(argv=None):
     smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_features": 100, "max_points": 40,
              "alias_steps": 3000, "alias_growth": 1e-2}  # fmt: skip
     args = experiment.parse(parser, argv, smoke)
+    args.patience = 0  # the last weights count; there is no early stop
     if args.num_true > args.num_features:
         raise UserError(f"--num_true {args.num_true} is more than --num_features {args.num_features}; use fewer")
     if args.num_points > args.max_points:
         raise UserError(f"--num_points {args.num_points} is beyond the curves; use --max_points {args.num_points}")
+    if args.results_dir:
+        read_results(Path(args.results_dir))  # refused now rather than after the work
     return args
 
 
@@ -388,6 +393,7 @@ def trainings(args) -> list[argparse.Namespace]:
                 one.learning_rate = args.learning_rate or (LEARNING_RATE[part] if optimizer == "sgd" else ADAM)
                 one.name = part + (f"_{steps}_steps" if steps else "") + ("_adam" if optimizer == "adam" else "")
                 one.name += "_random" if args.points == "random" else ""
+                one.results_dir = None  # a resumed run does not replace the results of all
                 planned.append(one)
     if args.run_name and len(planned) > 1:
         for one in planned:
@@ -424,7 +430,7 @@ def measure(args, device: torch.device) -> dict:
         **{flag: getattr(args, flag) for flag in MEASURED_FLAGS},
         "train_seconds": round(run.seconds, 2), "device": experiment.device_name(device),
     }  # fmt: skip
-    outcome = {"sizes": sizes, "errors": errors, "history": model.history.cpu(), "args": args}
+    outcome = {"sizes": sizes, "errors": errors, "history": model.history.cpu(), "args": args, "folder": run.folder}
     run.writer.add_figure("test", part_figure([outcome]), run.step)
     run.writer.close()
     save_figure(part_figure([outcome]), run.folder / "figure.png")
@@ -486,11 +492,16 @@ def main(argv=None) -> dict:
     return results
 
 
+def read_results(folder: Path) -> dict:
+    """What features.json holds so far; UserError when it, or the folder, cannot be used."""
+    if not folder.is_dir():
+        raise UserError(f"--results_dir {folder} is not a folder; create it first")
+    return experiment.read_json(folder / "features.json", "results_dir") if (folder / "features.json").exists() else {}
+
+
 def write_results(folder: Path, results: dict, figures: dict) -> None:
     """features_<part>.png, and features.json with the parts of this run replaced."""
-    file = folder / "features.json"
-    before = json.loads(file.read_text()) if file.exists() else {}
-    experiment.write_json(file, before | results)
+    experiment.write_json(folder / "features.json", read_results(folder) | results)
     for name, figure in figures.items():
         save_figure(figure, folder / f"features_{name}.png")
 
