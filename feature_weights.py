@@ -11,7 +11,7 @@ functions" (Berkeley CS 182), whose parts are named here.
     python feature_weights.py --part gradient          (f) by 5 gradient steps, then by 1
     python feature_weights.py --part classification    (g) labels are signs, same regression
     python feature_weights.py --part logistic          (h) inner loop logistic regression
-    python feature_weights.py                          all of them, about a minute on two CPU cores
+    python feature_weights.py                          all of them, one to two minutes on two CPU cores
     python feature_weights.py --smoke                  all of them, tiny, in seconds
 
 Shapes: d features, n training points, T tasks. Tasks that share their points (a grid) are the columns of one group,
@@ -408,6 +408,12 @@ def groups_of_features(args) -> dict[str, torch.Tensor]:
     return {"S": in_S, "aliases": aliases, "others": ~in_S & ~aliases}
 
 
+def untrained_aliases(args, n: int) -> float:
+    """The part of the features looking like S on n grid points that did not do so in the meta-training."""
+    now = alias_mask(args.num_features, args.num_true, n)
+    return (now & ~groups_of_features(args)["aliases"]).sum().item() / max(1, now.sum().item())
+
+
 def measure(args, device: torch.device) -> dict:
     """One meta-training; its test curves beside those of weights 1 and of the oracle; its metrics."""
     run, model = meta_train(args, device)
@@ -425,6 +431,7 @@ def measure(args, device: torch.device) -> dict:
         **{name: {str(m): errors[name][m - 1].mean().item() for m in shown} for name in weights},
         "ci95": {name: {str(m): experiment.mean_and_ci95(errors[name][m - 1])[1] for m in shown} for name in weights},
         "at_most_ones_from": int(above[-1]) + 2 if len(above) else 1,  # number of points
+        "untrained_aliases": {str(m): untrained_aliases(args, m) for m in shown},
         "weights": {name: {"min": c[k].min().item(), "mean": c[k].mean().item(), "max": c[k].max().item()}
                     for name, k in groups_of_features(args).items() if k.any()},
         **{flag: getattr(args, flag) for flag in MEASURED_FLAGS},
