@@ -108,8 +108,8 @@ def features_text() -> str:
         f"(e) Why does the error dip at {n}, below {n - 1} and {n + 1} ({at(e, m=n - 1)} and {at(e, m=n + 1)})?":
         f"Meta-training on {n} grid points only takes weight from the features that look like one in S on just that "
         f"grid, frequencies within 5 of a multiple of {n}; of the aliases on {n - 1} and {n + 1} points "
-        f"{100 * e['untrained_aliases'][str(n - 1)]:.0f} and {100 * e['untrained_aliases'][str(n + 1)]:.0f} % are others, "
-        f"which still weigh 1. At {2 * n} points all aliases are among the trained ones again, "
+        f"{100 * e['untrained_aliases'][str(n - 1)]:.0f} and {100 * e['untrained_aliases'][str(n + 1)]:.0f} % are "
+        f"others, which still weigh 1. At {2 * n} points all aliases are among the trained ones again, "
         f"so the error falls once more, to {at(e, m=2 * n)}.",
         "(e) How do the weights change, and why does that help?":
         f"With SGD the weights in S rise from 1 to {span(e, 'S')}, those of the aliases fall to {span(e, 'aliases')} "

@@ -263,8 +263,8 @@ def test_closed_form_shows_the_known_behaviour(trained):
     assert at("meta", 31) == pytest.approx(0.45, abs=0.02) and at("meta", 33) == pytest.approx(0.39, abs=0.02)
     assert (mean["meta"] < mean["ones"]).all()  # at every number of points
     assert outcome["metrics"]["at_most_ones_from"] == 1
-    untrained = outcome["metrics"]["untrained_aliases"]  # of the aliases on 31 and 33 points a third, of 64 none
-    assert untrained["32"] == untrained["64"] == 0 and 0.3 < untrained["31"] < 0.4 and 0.3 < untrained["33"] < 0.4
+    untrained = outcome["metrics"]["untrained_aliases"]  # of the aliases on 31 and 33 points many, of 64 none
+    assert untrained["32"] == untrained["64"] == 0 and 0.4 < untrained["31"] < 0.5 and 0.4 < untrained["33"] < 0.5
 
 
 def test_aliases_lose_their_weight_and_the_others_do_not_move(trained):
