@@ -33,7 +33,7 @@ from torch.func import grad, vmap
 
 import experiment
 from backbone import Conv4, conv4, fast_dtype, prototypes
-from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
+from experiment import Run, UserError, number, whole
 from load_data import EpisodeSampler, episode_figure, load_dataset
 
 Parameters = dict[str, torch.Tensor]
@@ -293,16 +293,13 @@ def main(argv=None) -> dict:
     dtype = fast_dtype(args.dtype, device)
     s = Setting(args.num_classes, strided, args.head, args.freeze_body, args.first_order, args.batch_norm, dtype)
 
-    def tasks(part: str, seed: int) -> EpisodeSampler:
-        return EpisodeSampler(dataset, part, args.num_classes, args.num_shot, args.num_query, 20, seed, device)
-
-    test = tasks("test", TEST_SEED)
+    test = experiment.fixed_tasks(dataset, "test", args, device)
     if args.test:
         step = experiment.load_best(args.checkpoint, learner)
         metrics = {"best_step": step} | test_report(args, learner, test, s, device)
         return experiment.report(args, "maml", dataset.name, metrics)
 
-    val = tasks("val", VAL_SEED)
+    val = experiment.fixed_tasks(dataset, "val", args, device)
 
 
     def training_tasks(N: int, Q: int, B: int, seed: int) -> EpisodeSampler:
@@ -382,6 +379,7 @@ def test_report(args, learner: Learner, test: EpisodeSampler, s: Setting, device
                 "accuracy_before_adaptation": experiment.mean_and_ci95(found["query"][:, 0])[0],
                 "query_accuracy_per_step": found["query"].mean(0).tolist(),
                 "support_accuracy_per_step": found["support"].mean(0).tolist(),
+                "accuracies": [round(a, 4) for a in found["query"][:, -1].tolist()],
             }  # fmt: skip
     return metrics | {
         "batch_norm": args.batch_norm, "dtype": str(s.dtype).removeprefix("torch."),

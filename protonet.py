@@ -24,7 +24,7 @@ from torch import nn
 
 import experiment
 from backbone import Conv4, fast_dtype, prototypes
-from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
+from experiment import Run, UserError, number, whole
 from load_data import IMAGE_SUFFIXES, EpisodeSampler, episode_figure, load_dataset, read_image, resize
 
 # ---------------------------------------------------------------------------------- the method
@@ -249,18 +249,14 @@ def main(argv=None) -> dict | list[dict]:
     encoder = Conv4(dataset.images.shape[1], args.width, args.image_size)
     encoder = encoder.to(device, memory_format=torch.channels_last)
 
-    def tasks(part: str, seed: int, within_alphabet: bool = False) -> EpisodeSampler:
-        B = max(1, 2000 // (args.num_classes * (args.num_shot + args.num_query)))  # about 2000 images a call
-        N, K, Q = args.num_classes, args.num_shot, args.num_query
-        return EpisodeSampler(dataset, part, N, K, Q, B, seed, device, within_alphabet=within_alphabet)
-
-    test = tasks("test", TEST_SEED, args.within_alphabet)
+    test = experiment.fixed_tasks(dataset, "test", args, device, within_alphabet=args.within_alphabet)
     if args.test:
         step = experiment.load_best(args.checkpoint, encoder)
         metrics = {"best_step": step} | test_report(args, encoder, test, dtype, device)
         return experiment.report(args, "protonet", dataset.name, metrics)
 
-    val = tasks("val", VAL_SEED)  # of any alphabets: its 100 characters are too few of one
+    # Of any alphabets: the 100 characters of validation are too few of one.
+    val = experiment.fixed_tasks(dataset, "val", args, device)
     N = args.train_classes
     train = EpisodeSampler(
         dataset, "train", N, args.train_shot, args.train_query, args.meta_batch_size, args.random_seed, device,
@@ -298,7 +294,8 @@ def main(argv=None) -> dict | list[dict]:
 
 def test_report(args, encoder: nn.Module, test: EpisodeSampler, dtype: torch.dtype, device: torch.device) -> dict:
     """Accuracy on the fixed test tasks: non-transductive, and beside it with the task's own batch norm."""
-    accuracy, ci95 = experiment.mean_and_ci95(evaluate(encoder, test, args.num_test_tasks, dtype)[0])
+    accuracies = evaluate(encoder, test, args.num_test_tasks, dtype)[0]
+    accuracy, ci95 = experiment.mean_and_ci95(accuracies)
     some = min(args.num_test_tasks, 600)
     transductive, transductive_ci95 = experiment.mean_and_ci95(evaluate(encoder, test, some, dtype, norm="batch")[0])
     return {
@@ -306,6 +303,7 @@ def test_report(args, encoder: nn.Module, test: EpisodeSampler, dtype: torch.dty
         "batch_norm": "running", "test_accuracy_transductive": transductive, "ci95_transductive": transductive_ci95,
         "within_alphabet": args.within_alphabet, "dtype": str(dtype).removeprefix("torch."),
         "device": experiment.device_name(device), "parameters": sum(p.numel() for p in encoder.parameters()),
+        "accuracies": [round(a, 4) for a in accuracies.tolist()],
     }  # fmt: skip
 
 

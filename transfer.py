@@ -20,7 +20,7 @@ from torch import nn
 
 import experiment
 from backbone import Conv4, fast_dtype
-from experiment import TEST_SEED, Run, UserError, number, whole
+from experiment import Run, UserError, number, whole
 from load_data import Dataset, EpisodeSampler, distort, load_dataset
 
 
@@ -187,8 +187,7 @@ def main(argv=None) -> dict:
         "pretrained": Classifier(Conv4(channels, args.width, args.image_size), len(known)),
         "finetuned": Classifier(Conv4(channels, args.width, args.image_size), len(splits["test"])),
     }).to(device, memory_format=torch.channels_last)  # fmt: skip
-    N, K, Q = args.num_classes, args.num_shot, args.num_query
-    tasks = EpisodeSampler(dataset, "test", N, K, Q, max(1, 2000 // (N * (K + Q))), TEST_SEED, device)
+    tasks = experiment.fixed_tasks(dataset, "test", args, device)
     if args.test:
         step = experiment.load_best(args.checkpoint, model)
         metrics = {"best_step": step} | report(args, model, first, second, tasks, dtype, device)
@@ -230,7 +229,8 @@ def report(args, model, first: Drawings, second: Drawings, tasks: EpisodeSampler
     """Held-out accuracy of both phases and the few-shot figure on the common test tasks."""
     pretrained, pretrained_ci95 = experiment.mean_and_ci95(held_out_accuracy(model["pretrained"], first, dtype))
     finetuned, finetuned_ci95 = experiment.mean_and_ci95(held_out_accuracy(model["finetuned"], second, dtype))
-    accuracy, ci95 = experiment.mean_and_ci95(few_shot(args, model["pretrained"].encoder, tasks, dtype))
+    accuracies = few_shot(args, model["pretrained"].encoder, tasks, dtype)
+    accuracy, ci95 = experiment.mean_and_ci95(accuracies)
     return {
         "test_accuracy": accuracy, "ci95": ci95, "num_test_tasks": args.num_test_tasks, "adapt": args.adapt,
         "pretrained_accuracy": pretrained, "pretrained_ci95": pretrained_ci95,
@@ -238,6 +238,7 @@ def report(args, model, first: Drawings, second: Drawings, tasks: EpisodeSampler
         "finetuned_accuracy": finetuned, "finetuned_ci95": finetuned_ci95,
         "finetuned_classes": model["finetuned"].head.out_features, "held_out": args.held_out,
         "batch_norm": "running", "dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device),
+        "accuracies": [round(a, 4) for a in accuracies.tolist()],
     }  # fmt: skip
 
 
