@@ -91,11 +91,15 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see python {self.prog} --help)")
 
 
-def make_parser(doc: str, **defaults) -> tuple[argparse.ArgumentParser, dict]:
-    """The common flags with a script's own `defaults`; returns the parser and its groups by name."""
+def make_parser(doc: str, without: tuple[str, ...] = (), **defaults) -> tuple[argparse.ArgumentParser, dict]:
+    """The common flags but those in `without`, with a script's own `defaults`; the parser and its groups by name."""
     parser = _Parser(description=doc, formatter_class=_Formatter, allow_abbrev=False)
     groups = {name: parser.add_argument_group(name) for name in ("run", "data", "model", "optimisation", "evaluation")}
-    add = groups["run"].add_argument
+
+    def adder(group: str):
+        return lambda flag, **kwargs: None if flag in without else groups[group].add_argument(flag, **kwargs)
+
+    add = adder("run")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU when there is one")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="precision of the forward pass")
     add("--random_seed", type=whole(0), default=1, help="fixes everything on one device")
@@ -105,7 +109,7 @@ def make_parser(doc: str, **defaults) -> tuple[argparse.ArgumentParser, dict]:
     add("--test", action="store_true", help="only test the run named by --checkpoint")
     add("--checkpoint", metavar="RUN_DIR", help="the run whose best.pt is used")
     add("--smoke", action="store_true", help="a complete tiny run in under 20 seconds")
-    add = groups["data"].add_argument
+    add = adder("data")
     add("--dataset", choices=["auto", "omniglot", "glyphs", "folder"], default="auto", help="auto: Omniglot or glyphs")
     add("--data_folder", help="where the images are (default: $OMNIGLOT_DIR, then ./data, then a download)")
     add("--split", choices=["course", "lake"], default="course", help="1100/100/423 characters, or Lake's by alphabet")
@@ -115,10 +119,10 @@ def make_parser(doc: str, **defaults) -> tuple[argparse.ArgumentParser, dict]:
     add("--num_query", type=whole(1), default=15, metavar="Q", help="query images of each class")
     yes_or_no = argparse.BooleanOptionalAction
     add("--rotations", action=yes_or_no, default=False, help="turned training characters as further classes")
-    add = groups["optimisation"].add_argument
+    add = adder("optimisation")
     add("--meta_batch_size", type=whole(1), default=16, metavar="B", help="tasks in a training step")
     add("--train_steps", type=whole(1), default=1000, help="training steps")
-    add = groups["evaluation"].add_argument
+    add = adder("evaluation")
     add("--eval_freq", type=whole(1), default=100, help="steps between evaluations")
     add("--patience", type=whole(0), default=0, help="stop after this many evaluations without a better one; 0: never")
     add("--num_val_tasks", type=whole(2), default=600, help="fixed tasks of each evaluation in training")
@@ -311,9 +315,9 @@ class Run:
 
     def _new_folder(self) -> Path:
         a = self.args
+        task = f"_{a.num_classes}way_{a.num_shot}shot" if hasattr(a, "num_shot") else ""
         name = a.run_name or (
-            f"{self.script}_{self.dataset}_{a.num_classes}way_{a.num_shot}shot_seed{a.random_seed}"
-            f"_{time.strftime('%Y%m%d-%H%M%S')}"
+            f"{self.script}_{self.dataset}{task}_seed{a.random_seed}_{time.strftime('%Y%m%d-%H%M%S')}"
         )
         folder = Path(a.log_dir) / name
         if self.writes:
@@ -486,10 +490,9 @@ def markdown_table(values: dict) -> str:
 
 def report(args, script: str, dataset: str, metrics: dict, path: Path | None = None) -> dict:
     """Complete the metrics by the setting, write them to `path` and print them as one line of JSON."""
-    setting = {
-        "script": script, "dataset": dataset, "split": args.split,
-        "N": args.num_classes, "K": args.num_shot, "Q": args.num_query,
-    }  # fmt: skip
+    flags = {"split": "split", "N": "num_classes", "K": "num_shot", "Q": "num_query"}
+    setting = {"script": script, "dataset": dataset}
+    setting |= {name: getattr(args, flag) for name, flag in flags.items() if hasattr(args, flag)}
     metrics = setting | metrics | {"seed": args.random_seed, "command": args.command, "git_commit": args.git_commit}
     if shard()[0] == 0:
         if path:
