@@ -9,7 +9,7 @@ first-order MAML, and MAML that keeps only every sqrt(steps)-th inner step and c
     python profile_costs.py --sweep all                        three sweeps, a CSV and a figure of six panels
     python profile_costs.py --sweep all --engine auto          the same with every engine, for comparison
     python profile_costs.py --inner_steps 20 --hidden_size 64  one setting
-    python profile_costs.py --train --method maml              train to convergence, plot adapted functions
+    python profile_costs.py --train                            train with MAML and with ES, plot adapted functions
     python profile_costs.py --smoke                            a complete run in seconds
 
 What is measured is an outer step: sampling the tasks, the meta-gradient, the optimiser. Memory is the peak of what
@@ -221,7 +221,9 @@ def es_gradient(model: Initialisation, tasks, rate: float, steps: int, at_once: 
     for begin in range(0, pairs, together):
         index = torch.arange(begin, min(begin + together, pairs), device=theta.device)
         eps = torch.randn(len(index), len(theta), device=theta.device, dtype=theta.dtype)
-        phi = torch.cat([theta + sigma * eps, theta - sigma * eps])  # [2 * pairs, D]
+        phi = theta.repeat(2 * len(eps), 1)  # theta + sigma eps, then theta - sigma eps
+        phi[: len(eps)].add_(eps, alpha=sigma)
+        phi[len(eps) :].sub_(eps, alpha=sigma)
         chosen = (index % len(tasks[0])).repeat(2)
         losses = []
         for first in range(0, len(phi), at_once):
@@ -417,16 +419,21 @@ def points(args) -> list[tuple[str, str, str, argparse.Namespace]]:
     ]
 
 
-def run_sweep(args, device: torch.device) -> dict:
-    """Measure every point, then write costs.csv, costs.json and costs.png to --out.
-
-    Until it is complete a sweep lives in costs.partial.csv; started again it does not measure those points again.
-    """
+def output_folder(args) -> Path:
     folder = Path(args.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder} is no folder to write to ({error}); choose another") from None
+    return folder
+
+
+def run_sweep(args, device: torch.device) -> dict:
+    """Measure every point, then write costs.csv, costs.json and costs.png to --out.
+
+    Until it is complete a sweep lives in costs.partial.csv; started again it does not measure those points again.
+    """
+    folder = output_folder(args)
     partial = folder / "costs.partial.csv"
     key = lambda row: tuple(str(row[name]) for name in SETTING)
     known = {key(row): {name: row[name] for name in MEASURED} for row in read_csv(partial)}
@@ -545,22 +552,45 @@ def cost_figure(rows: list[dict], engine: str, summary: dict):
 # ----------------------------------------------------------------------------------- training
 
 
-def evaluate(model: Initialisation, args, num_tasks: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Query losses of `num_tasks` fixed tasks before and after adaptation, [num_tasks] each."""
+def train_all(args, methods: tuple[str, ...], device: torch.device) -> dict:
+    """Train with each method in a run of its own; of several, also write costs_train.json and .png to --out."""
+    models, metrics = {}, {}
+    for method in methods:
+        name = args.run_name if len(methods) == 1 or not args.run_name else f"{args.run_name}_{method}"
+        flags = argparse.Namespace(**vars(args) | {"run_name": name})
+        models[method], metrics[method] = train(flags, method, device)
+    if len(methods) == 1:
+        return metrics[methods[0]]
+    folder = output_folder(args)
+    experiment.write_json(folder / "costs_train.json", metrics)
+    figure = adaptation_figure(models, args)
+    experiment.write_atomically(folder / "costs_train.png", lambda out: figure.savefig(out, dpi=100, format="png"))
+    print(f"written: {folder / 'costs_train.json'}, {folder / 'costs_train.png'}")
+    return metrics
+
+
+def fixed_tasks(args, num_tasks: int, seed: int, like: torch.Tensor):
+    """The same tasks in every run and on every device: drawn on the CPU from a seed of their own."""
     state = torch.get_rng_state()
     torch.manual_seed(seed)
-    tasks = sample_tasks(num_tasks, args.num_shot, args.num_query)  # on the CPU: the same tasks on every device
+    tasks = sample_tasks(num_tasks, args.num_shot, args.num_query)
     torch.set_rng_state(state)
+    return [t.to(like.device) for t in tasks]
+
+
+@torch.no_grad()
+def evaluate(model: Initialisation, args, num_tasks: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query losses of `num_tasks` fixed tasks before and after adaptation, [num_tasks] each."""
     before, after = [], []
-    with torch.no_grad():
-        for x, y, query_x, query_y in zip(*(t.to(model.theta.device).split(100) for t in tasks), strict=True):
-            before.append(mse(model(), query_x, query_y))
-            adapted = adapt(model(), x, y, args.inner_rate, args.inner_steps, "maml", "vmap")
-            after.append(mse(adapted, query_x, query_y))
+    tasks = fixed_tasks(args, num_tasks, seed, model.theta)
+    for x, y, query_x, query_y in zip(*(t.split(100) for t in tasks), strict=True):
+        before.append(mse(model(), query_x, query_y))
+        layers = adapt(model(), x, y, args.inner_rate, args.inner_steps, "maml", "vmap")
+        after.append(mse(layers, query_x, query_y))
     return torch.cat(before).cpu(), torch.cat(after).cpu()
 
 
-def train(args, method: str, device: torch.device) -> dict:
+def train(args, method: str, device: torch.device) -> tuple[Initialisation, dict]:
     """Meta-train, then report the query loss of fixed test tasks and draw some of the adapted functions."""
     args.method = method
     if args.engine == "auto":  # written into flags.json: a resumed run computes in the same order
@@ -581,42 +611,42 @@ def train(args, method: str, device: torch.device) -> dict:
                 before, after = evaluate(model, args, args.num_val_tasks, VAL_SEED)
             run.evaluated(None, {"Loss/val": after.mean().item(), "Loss/val_before": before.mean().item()})
     before, after = evaluate(model, args, args.num_test_tasks, TEST_SEED)
-    figure = adaptation_figure(model, args)
+    figure = adaptation_figure({method: model}, args)
     experiment.write_atomically(run.folder / "adapted.png", lambda out: figure.savefig(out, dpi=100, format="png"))
     run.writer.add_figure("adapted", figure, run.step)
     loss, ci95 = experiment.mean_and_ci95(after)
-    return run.finish({
+    return model, run.finish({
         "val_accuracy": None, "method": method, "engine": args.engine, "test_loss": loss, "ci95": ci95,
         "test_loss_before": before.mean().item(), "num_test_tasks": args.num_test_tasks, "learning_rate": rate,
         "inner_steps": args.inner_steps, "parameters": model.theta.numel(), "device": experiment.device_name(device),
     })  # fmt: skip
 
 
-def adaptation_figure(model: Initialisation, args, count: int = 4):
-    """Truth, support points, and the function before and after adaptation, on the first test tasks."""
+def adaptation_figure(models: dict[str, Initialisation], args, count: int = 4):
+    """Truth, support points, and the function before and after adaptation on test tasks; a row for each method."""
     from matplotlib.figure import Figure
 
-    state = torch.get_rng_state()
-    torch.manual_seed(TEST_SEED)
-    x, y, query_x, query_y = sample_tasks(args.num_test_tasks, args.num_shot, args.num_query)
-    torch.set_rng_state(state)
-    x, y, query_x, query_y = (t[:count].to(model.theta.device) for t in (x, y, query_x, query_y))
-    with torch.no_grad():
-        before = forward(model(), query_x)[1].cpu()
-        adapted = adapt(model(), x, y, args.inner_rate, args.inner_steps, "maml", "vmap")
-        after = forward(adapted, query_x)[1].cpu()
-    figure = Figure(figsize=(3 * count, 2.9), layout="constrained")
-    for n, ax in enumerate(figure.subplots(1, count, sharey=True, squeeze=False)[0]):
-        ax.plot(query_x[n].cpu(), query_y[n].cpu(), color="black", lw=1, label="truth")
-        ax.plot(query_x[n].cpu(), before[n], color="#999999", ls="--", label="before adaptation")
+    figure = Figure(figsize=(3 * count, 0.5 + 2.3 * len(models)), layout="constrained")
+    axes = figure.subplots(len(models), count, sharex=True, sharey=True, squeeze=False)
+    for row, (method, model) in zip(axes, models.items(), strict=True):
+        x, y, query_x, query_y = (t[:count] for t in fixed_tasks(args, args.num_test_tasks, TEST_SEED, model.theta))
+        with torch.no_grad():
+            before = forward(model(), query_x)[1].cpu()
+            layers = adapt(model(), x, y, args.inner_rate, args.inner_steps, "maml", "vmap")
+            after = forward(layers, query_x)[1].cpu()
         steps = f"after {args.inner_steps} inner step{'s' * (args.inner_steps > 1)}"
-        ax.plot(query_x[n].cpu(), after[n], color=COLOURS[args.method], label=steps)
-        ax.plot(x[n].cpu(), y[n].cpu(), "k.", label="support points")
+        for n, ax in enumerate(row):
+            grid = query_x[n].cpu()
+            ax.plot(grid, query_y[n].cpu(), color="black", lw=1, label="truth")
+            ax.plot(grid, before[n], color="#999999", ls="--", label="before adaptation")
+            ax.plot(grid, after[n], color=COLOURS["maml"], label=steps)
+            ax.plot(x[n].cpu(), y[n].cpu(), "k.", label="support points")
+            ax.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel(f"{LABELS[method]}\ny")
+    for ax in axes[-1]:
         ax.set_xlabel("x")
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("y")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, title=LABELS[args.method])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
@@ -637,13 +667,13 @@ def parse_args(argv=None):
         help="vmap: all adaptations together; loop: one after another; factors (only MAML): together, with the adapted "
         "weights kept as low-rank factors; auto: measures all of these, training takes the fastest")  # fmt: skip
     add("--at_once", type=whole(0), default=0, help="adaptations that vmap and factors do together; 0: all")
-    add("--out", default="runs/costs", help="folder of a sweep's costs.csv, costs.json and costs.png")
+    add("--out", default="runs/costs", help="folder of a sweep's tables and figure, and of --train's with all methods")
     add("--warmup", type=whole(1), default=2, help="outer steps before the measured ones")
     add = groups["model"].add_argument
     add("--layers", type=whole(1), default=2, help="hidden layers")
     add("--hidden_size", type=whole(1), default=128, help="units of each hidden layer")
     add = groups["optimisation"].add_argument
-    add("--outer_steps", "--train_steps", type=whole(1), help="outer steps to measure (default 9) or train (20000)")
+    add("--outer_steps", "--train_steps", type=whole(1), help="outer steps to measure (default 9) or train (5000)")
     add("--inner_steps", type=whole(1), default=5, help="gradient steps on a support set")
     add("--inner_rate", type=number(above=True), default=1e-2, help="learning rate of the inner steps")
     add("--learning_rate", type=number(above=True), help=f"of Adam (default: {LEARNING_RATES})")
@@ -665,7 +695,7 @@ def parse_args(argv=None):
     if args.engine == "factors" and args.method != "maml":
         raise UserError("--engine factors is for --method maml; ES perturbs every weight, so it forms them anyway")
     args.num_classes, args.patience = 1, 0  # one output; train to the end
-    args.train_steps = args.outer_steps = args.outer_steps or (20000 if args.train else 9)
+    args.train_steps = args.outer_steps = args.outer_steps or (5000 if args.train else 9)
     return args
 
 
@@ -673,12 +703,7 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)
     if args.train:
-        methods = ("maml", "es") if args.method == "all" else (args.method,)
-        runs = {}
-        for method in methods:
-            name = args.run_name and (args.run_name if len(methods) == 1 else f"{args.run_name}_{method}")
-            runs[method] = train(argparse.Namespace(**vars(args) | {"run_name": name}), method, device)
-        return runs if len(runs) > 1 else runs[methods[0]]
+        return train_all(args, ("maml", "es") if args.method == "all" else (args.method,), device)
     if args.sweep:
         return run_sweep(args, device)
     found = []

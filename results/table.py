@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -80,9 +81,82 @@ def speed_table() -> str:
     return "\n".join(rows)
 
 
+def growth(f: dict, unit: str) -> str:
+    """A fit of results/costs.json in words: a line a + b x, or a power x^b."""
+    if f["form"] == "power":
+        return f"x^{f['b']:.2f}"
+    if abs(f["b"]) < 1e-9:
+        return f"{f['a']:.1f} {unit}, flat"
+    return f"{f['a']:.1f} {'+' if f['b'] > 0 else '-'} {abs(f['b']):.2f} x {unit}"
+
+
+def costs_text() -> str:
+    """How MAML's and ES's costs grow, where ES is the dearer one, and what its gradient is worth."""
+    summary = json.loads((RESULTS / "costs.json").read_text())
+    with open(RESULTS / "costs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = {"maml": "MAML", "es": "ES", "fomaml": "first-order MAML", "checkpoint": "checkpointed MAML"}
+    sweeps = {"inner_steps": "inner steps", "layers": "hidden layers", "hidden_size": "hidden units"}
+    fits = {(f["sweep"], f["method"], f["engine"]): f for f in summary["fits"]}
+    lines = ["| engine `vmap`, x = | method | runtime | R² | peak memory | R² |", "|---" * 6 + "|"]
+    for (sweep, method, engine), f in fits.items():
+        if engine == "vmap":
+            time, memory = f["runtime"], f["memory"]
+            lines.append(f"| {sweeps[sweep]} | {names[method]} | {growth(time, 'ms')} | {time['r2']:.3f} | "
+                         f"{growth(memory, 'MB')} | {memory['r2']:.3f} |")  # fmt: skip
+    first = rows[0]
+    lines += ["", f"Medians on {summary['device']}, {first['meta_batch_size']} tasks; ES compares "
+              f"{first['num_perturbations']} perturbed networks, so both adapt the same number of them. With x^b "
+              f"twice the units cost 2^b times as much. Command: `{summary['command']}`.", ""]  # fmt: skip
+    lines += ["| at 512 units | engine | ms | MB |", "|---|---|---|---|"]
+    for row in rows:
+        if row["sweep"] == "hidden_size" and row["hidden_size"] == "512" and row["method"] in ("maml", "es"):
+            ms, mb = 1e3 * float(row["seconds"]), float(row["peak_bytes"]) / 1e6
+            lines.append(f"| {names[row['method']]} | {row['engine']} | {ms:.0f} | {mb:.1f} |")
+    lines += ["", dearer_text(summary, rows, sweeps), "", cosine_text(summary)]
+    if (RESULTS / "costs_train.json").exists():
+        lines += ["", training_text(names)]
+    return "\n".join(lines)
+
+
+def dearer_text(summary: dict, rows: list[dict], sweeps: dict) -> str:
+    """The settings at which ES costs more than MAML, by engine and kind of cost."""
+    parts = []
+    for engine in ("vmap", "loop"):
+        total = sum(row["method"] == "es" and row["engine"] == engine for row in rows)
+        for what, word in (("seconds", "time"), ("peak_bytes", "memory")):
+            found = [d for d in summary["es_dearer"] if (d["engine"], d["what"]) == (engine, what)]
+            at = ", ".join(f"{sweeps[d['sweep']]} {d['value']}: {d['es'] / d['maml']:.2f} times" for d in found)
+            parts.append(f"{word}, engine `{engine}`: {len(found)} of {total}" + (f" ({at})" if at else ""))
+    return "Points of the sweeps at which ES costs more than MAML: " + "; ".join(parts) + "."
+
+
+def cosine_text(summary: dict) -> str:
+    shown = ", ".join(f"{c['cosine']:.2f} with {c['perturbations']}" for c in summary["es_cosine"])
+    return (
+        "Cosine between the ES estimate and the exact meta-gradient by the number of perturbed networks, at "
+        f"{summary['es_cosine'][0]['parameters']} parameters: {shown}."
+    )
+
+
+def training_text(names: dict) -> str:
+    runs = json.loads((RESULTS / "costs_train.json").read_text())
+    parts = [
+        f"{names[m]} {r['test_loss']:.4f} ± {r['ci95']:.4f} after {r['steps']} outer steps and "
+        f"{r['train_seconds']:.0f} s (before adaptation {r['test_loss_before']:.2f})"
+        for m, r in runs.items()
+    ]
+    run = runs["maml"]
+    return (
+        f"Trained (`{run['command']}`), mean squared error on {run['num_test_tasks']} test tasks after "
+        f"{run['inner_steps']} inner steps: " + "; ".join(parts) + "."
+    )
+
+
 def render(text: str) -> str:
     """README text with everything between its markers written anew."""
-    tables = {"results": mann_table, "memorisation": memorisation_text, "protonet": protonet_text, "speed": speed_table}
+    tables = {"results": mann_table, "memorisation": memorisation_text, "protonet": protonet_text, "speed": speed_table,
+              "costs": costs_text}  # fmt: skip
     for name, table in tables.items():
         pattern = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda m, table=table: m[1] + table() + m[2], text)

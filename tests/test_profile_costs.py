@@ -258,8 +258,8 @@ def test_memory_count_on_known_answers():
     del loss
 
 
-def costs(method, engine="vmap", layers=2, hidden=24, steps=(1, 2, 4, 6, 8, 10)):
-    flags = Namespace(meta_batch_size=6, num_perturbations=6, num_shot=10, num_query=20, inner_rate=0.01, sigma=1e-3,
+def costs(method, engine="vmap", layers=2, hidden=24, steps=(1, 3, 6, 10)):
+    flags = Namespace(meta_batch_size=4, num_perturbations=4, num_shot=10, num_query=20, inner_rate=0.01, sigma=1e-3,
                       layers=layers, hidden_size=hidden, learning_rate=None)  # fmt: skip
     found = []
     for flags.inner_steps in steps:
@@ -306,7 +306,8 @@ def test_fits_on_known_answers():
 
 
 def test_killed_sweep_resumes_and_a_complete_one_measures_anew(tmp_path, monkeypatch):
-    flags = ["--smoke", "--device", "cpu", "--engine", "auto", "--out", str(tmp_path)]
+    flags = ["--smoke", "--device", "cpu", "--engine", "auto", "--meta_batch_size", "2", "--warmup", "1"]
+    flags += ["--out", str(tmp_path)]
     real, calls = profile_costs.measure, []
 
     def counting(args, method, engine, device, limit=1000):
@@ -410,8 +411,10 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch):
 
 def test_train_without_a_method_trains_both_and_auto_is_written_down(tmp_path):
     flags = ["--smoke", "--train", "--engine", "auto", "--log_dir", str(tmp_path), "--run_name", "x"]
-    metrics = profile_costs.main(flags)
+    metrics = profile_costs.main([*flags, "--out", str(tmp_path / "out")])
     assert set(metrics) == {"maml", "es"}
+    assert json.loads((tmp_path / "out" / "costs_train.json").read_text()) == metrics
+    assert (tmp_path / "out" / "costs_train.png").stat().st_size > 10_000
     for method in metrics:
         written = json.loads((tmp_path / f"x_{method}" / "flags.json").read_text())["flags"]
         assert written["method"] == method and written["engine"] in ("vmap", "loop", "factors")
