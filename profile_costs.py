@@ -107,17 +107,20 @@ def apply_transposed(layer: tuple, d: torch.Tensor) -> torch.Tensor:
     return back - (d @ factors[1].mT) @ factors[0] if factors else back
 
 
-def forward(layers: list[tuple], x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The inputs of every layer [G, n, i] and the prediction [G, n, 1] at x [G, n, 1]."""
-    inputs = [x]
+def predict(layers: list[tuple], x: torch.Tensor, inputs: list | None = None) -> torch.Tensor:
+    """The network's output [G, n, 1] at x [G, n, 1]; appends the input of every layer [G, n, i] to `inputs`."""
     for layer in layers[:-1]:
-        inputs.append(torch.relu(apply(layer, inputs[-1])))
-    return inputs, apply(layers[-1], inputs[-1])
+        if inputs is not None:
+            inputs.append(x)
+        x = apply(layer, x).relu_()
+    if inputs is not None:
+        inputs.append(x)
+    return apply(layers[-1], x)
 
 
 def mse(layers: list[tuple], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each task [G]."""
-    return (forward(layers, x)[1] - y).square().mean(dim=(-2, -1))
+    return (predict(layers, x) - y).square().mean(dim=(-2, -1))
 
 
 def inputs_and_errors(layers: list[tuple], x: torch.Tensor, y: torch.Tensor) -> list[tuple]:
@@ -125,8 +128,8 @@ def inputs_and_errors(layers: list[tuple], x: torch.Tensor, y: torch.Tensor) -> 
 
     Back-propagation in tensor operations, so that autograd can differentiate through it.
     """
-    inputs, prediction = forward(layers, x)
-    d, pairs = (prediction - y) * (2 / x.shape[-2]), []
+    inputs, pairs = [], []
+    d = (predict(layers, x, inputs) - y) * (2 / x.shape[-2])
     for layer, a in zip(layers[::-1], inputs[::-1], strict=True):
         pairs.append((a, d))
         if a is not x:
@@ -631,9 +634,9 @@ def adaptation_figure(models: dict[str, Initialisation], args, count: int = 4):
     for row, (method, model) in zip(axes, models.items(), strict=True):
         x, y, query_x, query_y = (t[:count] for t in fixed_tasks(args, args.num_test_tasks, TEST_SEED, model.theta))
         with torch.no_grad():
-            before = forward(model(), query_x)[1].cpu()
+            before = predict(model(), query_x).cpu()
             layers = adapt(model(), x, y, args.inner_rate, args.inner_steps, "maml", "vmap")
-            after = forward(layers, query_x)[1].cpu()
+            after = predict(layers, query_x).cpu()
         steps = f"after {args.inner_steps} inner step{'s' * (args.inner_steps > 1)}"
         for n, ax in enumerate(row):
             grid = query_x[n].cpu()

@@ -22,7 +22,6 @@ from profile_costs import (
     LiveStorage,
     es_gradient,
     fit,
-    forward,
     inner_step,
     inner_step_in_factors,
     inner_step_in_place,
@@ -30,6 +29,7 @@ from profile_costs import (
     mse,
     parse_args,
     peak_memory,
+    predict,
     sample_tasks,
 )
 
@@ -91,7 +91,7 @@ def test_sinusoids_are_what_the_homework_asks_for():
 def test_network_is_the_plain_one(layers):
     model, plain = network(layers)
     x = tasks()[0]
-    assert torch.allclose(forward(model(), x)[1], plain(x), atol=1e-14)
+    assert torch.allclose(predict(model(), x), plain(x), atol=1e-14)
     assert model.theta.numel() == sum(p.numel() for p in plain.parameters())
     bound = [m.weight.abs().max() * math.sqrt(m.in_features) for m in plain if isinstance(m, nn.Linear)]
     assert all(0.5 < b <= 1 for b in bound)  # drawn as nn.Linear draws
@@ -117,8 +117,8 @@ def test_three_inner_steps_equal_sgd_in_every_form():
         fresh, factors = inner_step(fresh, x, y, RATE), inner_step_in_factors(factors, x, y, RATE)
         inner_step_in_place(own, x, y, RATE)
     for layers in (fresh, factors, own):
-        assert torch.allclose(forward(layers, query_x)[1], expected, atol=1e-12)
-    assert not torch.allclose(forward(model(), query_x)[1], expected, atol=1e-3)
+        assert torch.allclose(predict(layers, query_x), expected, atol=1e-12)
+    assert not torch.allclose(predict(model(), query_x), expected, atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------- MAML
