@@ -362,7 +362,8 @@ def fastest_engine(args, method: str, device: torch.device) -> tuple[str, int]:
 # ------------------------------------------------------------------------------------- sweeps
 
 SETTING = ("method", "engine", "inner_steps", "layers", "hidden_size", "meta_batch_size", "num_perturbations",
-           "num_shot", "num_query", "at_once", "device", "torch", "seed")  # fmt: skip
+           "num_shot", "num_query", "at_once", "outer_steps", "inner_rate", "device", "torch", "random_seed",
+           "git_commit")  # fmt: skip
 MEASURED = ("repeats", "seconds", "seconds_p10", "seconds_p90", "peak_bytes")
 COLUMNS = ("sweep", *SETTING, *MEASURED, "runtime_fit", "memory_fit")
 
@@ -438,24 +439,25 @@ def run_sweep(args, device: torch.device) -> dict:
     """
     folder = output_folder(args)
     partial = folder / "costs.partial.csv"
-    key = lambda row: tuple(str(row[name]) for name in SETTING)
+    key = lambda row: tuple(str(row[name]) for name in SETTING)  # of another commit: measured again
     known = {key(row): {name: row[name] for name in MEASURED} for row in read_csv(partial)}
     rows, todo = [], points(args)
     for sweep, method, engine, flags in tqdm(todo, unit="point", disable=None):
-        row = {"sweep": sweep, "method": method, "engine": engine, "device": experiment.device_name(device)}
-        row |= {name: getattr(flags, name) for name in SETTING if hasattr(flags, name) and name not in row}
-        row |= {"torch": torch.__version__, "seed": args.random_seed}
-        if key(row) not in known:  # also points that two sweeps share
+        here = {"method": method, "engine": engine, "device": experiment.device_name(device)}
+        here |= {"torch": torch.__version__, "git_commit": args.git_commit or "none"}
+        row = {"sweep": sweep} | {name: here.get(name, vars(flags).get(name)) for name in SETTING}
+        new = key(row) not in known  # a point may also be part of two sweeps
+        if new:
             known[key(row)] = measure(flags, method, engine, device)
-        row |= {name: float(value) for name, value in known[key(row)].items()}
-        rows.append(row)
-        write_csv(partial, rows)
+        rows.append(row | {name: float(value) for name, value in known[key(row)].items()})
+        if new:
+            write_csv(partial, rows)
     summary = summarise(args, rows, device)
     write_csv(folder / "costs.csv", rows)
     experiment.write_json(folder / "costs.json", summary)
     figure = cost_figure(rows, drawn_engine(args), summary)
     experiment.write_atomically(folder / "costs.png", lambda out: figure.savefig(out, dpi=100, format="png"))
-    partial.unlink()
+    partial.unlink(missing_ok=True)
     print(f"written: {folder / 'costs.csv'}, {folder / 'costs.json'}, {folder / 'costs.png'}")
     return summary
 

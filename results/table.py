@@ -113,7 +113,7 @@ def costs_text() -> str:
         if row["sweep"] == "hidden_size" and row["hidden_size"] == "512" and row["method"] in ("maml", "es"):
             ms, mb = 1e3 * float(row["seconds"]), float(row["peak_bytes"]) / 1e6
             lines.append(f"| {names[row['method']]} | {row['engine']} | {ms:.0f} | {mb:.1f} |")
-    lines += ["", dearer_text(summary, rows, sweeps), "", cosine_text(summary)]
+    lines += ["", dearer_text(summary, rows, sweeps), "", cosine_text(summary, rows)]
     if (RESULTS / "costs_train.json").exists():
         lines += ["", training_text(names)]
     return "\n".join(lines)
@@ -131,11 +131,17 @@ def dearer_text(summary: dict, rows: list[dict], sweeps: dict) -> str:
     return "Points of the sweeps at which ES costs more than MAML: " + "; ".join(parts) + "."
 
 
-def cosine_text(summary: dict) -> str:
+def cosine_text(summary: dict, rows: list[dict]) -> str:
+    """What the estimate is worth, also at the number of perturbations that takes as long as MAML's exact gradient."""
     shown = ", ".join(f"{c['cosine']:.2f} with {c['perturbations']}" for c in summary["es_cosine"])
+    D = summary["es_cosine"][0]["parameters"]
+    base = {"sweep": "inner_steps", "engine": "vmap", "inner_steps": "5"}
+    maml, es = (next(r for r in rows if base.items() <= r.items() and r["method"] == m) for m in ("maml", "es"))
+    pairs = float(es["num_perturbations"]) / 2 * float(maml["seconds"]) / float(es["seconds"])
     return (
         "Cosine between the ES estimate and the exact meta-gradient by the number of perturbed networks, at "
-        f"{summary['es_cosine'][0]['parameters']} parameters: {shown}."
+        f"{D} parameters and 5 inner steps: {shown}. In the time of one MAML step ES can compare {2 * pairs:.0f} "
+        f"networks; the cosine to expect of them is sqrt(n / (n + D)) = {(pairs / (pairs + D)) ** 0.5:.2f}."
     )
 
 
