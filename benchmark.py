@@ -335,7 +335,7 @@ def bench_costs(args, device: torch.device, dataset: Dataset | None) -> dict:
             else:
                 plain_es_step(net, adam, tasks, flags.inner_steps, flags.inner_rate, flags.sigma)
 
-        model, optimizer = profile_costs.start(flags, method, device)
+        model, optimizer = profile_costs.start(flags, device)
         chosen, at_once = profile_costs.fastest_engine(flags, method, device)
         contestants = {"one task after another": plain}
         for name, engine, n in (("vmap", "vmap", 0), (f"auto: {chosen}, {at_once} at once", chosen, at_once)):

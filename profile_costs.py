@@ -48,8 +48,6 @@ ENGINES = {"maml": ("vmap", "loop", "factors"), "es": ("vmap", "loop"), "fomaml"
 SWEEPS = {"inner_steps": (1, 2, 5, 10, 15, 20), "layers": (1, 2, 3, 4, 6), "hidden_size": (32, 64, 128, 256, 512)}
 SMOKE_SWEEPS = {"inner_steps": (1, 2, 4), "layers": (1, 2, 3), "hidden_size": (8, 16, 32)}
 AXES = {"inner_steps": "inner steps", "layers": "hidden layers", "hidden_size": "units of a hidden layer"}
-# Of Adam, whose division by the gradient's size also tames the noisy estimate of ES; found on validation tasks.
-LEARNING_RATES = {"maml": 1e-3, "es": 3e-3, "fomaml": 1e-3, "checkpoint": 1e-3}
 UNUSED = ("--dtype", "--test", "--checkpoint", "--dataset", "--data_folder", "--split", "--image_size", "--num_classes",
           "--rotations", "--train_steps", "--patience")  # fmt: skip
 
@@ -258,11 +256,10 @@ def meta_step(model: Initialisation, optimizer, args, method: str, engine: str, 
     return loss
 
 
-def start(args, method: str, device: torch.device) -> tuple[Initialisation, torch.optim.Optimizer]:
+def start(args, device: torch.device) -> tuple[Initialisation, torch.optim.Optimizer]:
     """A new initialisation and its optimiser."""
     model = Initialisation(args.layers, args.hidden_size).to(device)
-    rate = args.learning_rate or LEARNING_RATES[method]
-    return model, torch.optim.Adam(model.parameters(), rate, fused=True)
+    return model, torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
 
 
 # --------------------------------------------------------------------------------- measuring
@@ -328,7 +325,7 @@ def clock(step, device: torch.device, repeats: int) -> list[float]:
 def measure(args, method: str, engine: str, device: torch.device) -> dict:
     """Median, 10th and 90th percentile of the seconds of an outer step, and its peak memory in bytes."""
     torch.manual_seed(args.random_seed)
-    model, optimizer = start(args, method, device)
+    model, optimizer = start(args, device)
 
     def step():
         meta_step(model, optimizer, args, method, engine, args.at_once)
@@ -351,7 +348,7 @@ def fastest_engine(args, method: str, device: torch.device) -> tuple[str, int]:
     seconds = {}
     state = torch.get_rng_state()
     for engine, at_once in candidates:
-        model, optimizer = start(args, method, device)
+        model, optimizer = start(args, device)
         step = lambda: meta_step(model, optimizer, args, method, engine, at_once)  # noqa: B023
         step()
         seconds[engine, at_once] = min(clock(step, device, 3))
@@ -382,6 +379,8 @@ def fit(sweep: str, x: list[float], y: list[float]) -> dict:
 
 
 def fit_text(f: dict, unit: str) -> str:
+    if abs(f["b"]) < 1e-9:
+        return f"{f['a']:.3g} {unit}, flat"
     if f["form"] == "power":
         return f"{f['a']:.3g} {unit} * x^{f['b']:.2f} (R2 {f['r2']:.3f})"
     return f"{f['a']:.3g} + {f['b']:.3g} x {unit} (R2 {f['r2']:.3f})"
@@ -456,7 +455,7 @@ def run_sweep(args, device: torch.device) -> dict:
     write_csv(folder / "costs.csv", rows)
     experiment.write_json(folder / "costs.json", summary)
     figure = cost_figure(rows, drawn_engine(args), summary)
-    experiment.write_atomically(folder / "costs.png", lambda out: figure.savefig(out, dpi=100, format="png"))
+    experiment.write_atomically(folder / "costs.png", lambda out: figure.savefig(out, dpi=85, format="png"))
     partial.unlink(missing_ok=True)
     print(f"written: {folder / 'costs.csv'}, {folder / 'costs.json'}, {folder / 'costs.png'}")
     return summary
@@ -502,7 +501,7 @@ def summarise(args, rows: list[dict], device: torch.device) -> dict:
 def es_cosines(args, device: torch.device) -> list[dict]:
     """Cosine between the ES estimate and the exact meta-gradient, by the number of perturbations."""
     torch.manual_seed(args.random_seed)
-    model, _ = start(args, "es", device)
+    model, _ = start(args, device)
     tasks = sample_tasks(args.meta_batch_size, args.num_shot, args.num_query, device)
     inner = (args.inner_rate, args.inner_steps, args.meta_batch_size)
     maml_gradient(model, tasks, *inner)
@@ -569,7 +568,7 @@ def train_all(args, methods: tuple[str, ...], device: torch.device) -> dict:
     folder = output_folder(args)
     experiment.write_json(folder / "costs_train.json", metrics)
     figure = adaptation_figure(models, args)
-    experiment.write_atomically(folder / "costs_train.png", lambda out: figure.savefig(out, dpi=100, format="png"))
+    experiment.write_atomically(folder / "costs_train.png", lambda out: figure.savefig(out, dpi=85, format="png"))
     print(f"written: {folder / 'costs_train.json'}, {folder / 'costs_train.png'}")
     return metrics
 
@@ -602,8 +601,7 @@ def train(args, method: str, device: torch.device) -> tuple[Initialisation, dict
         args.engine, args.at_once = fastest_engine(args, method, device)
         print(f"{LABELS[method]}: engine {args.engine}, {args.at_once} adaptations at once")
     torch.manual_seed(args.random_seed)
-    model, optimizer = start(args, method, device)
-    rate = optimizer.param_groups[0]["lr"]
+    model, optimizer = start(args, device)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 - 2 * step / args.train_steps))
     run = Run(args, "profile_costs", f"sinusoids_{method}")
     run.track(model=model, optimizer=optimizer, schedule=schedule)
@@ -617,13 +615,14 @@ def train(args, method: str, device: torch.device) -> tuple[Initialisation, dict
             run.evaluated(None, {"Loss/val": after.mean().item(), "Loss/val_before": before.mean().item()})
     before, after = evaluate(model, args, args.num_test_tasks, TEST_SEED)
     figure = adaptation_figure({method: model}, args)
-    experiment.write_atomically(run.folder / "adapted.png", lambda out: figure.savefig(out, dpi=100, format="png"))
+    experiment.write_atomically(run.folder / "adapted.png", lambda out: figure.savefig(out, dpi=85, format="png"))
     run.writer.add_figure("adapted", figure, run.step)
     loss, ci95 = experiment.mean_and_ci95(after)
     return model, run.finish({
         "val_accuracy": None, "method": method, "engine": args.engine, "test_loss": loss, "ci95": ci95,
-        "test_loss_before": before.mean().item(), "num_test_tasks": args.num_test_tasks, "learning_rate": rate,
-        "inner_steps": args.inner_steps, "parameters": model.theta.numel(), "device": experiment.device_name(device),
+        "test_loss_before": before.mean().item(), "num_test_tasks": args.num_test_tasks,
+        "learning_rate": args.learning_rate, "inner_steps": args.inner_steps, "parameters": model.theta.numel(),
+        "device": experiment.device_name(device),
     })  # fmt: skip
 
 
@@ -678,11 +677,11 @@ def parse_args(argv=None):
     add("--layers", type=whole(1), default=2, help="hidden layers")
     add("--hidden_size", type=whole(1), default=128, help="units of each hidden layer")
     add = groups["optimisation"].add_argument
-    add("--outer_steps", "--train_steps", type=whole(1), help="outer steps to measure (default 9) or train (5000)")
+    add("--outer_steps", "--train_steps", type=whole(1), help="outer steps to measure or train; None: 9, 5000")
     add("--inner_steps", type=whole(1), default=5, help="gradient steps on a support set")
     add("--inner_rate", type=number(above=True), default=1e-2, help="learning rate of the inner steps")
-    add("--learning_rate", type=number(above=True), help=f"of Adam (default: {LEARNING_RATES})")
-    add("--num_perturbations", type=whole(2), help="ES: networks an outer step compares (default: --meta_batch_size)")
+    add("--learning_rate", type=number(above=True), default=1e-3, help="of Adam; ES: 3e-3 is too much")
+    add("--num_perturbations", type=whole(2), help="ES: perturbed networks in an outer step; None: as many as tasks")
     add("--sigma", type=number(above=True), default=1e-3, help="ES: standard deviation of the perturbations")
     smoke = {"hidden_size": 16, "meta_batch_size": 4, "num_query": 20, "num_val_tasks": 20, "num_test_tasks": 20,
              "eval_freq": 10, "outer_steps": 3}  # fmt: skip
@@ -707,6 +706,8 @@ def parse_args(argv=None):
 def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)
+    if experiment.shard()[1] > 1:
+        raise UserError("profile_costs.py measures one process; start it with python, not with torchrun")
     if args.train:
         return train_all(args, ("maml", "es") if args.method == "all" else (args.method,), device)
     if args.sweep:

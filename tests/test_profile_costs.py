@@ -260,10 +260,10 @@ def test_memory_count_on_known_answers():
 
 def costs(method, engine="vmap", layers=2, hidden=24, steps=(1, 3, 6, 10)):
     flags = Namespace(meta_batch_size=4, num_perturbations=4, num_shot=10, num_query=20, inner_rate=0.01, sigma=1e-3,
-                      layers=layers, hidden_size=hidden, learning_rate=None)  # fmt: skip
+                      layers=layers, hidden_size=hidden, learning_rate=1e-3)  # fmt: skip
     found = []
     for flags.inner_steps in steps:
-        model, optimizer = profile_costs.start(flags, method, torch.device("cpu"))
+        model, optimizer = profile_costs.start(flags, torch.device("cpu"))
         step = lambda: profile_costs.meta_step(model, optimizer, flags, method, engine)  # noqa: B023
         found.append(peak_memory(step, torch.device("cpu")))
         model.theta.grad = None
