@@ -499,17 +499,27 @@ def summarise(args, rows: list[dict], device: torch.device) -> dict:
 
 
 def es_cosines(args, device: torch.device) -> list[dict]:
-    """Cosine between the ES estimate and the exact meta-gradient, by the number of perturbations."""
+    """Cosine between the ES estimate and the exact meta-gradient g, by the number of perturbations.
+
+    A pair on a task with gradient g_t adds noise of size |g_t|^2 (D + 1), so that n pairs reach a cosine of about
+    1 / sqrt(1 + m (D + 1) / n) with D parameters and the tasks' disagreement m = mean |g_t|^2 / |g|^2.
+    """
     torch.manual_seed(args.random_seed)
     model, _ = start(args, device)
     tasks = sample_tasks(args.meta_batch_size, args.num_shot, args.num_query, device)
-    inner = (args.inner_rate, args.inner_steps, args.meta_batch_size)
-    maml_gradient(model, tasks, *inner)
-    exact, found = model.theta.grad, []
+    each = []
+    for n in range(args.meta_batch_size):
+        model.theta.grad = None
+        maml_gradient(model, [t[n : n + 1] for t in tasks], args.inner_rate, args.inner_steps, 1)
+        each.append(model.theta.grad)
+    each, found = torch.stack(each), []
+    exact = each.mean(0)
+    m, D = (each.square().sum(1).mean() / exact.square().sum()).item(), exact.numel()
     for count in [2 * args.meta_batch_size * 4**n for n in range(2 if args.smoke else 5)]:
-        es_gradient(model, tasks, *inner, count, args.sigma)
+        es_gradient(model, tasks, args.inner_rate, args.inner_steps, args.meta_batch_size, count, args.sigma)
         cosine = torch.nn.functional.cosine_similarity(exact, model.theta.grad, dim=0).item()
-        found.append({"perturbations": count, "cosine": cosine, "parameters": exact.numel()})
+        found.append({"perturbations": count, "cosine": cosine, "expected": (1 + 2 * m * (D + 1) / count) ** -0.5,
+                      "parameters": D, "disagreement": m})  # fmt: skip
     return found
 
 

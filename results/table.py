@@ -133,15 +133,17 @@ def dearer_text(summary: dict, rows: list[dict], sweeps: dict) -> str:
 
 def cosine_text(summary: dict, rows: list[dict]) -> str:
     """What the estimate is worth, also at the number of perturbations that takes as long as MAML's exact gradient."""
-    shown = ", ".join(f"{c['cosine']:.2f} with {c['perturbations']}" for c in summary["es_cosine"])
-    D = summary["es_cosine"][0]["parameters"]
+    found = summary["es_cosine"]
+    shown = ", ".join(f"{c['cosine']:.3f} with {c['perturbations']} ({c['expected']:.3f})" for c in found)
+    D, m = found[0]["parameters"], found[0]["disagreement"]
     base = {"sweep": "inner_steps", "engine": "vmap", "inner_steps": "5"}
     maml, es = (next(r for r in rows if base.items() <= r.items() and r["method"] == m) for m in ("maml", "es"))
     pairs = float(es["num_perturbations"]) / 2 * float(maml["seconds"]) / float(es["seconds"])
     return (
-        "Cosine between the ES estimate and the exact meta-gradient by the number of perturbed networks, at "
-        f"{D} parameters and 5 inner steps: {shown}. In the time of one MAML step ES can compare {2 * pairs:.0f} "
-        f"networks; the cosine to expect of them is sqrt(n / (n + D)) = {(pairs / (pairs + D)) ** 0.5:.2f}."
+        "Cosine between the ES estimate and the exact meta-gradient at the initialisation by the number of perturbed "
+        f"networks, at {D} parameters, 5 inner steps and m = {m:.1f} (what the formula below expects): {shown}. In the "
+        f"time of one MAML step ES can compare {2 * pairs:.0f} networks; the cosine to expect of them is "
+        f"{(1 + m * (D + 1) / pairs) ** -0.5:.3f}."
     )
 
 
