@@ -4,6 +4,7 @@
     python benchmark.py mann --num_classes 5         one training step of the MANN
     python benchmark.py protonet --repeats 10        one training step of prototypical networks
     python benchmark.py costs --hidden_dim 128       one outer step of MAML and of Evolution Strategies on sinusoids
+    python benchmark.py maml --repeats 5             one meta-gradient of MAML
 
 The references are written the way papers and course code do it. Both contestants take turns within one
 run, after a warm-up; the figures are medians, with the 10th to 90th percentile.
@@ -31,6 +32,7 @@ import profile_costs
 from backbone import Conv4
 from hw1 import MANN
 from load_data import Dataset, EpisodeSampler, load_dataset
+from maml import Learner, Setting, meta_gradient
 from protonet import episode_loss
 
 
@@ -273,7 +275,7 @@ def plain_mlp(layers: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(*blocks, nn.Linear(hidden, 1))
 
 
-def plain_maml_step(net: nn.Sequential, optimizer, tasks, steps: int, rate: float) -> float:
+def course_maml_step(net: nn.Sequential, optimizer, tasks, steps: int, rate: float) -> float:
     """Task after task: adapt with a graph through every inner step, then one backward pass to the initialisation."""
     names, total = [name for name, _ in net.named_parameters()], 0.0
     optimizer.zero_grad()
@@ -291,7 +293,7 @@ def plain_maml_step(net: nn.Sequential, optimizer, tasks, steps: int, rate: floa
     return total
 
 
-def plain_es_step(net: nn.Sequential, optimizer, tasks, steps: int, rate: float, sigma: float) -> float:
+def course_es_step(net: nn.Sequential, optimizer, tasks, steps: int, rate: float, sigma: float) -> float:
     """Task after task: fine-tune a perturbed network, the opposite one, and add their difference times the noise."""
     start = {name: value.clone() for name, value in net.state_dict().items()}
     estimate, total = {name: torch.zeros_like(value) for name, value in start.items()}, 0.0
@@ -331,9 +333,9 @@ def bench_costs(args, device: torch.device, dataset: Dataset | None) -> dict:
         def plain(net=net, adam=adam, method=method) -> None:
             tasks = [one_sinusoid(flags.num_shot, flags.num_query, device) for _ in range(B)]
             if method == "maml":
-                plain_maml_step(net, adam, tasks, flags.inner_steps, flags.inner_rate)
+                course_maml_step(net, adam, tasks, flags.inner_steps, flags.inner_rate)
             else:
-                plain_es_step(net, adam, tasks, flags.inner_steps, flags.inner_rate, flags.sigma)
+                course_es_step(net, adam, tasks, flags.inner_steps, flags.inner_rate, flags.sigma)
 
         model, optimizer = profile_costs.start(flags, device)
         chosen, at_once = profile_costs.fastest_engine(flags, method, device)
@@ -347,7 +349,65 @@ def bench_costs(args, device: torch.device, dataset: Dataset | None) -> dict:
     return results
 
 
-BENCHMARKS = {"episodes": bench_episodes, "mann": bench_mann, "protonet": bench_protonet, "costs": bench_costs}
+# --------------------------------------------------------------------------------------- maml
+
+
+def plain_maml_step(theta: dict, tasks, inner_lr: float, steps: int, first_order: bool, strided: bool) -> None:
+    """One task after another, create_graph for the second order, in the usual way; adds to the gradients of theta."""
+
+    def network(p, images):
+        x = images
+        for i in range(4):
+            x = F.conv2d(x, p[f"weight{i}"], stride=2 if strided else 1, padding=1)
+            x = F.relu(F.batch_norm(x, None, None, p[f"gamma{i}"], p[f"beta{i}"], training=True))
+            x = x if strided else F.max_pool2d(x, 2)
+        x = x.mean(dim=(2, 3)) if strided else x.flatten(1)
+        return F.linear(x, p["head_weight"], p["head_bias"])
+
+    total = 0
+    for support, support_labels, query, query_labels in zip(*tasks, strict=True):
+        adapted = dict(theta)
+        for _ in range(steps):
+            loss = F.cross_entropy(network(adapted, support), support_labels)
+            gradient = torch.autograd.grad(loss, list(adapted.values()), create_graph=not first_order)
+            adapted = {k: p - inner_lr * g for (k, p), g in zip(adapted.items(), gradient, strict=True)}
+        total = total + F.cross_entropy(network(adapted, query), query_labels)
+    (total / len(tasks[0])).backward()
+
+
+def bench_maml(args, device: torch.device, dataset: Dataset) -> dict:
+    """One meta-gradient of the same tasks at the same network."""
+    B, K, N, Q = args.meta_batch_size, args.num_shot, args.num_classes, args.num_query
+    tasks = EpisodeSampler(dataset, "train", N, K, Q, B, args.random_seed, device).sample()
+    result = {}
+    for strided in (True, False):
+        for steps in (1, 5):
+            for first_order in (False, True):
+                encoder = Conv4(strided=strided)
+                learner = Learner(encoder, N, steps, 0.4).to(device)
+                contestants = {}
+                for dtype in (torch.float32, torch.bfloat16):
+                    s = Setting(N, strided, first_order=first_order, dtype=dtype)
+                    name = str(dtype).removeprefix("torch.")
+
+                    def plain(learner=learner, steps=steps, s=s):
+                        with torch.autocast(device.type, s.dtype, enabled=s.dtype != torch.float32):
+                            plain_maml_step(learner.theta(), tasks, 0.4, steps, s.first_order, s.strided)
+
+                    contestants[f"loop over tasks, {name}"] = plain
+
+                    def ours(learner=learner, s=s):
+                        meta_gradient(learner, tasks, s, [1.0])
+
+                    contestants[f"maml.py, {name}"] = ours
+                network, order = "strided" if strided else "pooled", "first" if first_order else "second"
+                title = f"maml, {network}, {steps} steps, {order} order, B {B}, N {N}, K {K}, Q {Q}"
+                result[title] = print_race(title, race(contestants, args.repeats, warmup=1), device)
+    return result
+
+
+BENCHMARKS = {"episodes": bench_episodes, "mann": bench_mann, "protonet": bench_protonet, "maml": bench_maml,
+              "costs": bench_costs}  # fmt: skip
 
 
 def main(argv=None) -> dict:
@@ -356,7 +416,7 @@ def main(argv=None) -> dict:
     parser.add_argument("benchmark", choices=list(BENCHMARKS), help="what to measure")
     groups["model"].add_argument("--hidden_dim", type=experiment.whole(1), default=128, help="units: mann, costs")
     groups["run"].add_argument("--repeats", type=experiment.whole(3), default=100, help="timed turns")
-    parser.set_defaults(meta_batch_size=16 if "protonet" in (argv or sys.argv) else 128)
+    parser.set_defaults(meta_batch_size=128 if {"episodes", "mann"} & set(argv or sys.argv) else 16)
     args = experiment.parse(parser, argv, smoke={"repeats": 3})
     device = experiment.setup(args)
     # Sinusoids need no images.

@@ -117,8 +117,8 @@ def make_parser(doc: str, without: tuple[str, ...] = (), **defaults) -> tuple[ar
     add("--num_classes", type=whole(2), default=5, metavar="N", help="classes in a task (way)")
     add("--num_shot", type=whole(1), default=1, metavar="K", help="support images of each class (shot)")
     add("--num_query", type=whole(1), default=15, metavar="Q", help="query images of each class")
-    yes_or_no = argparse.BooleanOptionalAction
-    add("--rotations", action=yes_or_no, default=False, help="turned training characters as further classes")
+    turned = "turned training characters as further classes"
+    add("--rotations", action=argparse.BooleanOptionalAction, default=False, help=turned)
     add = adder("optimisation")
     add("--meta_batch_size", type=whole(1), default=16, metavar="B", help="tasks in a training step")
     add("--train_steps", type=whole(1), default=1000, help="training steps")
@@ -425,6 +425,15 @@ class Run:
         """Add a step's loss to the mean that the next evaluation logs; no synchronisation here."""
         self.loss_sum = self.loss_sum + loss.detach()
         self.loss_count += 1
+        if not loss.is_cuda:
+            self.stop_if_diverged()
+
+    def stop_if_diverged(self) -> None:
+        """Diverged when a loss since the last evaluation was not finite; what that evaluation saved stays."""
+        if not math.isfinite(self.loss_sum):
+            path = self.folder / "checkpoint.pt"
+            good = f"the last good checkpoint is {path}" if path.exists() else "nothing was saved before"
+            raise Diverged(f"the loss is {float(self.loss_sum)} at step {self.step}; lower the learning rate; {good}")
 
     def time_to_evaluate(self) -> bool:
         return self.step % self.args.eval_freq == 0 or self.step == self.args.train_steps
@@ -443,20 +452,16 @@ class Run:
 
         Without a validation accuracy (None) nothing is chosen: the latest model is kept as best.pt.
         """
+        self.stop_if_diverged()
         loss = float(self.loss_sum) / max(self.loss_count, 1)
-        if not math.isfinite(loss):
-            raise Diverged(
-                f"the loss is {loss} at step {self.step}; lower the learning rate. "
-                f"The last good checkpoint is {self.folder / 'checkpoint.pt'}"
-            )
         self.loss_sum, self.loss_count = 0.0, 0
         self._tick()
         tasks_per_second = self.step * self.args.meta_batch_size / max(self.seconds, 1e-9)
         if self.writes:
             for tag, value in {"Loss/train": loss, "Time/tasks_per_second": tasks_per_second, **scalars}.items():
                 self.writer.add_scalar(tag, value, self.step)
-            shown = "  ".join(f"{tag} {value:.4f}" for tag, value in {"Loss/train": loss, **scalars}.items())
-            self._bar.write(f"step {self.step}  {shown}")
+            main = {k: v for k, v in {"Loss/train": loss, **scalars}.items() if k.startswith(("Loss", "Accuracy"))}
+            self._bar.write(f"step {self.step}  " + "  ".join(f"{tag} {value:.4f}" for tag, value in main.items()))
         if val_accuracy is None or val_accuracy > self.best:
             self.best, self.best_step, self.stale = val_accuracy or 0.0, self.step, 0
             if self.writes:

@@ -219,6 +219,7 @@ def parse_args(argv=None):
     add("--train_query", type=whole(1), default=1, help="query images of each class in training")
     add("--jitter", type=number(0, 1), default=0.1, help="random turn (radians), size and slant of training images")
     add("--within_alphabet", action="store_true", help="test tasks of characters of one alphabet (Lake et al.)")
+    add("--train_within_alphabet", action="store_true", help="training tasks too: likeness is learned where it is hard")
     add("--predict", metavar="DIR", help="label DIR/query/* by DIR/support/CLASS/*, with --checkpoint")
     add("--ink", choices=["auto", "dark", "bright"], default="auto", help="for --predict: strokes against the paper")
     add = groups["model"].add_argument
@@ -263,7 +264,8 @@ def main(argv=None) -> dict | list[dict]:
     N = args.train_classes
     train = EpisodeSampler(
         dataset, "train", N, args.train_shot, args.train_query, args.meta_batch_size, args.random_seed, device,
-        rotations=args.rotations, jitter=args.jitter, shard=experiment.shard(),
+        rotations=args.rotations, within_alphabet=args.train_within_alphabet, jitter=args.jitter,
+        shard=experiment.shard(),
     )  # fmt: skip
     optimizer = torch.optim.AdamW(encoder.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -161,10 +161,86 @@ def training_text(names: dict) -> str:
     )
 
 
+def features_text() -> str:
+    """The homework's questions on feature weights, each answered in two sentences."""
+    r = json.loads((RESULTS / "features.json").read_text())
+    d, e, adam = r["alias"], r["closed_form"], r["closed_form_adam"]
+    five, one, g, h, random = (r[k] for k in ("gradient_5_steps", "gradient_1_steps", "classification",
+                                              "logistic_10_steps", "closed_form_random"))  # fmt: skip
+    n = e["num_points"]
+    at = lambda run, name="meta", m=n: f"{run[name][str(m)]:.2g}"
+    percent = lambda run, name="meta", m=n: f"{100 * run[name][str(m)]:.1f} ± {100 * run['ci95'][name][str(m)]:.1f} %"
+    span = lambda run, k: f"{run['weights'][k]['min']:.2f} to {run['weights'][k]['max']:.2f}"
+    excess = max(abs(end[0]) / norm - 1 for end, norm in zip(d["end"], d["norm"], strict=True))
+    answers = {
+        "(d) Where does gradient descent on c end, and where does beta go?":
+        f"From c = (1, 1), of norm {d['norm'][0]:.4f}, it ends at ({d['end'][0][0]:.4f}, {d['end'][0][1]:.0e}) with "
+        f"beta = ({d['beta'][0][0]:.4f}, {d['beta'][0][1]:.0e}): the limits are (‖c⁽⁰⁾‖, 0) and (1/‖c⁽⁰⁾‖, 0), or "
+        f"their negatives for a start with c_0 below 0. The gradient is at a right angle to c, so that only the "
+        f"finite step lengthens c, here by at most {100 * excess:.2f} % over {len(d['norm'])} starts; "
+        f"the tests let the step go to 0 and find the limit to 1e-6.",
+        f"(e) How do the errors compare at {n} grid points?":
+        f"All weights 1: {at(e, 'ones')}, where predicting zero gives 1; meta-learned: {at(e)} after "
+        f"{e['train_steps']} SGD steps and {at(adam)} with Adam; the oracle: {at(e, 'oracle')}, zero up to rounding. "
+        f"The meta-learned weights are "
+        f"{'never worse than' if e['at_most_ones_from'] == 1 else 'not always better than'} weights 1 at any "
+        f"number of points from 1 to {2 * n}, but off the training grid SGD's beat Adam's "
+        f"({at(e, m=n - 1)} against {at(adam, m=n - 1)} at {n - 1}), whose weights in S rose less.",
+        f"(e) Why does the error dip at {n}, below {n - 1} and {n + 1} ({at(e, m=n - 1)} and {at(e, m=n + 1)})?":
+        f"Meta-training on {n} grid points only takes weight from the features that look like one in S on just that "
+        f"grid, frequencies within 5 of a multiple of {n}; of the aliases on {n - 1} and {n + 1} points "
+        f"{100 * e['untrained_aliases'][str(n - 1)]:.0f} and {100 * e['untrained_aliases'][str(n + 1)]:.0f} % are "
+        f"others, which still weigh 1. At {2 * n} points all aliases are among the trained ones again, "
+        f"so the error falls once more, to {at(e, m=2 * n)}.",
+        "(e) How do the weights change, and why does that help?":
+        f"With SGD the weights in S rise from 1 to {span(e, 'S')}, those of the aliases fall to {span(e, 'aliases')} "
+        f"and those of all others stay at 1 (with Adam the aliases fall to {span(adam, 'aliases')}). An alias takes "
+        f"the share c_k² of a coefficient's sum of c², so that a heavy true feature among light aliases keeps "
+        f"nearly all of it.",
+        "(e) And with uniformly random training points?":
+        f"No feature is an exact alias then, so all outside S lose a little weight ({span(random, 'others')}; in S "
+        f"{span(random, 'S')}). It helps less and has no dip: {at(random)} at {n} points (weights 1: "
+        f"{at(random, 'ones')}), {at(random, m=n - 1)} and {at(random, m=n + 1)} beside it.",
+        "(f) Does meta-learning help with 5 gradient steps as inner loop?":
+        f"Yes, as much as the closed form: {at(five)} at {n} points (weights 1: {at(five, 'ones')}). The fixed inner "
+        f"step is too long for few points; from {five['at_most_ones_from']} points on the meta-learned weights are "
+        f"never worse than weights 1.",
+        "(f) Does one step still work?":
+        f"Yes, {at(one)} at {n} points (weights 1: {at(one, 'ones')}), with no dip to speak of: {at(one, m=n - 1)} at "
+        f"{n - 1} points. On a grid the features in S are orthogonal, so one step of the right length is exact, "
+        f"and the weights themselves set that length: in S they rise to {span(one, 'S')}, and "
+        f"{(2 * one['inner_learning_rate']) ** -0.5:.2f} would be exact (the oracle has it: {at(one, 'oracle')}).",
+        "(g) Are the weights useful when labels are signs and the code is that of regression?":
+        f"Yes: {percent(g)} wrong signs at {n} points, against {percent(g, 'ones')} with weights 1 and "
+        f"{percent(g, 'oracle')} with the oracle. At {2 * n} points they beat the oracle ({percent(g, m=2 * n)} "
+        f"against {percent(g, 'oracle', 2 * n)}): a sign function has overtones outside S, and features there gain "
+        f"weight too (up to {g['weights']['others']['max']:.2f}).",
+        "(h) And with logistic regression as inner loop?":
+        f"{h['num_gd_steps']} logistic steps give {percent(h)} wrong signs at {n} points, against "
+        f"{percent(h, 'ones')} with weights 1 and {percent(h, 'oracle')} with the oracle. At {2 * n} points it is "
+        f"{percent(h, m=2 * n)} against {percent(h, 'oracle', 2 * n)}; the two parts have their own learning rates, "
+        f"so (g) and (h) do not rank the two losses.",
+    }  # fmt: skip
+    lines = [f"- **{question}** {answer}" for question, answer in answers.items()]
+    seconds = sum(run.get("train_seconds", 0) for run in r.values() if run is not random)
+    return "\n".join(lines) + (
+        f"\n\nSeed {e['seed']}, mean over {e['num_test_tasks']} test tasks ({random['num_test_tasks']} with random "
+        f"points), ± 95 % interval; {seconds:.0f} seconds of meta-training in all for the parts on a grid "
+        f"({e['device']}, busy).\nRandom points: "
+        f"`{command_of(random)}`."
+    )
+
+
+def command_of(run: dict) -> str:
+    """The command without the folder of its runs."""
+    return re.sub(r" --log_dir \S+", "", run["command"])
+
+
 def render(text: str) -> str:
     """README text with everything between its markers written anew."""
-    tables = {"results": mann_table, "memorisation": memorisation_text, "protonet": protonet_text, "speed": speed_table,
-              "costs": costs_text}  # fmt: skip
+    tables = {"results": mann_table, "memorisation": memorisation_text, "protonet": protonet_text, "speed": speed_table}
+    tables["features"] = features_text
+    tables["costs"] = costs_text
     for name, table in tables.items():
         pattern = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda m, table=table: m[1] + table() + m[2], text)

@@ -459,20 +459,20 @@ def test_plain_steps_of_the_benchmark_equal_ours():
         sgd = torch.optim.SGD(plain.parameters(), 1.0)
         before = flat(plain, [p.detach().clone() for p in plain.parameters()])
         if method == "maml":
-            loss = benchmark.plain_maml_step(plain, sgd, list(zip(*data, strict=True)), 3, RATE)
+            loss = benchmark.course_maml_step(plain, sgd, list(zip(*data, strict=True)), 3, RATE)
             expected, expected_loss = gradient(model, data, RATE, 3, 4)
             step = before - flat(plain, [p.detach() for p in plain.parameters()])
             assert torch.allclose(step, expected, atol=1e-10)
             assert loss == pytest.approx(expected_loss.item())
         else:
-            losses = [benchmark.plain_es_step(plain, sgd, list(zip(*data, strict=True)), 3, RATE, 1e-5)]
+            losses = [benchmark.course_es_step(plain, sgd, list(zip(*data, strict=True)), 3, RATE, 1e-5)]
             assert losses[0] == pytest.approx(gradient(model, data, RATE, 3, 4)[1].item(), rel=1e-3)
             # Its estimate follows the exact gradient: over many draws the mean step comes near it.
             steps = []
             for _ in range(400):
                 with torch.no_grad():
                     start = torch.cat([p.reshape(-1) for p in plain.parameters()])
-                benchmark.plain_es_step(plain, sgd, list(zip(*data, strict=True))[:1], 1, RATE, 1e-5)
+                benchmark.course_es_step(plain, sgd, list(zip(*data, strict=True))[:1], 1, RATE, 1e-5)
                 with torch.no_grad():
                     steps.append(start - torch.cat([p.reshape(-1) for p in plain.parameters()]))
                     torch.nn.utils.vector_to_parameters(start, plain.parameters())

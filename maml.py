@@ -1,0 +1,395 @@
+"""Model-agnostic meta-learning: an initialisation from which a few gradient steps learn a new task.
+
+Finn, Abbeel, Levine 2017, "Model-agnostic meta-learning for fast adaptation of deep networks". The inner
+loop takes L gradient steps on a task's support loss, starting from theta; the outer loop moves theta so that the
+loss of the queries after these steps falls. The gradient goes through the inner steps exactly (second order),
+or treats their gradients as constants (`--first_order`).
+
+    python maml.py --num_classes 5 --num_shot 1                MAML, half an hour of training on two CPU cores
+    python maml.py --first_order                               first-order MAML
+    python maml.py --head proto --first_order                  Proto-MAML: the head starts from the prototypes
+    python maml.py --freeze_body                               ANIL: only the head is adapted
+    python maml.py --smoke                                     a complete run in seconds
+    python maml.py --meta_batch_size 32 --train_query 15 --train_steps 60000 --schedule constant     the paper's 5-way
+    python maml.py --num_classes 20 --inner_steps 5 --inner_lr 0.1 --train_query 15 --train_steps 60000 \\
+        --schedule constant                                                                          and 20-way
+
+Sources beside it: Antoniou et al. 2019 (MAML++: learned inner rates, multi-step loss, cosine schedule),
+Raghu et al. 2020 (ANIL), Triantafillou et al. 2020 (Proto-MAML).
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import grad, vmap
+
+import experiment
+from backbone import Conv4, conv4, fast_dtype, prototypes
+from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
+from load_data import EpisodeSampler, episode_figure, load_dataset
+
+Parameters = dict[str, torch.Tensor]
+
+# ---------------------------------------------------------------------------------- the method
+
+
+class Learner(nn.Module):
+    """What the outer loop learns: theta (a Conv4 and a linear head) and the inner learning rates.
+
+    With head="proto" there is no head to learn. `rates` [inner steps, tensors of theta] has the order of `names`.
+    """
+
+    def __init__(self, encoder: Conv4, num_classes: int, inner_steps: int, inner_lr: float, head="linear", learn=False):
+        super().__init__()
+        self.encoder, self.inner_steps = encoder, inner_steps
+        if head == "linear":  # zero: the first inner step then makes each class weight its mean feature, centred
+            self.head_weight = nn.Parameter(torch.zeros(num_classes, encoder.out_features))
+            self.head_bias = nn.Parameter(torch.zeros(num_classes))
+        self.names = [name for name, _ in encoder.named_parameters()] + ["head_weight", "head_bias"]
+        self.rates = nn.Parameter(torch.full((max(1, inner_steps), len(self.names)), inner_lr), requires_grad=learn)
+
+    def theta(self) -> Parameters:
+        own = {name: p for name, p in self.named_parameters(recurse=False) if name != "rates"}
+        return dict(self.encoder.named_parameters()) | own
+
+    def step_sizes(self, steps: int) -> list[Parameters]:
+        """The learning rate of each tensor in each of `steps` inner steps; beyond the trained ones the last repeats."""
+        rows = [self.rates[min(i, len(self.rates) - 1)] for i in range(steps)]  # [tensors] each
+        return [dict(zip(self.names, row, strict=True)) for row in rows]
+
+
+class Setting(NamedTuple):
+    """How a task is learned; the flags of the same names."""
+
+    num_classes: int
+    strided: bool = True
+    head: str = "linear"
+    freeze_body: bool = False
+    first_order: bool = False
+    batch_norm: str = "transductive"
+    dtype: torch.dtype = torch.float32
+    under_vmap: bool = False  # there the second derivative of F.batch_norm is wrong (torch 2.13): spell it out
+
+
+def embed(theta: Parameters, images: torch.Tensor, s: Setting, num_support: int) -> torch.Tensor:
+    """Features [n, D] of one task's images [n, C, H, W], of which the first `num_support` are its support set.
+
+    batch_norm="transductive" normalises with all images of the call, "support" with the support set alone.
+    """
+    with torch.autocast(images.device.type, s.dtype, enabled=s.dtype not in (torch.float32, torch.float64)):
+        n = len(images) if s.batch_norm == "transductive" else num_support  # images that give the statistics
+        if n == len(images) and not s.under_vmap:
+            features = conv4(theta, images, "batch", strided=s.strided)
+        else:
+            features = conv4(theta, images[None], "support", None, n, strided=s.strided)[0]
+    return features if features.dtype == torch.float64 else features.float()
+
+
+def classify(theta: Parameters, images: torch.Tensor, s: Setting, num_support: int) -> torch.Tensor:
+    """Logits [n, N] of one task's images by the network with parameters theta."""
+    return F.linear(embed(theta, images, s, num_support), theta["head_weight"], theta["head_bias"])
+
+
+def proto_head(theta: Parameters, support: torch.Tensor, s: Setting) -> Parameters:
+    """The linear head that computes -||f - c||^2 up to a constant: w = 2c, b = -||c||^2 (Triantafillou, eq. 4)."""
+    centres = prototypes(embed(theta, support, s, len(support))[None], s.num_classes)[0]  # [N, D]
+    return {"head_weight": 2 * centres, "head_bias": -centres.square().sum(-1)}
+
+
+def adapt(theta: Parameters, step_sizes: list[Parameters], support, labels, s: Setting) -> list[Parameters]:
+    """The inner loop of one task (algorithm 1, lines 5 to 7): parameters before and after every step.
+
+    support [N*K, C, H, W] in class order, labels [N*K]. Everything stays differentiable; with first_order the
+    gradient of a step is a constant.
+    """
+    if s.head == "proto":
+        theta = theta | proto_head(theta, support, s)
+    adapted = {"head_weight", "head_bias"} if s.freeze_body else set(theta)
+    slow = {name: p for name, p in theta.items() if name not in adapted}
+    fast = {name: p for name, p in theta.items() if name in adapted}
+
+    def support_loss(fast: Parameters, slow: Parameters) -> torch.Tensor:
+        return F.cross_entropy(classify(slow | fast, support, s, len(support)), labels)
+
+    path = [slow | fast]
+    for step_size in step_sizes:
+        at = (fast, slow)
+        if s.first_order:
+            at = tuple({name: p.detach() for name, p in part.items()} for part in at)
+        gradient = grad(support_loss)(*at)
+        fast = {name: p - step_size[name] * gradient[name] for name, p in fast.items()}
+        path.append(slow | fast)
+    return path
+
+
+def query_logits(theta: Parameters, support: torch.Tensor, query: torch.Tensor, s: Setting) -> torch.Tensor:
+    """Logits [N*Q, N] of the queries; they pass through the network together with the support set or by themselves."""
+    if s.batch_norm == "transductive":
+        return classify(theta, query, s, 0)
+    return classify(theta, torch.cat([support, query]), s, len(support))[len(support) :]
+
+
+def task_loss(theta: Parameters, step_sizes, support, support_labels, query, query_labels, s: Setting, weights):
+    """The outer loss of one task (algorithm 1, line 10): cross entropy of the queries after the inner loop.
+
+    weights: of the losses after the last len(weights) steps; [1.] is MAML, more are MAML++'s multi-step loss.
+    """
+    path = adapt(theta, step_sizes, support, support_labels, s)
+    losses = [F.cross_entropy(query_logits(p, support, query, s), query_labels) for p in path[-len(weights) :]]
+    return sum(w * loss for w, loss in zip(weights, losses, strict=True))
+
+
+def each_task(function, *batch: torch.Tensor) -> list:
+    """[function(task) for task in batch], on all CPU cores: one thread a task beats many threads an operation."""
+    workers = torch.get_num_threads()
+    tasks = list(zip(*batch, strict=True))
+    if workers == 1 or len(tasks) == 1:
+        return [function(*task) for task in tasks]
+    enabled = torch.is_grad_enabled()  # belongs to a thread, as the number of threads of an operation does
+
+    def alone(task):
+        torch.set_num_threads(1)
+        with torch.set_grad_enabled(enabled):
+            return function(*task)
+
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(alone, tasks))
+    finally:
+        torch.set_num_threads(workers)
+
+
+def meta_gradient(learner: Learner, batch, s: Setting, weights: list[float]) -> torch.Tensor:
+    """Add the gradient of the mean outer loss over the tasks of a meta-batch to `.grad`; returns the loss.
+
+    On a GPU all tasks go through one `vmap`. On a CPU convolutions with different weights for every task are slow
+    when batched, and each task goes by itself; its graph is freed before the next.
+    """
+    theta, step_sizes = learner.theta(), learner.step_sizes(learner.inner_steps)
+
+    def loss_of(*task):
+        return task_loss(theta, step_sizes, *task, s, weights)
+
+    if batch[0].is_cuda:
+        s = s._replace(under_vmap=True)
+        loss = vmap(loss_of)(*batch).mean()
+        loss.backward()
+        return loss.detach()
+    parameters = [p for p in learner.parameters() if p.requires_grad]
+
+    def gradient_of(*task):
+        loss = loss_of(*task)
+        return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    losses, gradients = zip(*each_task(gradient_of, *batch), strict=True)
+    for p, of_tasks in zip(parameters, zip(*gradients, strict=True), strict=True):
+        mean = sum(g if g is not None else torch.zeros_like(p) for g in of_tasks) / len(losses)  # in the tasks' order
+        p.grad = mean if p.grad is None else p.grad + mean
+    return sum(losses) / len(losses)
+
+
+def multi_step_weights(steps: int, progress: float) -> list[float]:
+    """Weights of the losses after each inner step (MAML++): equal at first, only the last from `progress` 0.25 on."""
+    if steps < 2 or progress >= 0.25:
+        return [1.0]
+    others = (1 - progress / 0.25) / steps
+    return [others] * (steps - 1) + [1 - (steps - 1) * others]
+
+
+@torch.no_grad()
+def evaluate(learner: Learner, sampler: EpisodeSampler, num_tasks: int, s: Setting, steps: int) -> dict:
+    """Accuracy after 0 to `steps` inner steps of the first `num_tasks` tasks of the sampler's stream.
+
+    Returns query and support [num_tasks, steps + 1], and the mean query loss. No graph is kept.
+    """
+    sampler.reset()
+    s = s._replace(first_order=True)  # the same steps; nothing is differentiated through them
+    theta, step_sizes = learner.theta(), learner.step_sizes(steps)
+
+    def learn(support, support_labels, query, query_labels):
+        right, loss = [], None
+        for p in adapt(theta, step_sizes, support, support_labels, s):
+            logits = query_logits(p, support, query, s)
+            loss = F.cross_entropy(logits, query_labels)
+            known = classify(p, support, s, len(support))
+            right.append(torch.stack([share(logits, query_labels), share(known, support_labels)]))
+        return torch.stack(right, dim=1), loss  # [2, steps + 1]
+
+    accuracies, losses = [], []
+    while len(losses) * sampler.B < num_tasks:
+        batch = sampler.sample()
+        together = vmap(learn)(*batch) if batch[0].is_cuda else zip(*each_task(learn, *batch), strict=True)
+        accuracy, loss = (x if isinstance(x, torch.Tensor) else torch.stack(x) for x in together)
+        accuracies.append(accuracy.cpu())
+        losses.append(loss.mean().item())
+    accuracy = torch.cat(accuracies)[:num_tasks]
+    return {"query": accuracy[:, 0], "support": accuracy[:, 1], "loss": sum(losses) / len(losses)}
+
+
+def share(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return (logits.argmax(dim=-1) == labels).float().mean()
+
+
+# ------------------------------------------------------------------------------------ the script
+
+
+def parse_args(argv=None):
+    """The flags; combinations that cannot work are refused here."""
+    parser, groups = experiment.make_parser(
+        __doc__, meta_batch_size=16, train_steps=6000, eval_freq=500, rotations=True, num_val_tasks=300
+    )
+    parser.prog = "maml.py"
+    add = groups["data"].add_argument
+    add("--train_query", type=whole(1), default=5, help="query images of a class in training")
+    add("--train_classes", type=whole(0), default=0, help="classes in a training task, for --head proto; 0: N")
+    add = groups["model"].add_argument
+    add("--encoder", choices=["strided", "pooled"], default="strided", help="the paper's for Omniglot, or Conv4-64")
+    add("--width", type=whole(1), default=64, help="filters of each convolution")
+    add("--head", choices=["linear", "proto"], default="linear", help="proto: Proto-MAML, started from the prototypes")
+    add("--freeze_body", action="store_true", help="ANIL: the inner loop adapts the head alone")
+    add("--batch_norm", choices=["transductive", "support"], default="transductive",
+        help="whose statistics normalise the queries: their own, or the support set's")  # fmt: skip
+    add = groups["optimisation"].add_argument
+    add("--inner_steps", type=whole(0), default=1, help="gradient steps on a support set in training")
+    add("--inner_lr", type=number(), default=0.4, help="rate of the inner steps, or where the learned rates start")
+    add("--learn_inner_lrs", action="store_true", help="learn a rate per tensor and step")
+    add("--first_order", action="store_true", help="drop the second derivative")
+    add("--multi_step_loss", action="store_true", help="early in training count the loss after every inner step")
+    add("--outer_lr", type=number(above=True), default=1e-3, help="of Adam, at its start")
+    add("--schedule", choices=["cosine", "constant"], default="cosine", help="cosine: the rate falls to 1 %% of it")
+    add("--clip", type=number(), default=10.0, help="largest norm of the meta-gradient; 0: no limit")
+    groups["evaluation"].add_argument("--test_inner_steps", type=whole(0), default=3, help="steps at validation, test")
+    smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "meta_batch_size": 4,
+             "width": 16}  # fmt: skip
+    shapes = ("num_classes", "image_size", "encoder", "width", "head", "inner_steps")
+    args = experiment.parse(parser, argv, smoke, fixed=shapes)
+    if args.head == "linear" and args.inner_steps == 0:
+        raise UserError("--inner_steps 0 with --head linear: a shared head cannot know a task's labels; use 1 or more")
+    if args.learn_inner_lrs and args.inner_steps == 0:
+        raise UserError("--learn_inner_lrs needs --inner_steps 1 or more")
+    if args.train_classes and args.head == "linear":
+        raise UserError("--train_classes needs --head proto: a linear head has one output for each of --num_classes")
+    return args
+
+
+def main(argv=None) -> dict:
+    args = parse_args(argv)
+    device = experiment.setup(args)
+    dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
+    strided = args.encoder == "strided"
+    encoder = Conv4(dataset.images.shape[1], args.width, args.image_size, strided)
+    learner = Learner(encoder, args.num_classes, args.inner_steps, args.inner_lr, args.head, args.learn_inner_lrs)
+    learner.to(device)
+    dtype = fast_dtype(args.dtype, device)
+    s = Setting(args.num_classes, strided, args.head, args.freeze_body, args.first_order, args.batch_norm, dtype)
+
+    def tasks(part: str, seed: int) -> EpisodeSampler:
+        return EpisodeSampler(dataset, part, args.num_classes, args.num_shot, args.num_query, 20, seed, device)
+
+    test = tasks("test", TEST_SEED)
+    if args.test:
+        step = experiment.load_best(args.checkpoint, learner)
+        metrics = {"best_step": step} | test_report(args, learner, test, s, device)
+        return experiment.report(args, "maml", dataset.name, metrics)
+
+    val = tasks("val", VAL_SEED)
+    train = EpisodeSampler(
+        dataset, "train", args.train_classes or args.num_classes, args.num_shot, args.train_query,
+        args.meta_batch_size, args.random_seed, device, rotations=args.rotations, shard=experiment.shard(),
+    )  # fmt: skip
+    trained = [p for p in learner.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, args.outer_lr, fused=True)
+    least = args.outer_lr / 100 if args.schedule == "cosine" else args.outer_lr
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.train_steps, least)
+    run = Run(args, "maml", dataset.name)
+    run.track(model=learner, optimizer=optimizer, schedule=schedule, sampler=train)
+    for step in run.steps():
+        progress = step / args.train_steps
+        weights = multi_step_weights(args.inner_steps, progress) if args.multi_step_loss else [1.0]
+        optimizer.zero_grad()
+        loss = meta_gradient(learner, train.sample(), s._replace(num_classes=train.N), weights)
+        experiment.average_gradients(learner)
+        norm = nn.utils.clip_grad_norm_(trained, args.clip or float("inf"))
+        run.record(loss + 0 * norm)  # a norm that is not finite ends the run like such a loss
+        optimizer.step()
+        schedule.step()
+        if run.time_to_evaluate():
+            with run.clock_stopped():
+                on_val = evaluate(learner, val, args.num_val_tasks, s, args.test_inner_steps)
+                # The curve on the test classes is for plots; nothing is decided by it.
+                on_test = evaluate(learner, test, args.num_val_tasks // 3, s, args.test_inner_steps)
+            run.evaluated(on_val["query"][:, -1].mean().item(), curves(learner, on_val, on_test, norm, args))
+    run.load_best(learner)
+    log_episode(run, learner, test, s, args.test_inner_steps)
+    return run.finish(test_report(args, learner, test, s, device))
+
+
+def curves(learner: Learner, on_val: dict, on_test: dict, norm: torch.Tensor, args) -> dict[str, float]:
+    """What TensorBoard shows of an evaluation."""
+    query, support = on_val["query"].mean(0).tolist(), on_val["support"].mean(0).tolist()
+    scalars = {
+        "Loss/val": on_val["loss"], "Accuracy/val": query[-1],
+        "Loss/test": on_test["loss"], "Accuracy/test": on_test["query"][:, -1].mean().item(),
+        "Adaptation/support_before": support[0], "Adaptation/support_after": support[-1],
+        "Gradient/norm": norm.item(), "Memory/peak_MB": peak_memory(norm.device),
+    }  # fmt: skip
+    scalars |= {f"Adaptation/query_after_{i}_steps": accuracy for i, accuracy in enumerate(query)}
+    if args.learn_inner_lrs:
+        rates = [f"Rates/{name}_step{i + 1}" for i in range(args.inner_steps) for name in learner.names]
+        scalars |= dict(zip(rates, learner.rates.flatten().tolist(), strict=True))
+    return scalars
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory so far in MB: of torch on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def test_report(args, learner: Learner, test: EpisodeSampler, s: Setting, device: torch.device) -> dict:
+    """Accuracy on the fixed test tasks before and after adaptation, in both modes of batch norm."""
+    metrics = {}
+    for mode in ("transductive", "support"):
+        found = evaluate(learner, test, args.num_test_tasks, s._replace(batch_norm=mode), args.test_inner_steps)
+        mean, ci95 = experiment.mean_and_ci95(found["query"][:, -1])
+        metrics |= {f"test_accuracy_{mode}": mean, f"ci95_{mode}": ci95}
+        if mode == args.batch_norm:
+            metrics |= {
+                "test_accuracy": mean, "ci95": ci95, "num_test_tasks": args.num_test_tasks,
+                "accuracy_before_adaptation": experiment.mean_and_ci95(found["query"][:, 0])[0],
+                "query_accuracy_per_step": found["query"].mean(0).tolist(),
+                "support_accuracy_per_step": found["support"].mean(0).tolist(),
+            }  # fmt: skip
+    return metrics | {
+        "batch_norm": args.batch_norm, "dtype": str(s.dtype).removeprefix("torch."),
+        "peak_memory_MB": round(peak_memory(device), 1), "device": experiment.device_name(device),
+        "parameters": sum(p.numel() for p in learner.theta().values()), "cpu_cores": os.cpu_count(),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def log_episode(run: Run, learner: Learner, test: EpisodeSampler, s: Setting, steps: int) -> None:
+    """Send one test episode with the predictions after adaptation to TensorBoard."""
+    if not run.writes:
+        return
+    test.reset()
+    support, support_labels, query, query_labels = (x[0] for x in test.sample())
+    path = adapt(learner.theta(), learner.step_sizes(steps), support, support_labels, s._replace(first_order=True))
+    guesses = query_logits(path[-1], support, query, s).argmax(dim=-1)
+    shown = 3 * test.N
+    figure = episode_figure(support, support_labels, query[:shown], query_labels[:shown], guesses[:shown])
+    run.writer.add_figure("episode", figure, run.step)
+
+
+if __name__ == "__main__":
+    experiment.run_script(main)

@@ -1,0 +1,305 @@
+"""MAML: the meta-gradient against finite differences and a plain loop, Proto-MAML against ProtoNet, every flag."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPO, known_dataset
+from torch.func import vmap
+
+import experiment
+import maml
+from backbone import Conv4
+from benchmark import plain_maml_step
+from experiment import UserError
+from load_data import EpisodeSampler
+from maml import Learner, Setting, adapt, evaluate, meta_gradient, query_logits, task_loss
+from protonet import proto_logits
+
+SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]
+N, K, Q = 3, 2, 2
+
+
+def learner(head="linear", steps=1, lr=0.05, strided=True, learn=True):
+    """A small float64 learner with a head that is not zero, so that every tensor has a gradient."""
+    torch.manual_seed(1)
+    learner = Learner(Conv4(width=4, strided=strided), N, steps, lr, head, learn).double()
+    with torch.no_grad():
+        for p in learner.theta().values():
+            p += 0.3 * torch.randn_like(p)
+    return learner
+
+
+def batch(B=2, seed=0):
+    """B tasks of noise with some structure, in float64."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(N).repeat_interleave(K).expand(B, -1)
+    centres = torch.rand(B, N, 1, 28, 28, generator=g, dtype=torch.float64)
+    query_labels = torch.stack([torch.arange(N).repeat(Q)[torch.randperm(N * Q, generator=g)] for _ in range(B)])
+    noise = torch.rand(2, B, N * max(K, Q), 1, 28, 28, generator=g, dtype=torch.float64)
+    support = centres.repeat_interleave(K, 1) + noise[0, :, : N * K]
+    query = torch.stack([c[y] for c, y in zip(centres, query_labels, strict=True)]) + noise[1, :, : N * Q]
+    return support, labels, query, query_labels
+
+
+def outer_loss(model, tasks, s, weights=(1.0,)):
+    theta, sizes = model.theta(), model.step_sizes(model.inner_steps)
+    return sum(task_loss(theta, sizes, *task, s, weights) for task in zip(*tasks, strict=True)) / len(tasks[0])
+
+
+def gradients(model, tasks, s, weights=(1.0,)):
+    """The meta-gradient of maml.py, as {parameter: tensor}."""
+    model.zero_grad()
+    meta_gradient(model, tasks, s, list(weights))
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+CASES = [
+    (1, "linear", {}), (3, "linear", {}), (1, "proto", {}), (3, "proto", {}),
+    (2, "linear", {"batch_norm": "support"}), (2, "proto", {"freeze_body": True}), (2, "linear", {"strided": False}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("steps, head, options", CASES)
+def test_the_meta_gradient_equals_finite_differences(steps, head, options):
+    """Central differences of the outer loss along random directions, inner rates included; relative error < 1e-6."""
+    s = Setting(N, head=head, dtype=torch.float64, **options)
+    model, tasks = learner(head, steps, strided=s.strided), batch()
+    weights = maml.multi_step_weights(steps, 0.1)
+    assert sum(weights) == pytest.approx(1) and len(weights) == steps
+    gradient = gradients(model, tasks, s, weights)
+    parameters = dict(model.named_parameters())
+    g = torch.Generator().manual_seed(5)
+    for _ in range(3):
+        directions = {k: torch.randn(p.shape, generator=g, dtype=torch.float64) for k, p in parameters.items()}
+        slope, eps = sum((gradient[k] * d).sum() for k, d in directions.items()), 1e-7  # few ReLUs switch
+        values = []
+        with torch.no_grad():
+            for sign in (1, -1):
+                for k, p in parameters.items():
+                    p += sign * eps * directions[k]
+                values.append(outer_loss(model, tasks, s, weights))
+                for k, p in parameters.items():
+                    p -= sign * eps * directions[k]
+        assert abs((values[0] - values[1]) / (2 * eps) - slope) < 1e-6 * abs(slope)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("strided", [True, False])
+def test_equals_the_plain_loop(steps, first_order, strided):
+    """benchmark.py's loop over tasks, written the usual way with create_graph, gives the same gradient to 1e-10."""
+    s = Setting(N, strided=strided, first_order=first_order, dtype=torch.float64)
+    model, tasks = learner(steps=steps, strided=strided, learn=False), batch(3)
+    ours = gradients(model, tasks, s)
+    model.zero_grad()
+    plain_maml_step(model.theta(), tasks, model.rates[0, 0].item(), steps, first_order, strided)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert torch.allclose(ours[name], p.grad, rtol=0, atol=1e-10), name
+            assert p.grad.abs().max() > 1e-6, name
+
+
+def test_one_vmap_equals_the_tasks_one_by_one():
+    """The two ways in which meta_gradient goes over tasks: the GPU's and the CPU's, with any number of threads."""
+    for options in ({}, {"first_order": True}, {"head": "proto", "strided": False}, {"batch_norm": "support"}):
+        s = Setting(N, dtype=torch.float64, **options)
+        model, tasks = learner(s.head, 2, strided=s.strided), batch(3)
+        one_by_one = gradients(model, tasks, s)
+        theta, sizes = model.theta(), model.step_sizes(2)
+        s = s._replace(under_vmap=True)
+        loss = vmap(lambda *t, s=s, theta=theta, sizes=sizes: task_loss(theta, sizes, *t, s, [1.0]))(*tasks).mean()
+        model.zero_grad()
+        loss.backward()
+        for name, p in model.named_parameters():
+            assert torch.allclose(one_by_one[name], p.grad, rtol=0, atol=1e-10), (name, options)
+
+
+def test_threads_change_nothing():
+    s, model, tasks = Setting(N, dtype=torch.float64), learner(steps=2), batch(5)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(gradients(model, tasks, s))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
+def test_first_order_is_the_gradient_at_the_adapted_parameters():
+    model, tasks = learner(steps=2, learn=False), batch(1)
+    s = Setting(N, first_order=True, dtype=torch.float64)
+    first = gradients(model, tasks, s)
+    support, labels, query, query_labels = (x[0] for x in tasks)
+    end = adapt(model.theta(), model.step_sizes(2), support, labels, s)[-1]
+    end = {k: p.detach().requires_grad_() for k, p in end.items()}
+    there = torch.autograd.grad(F.cross_entropy(query_logits(end, support, query, s), query_labels), list(end.values()))
+    second = gradients(model, tasks, s._replace(first_order=False))
+    for (name, _), g in zip(end.items(), there, strict=True):
+        mine = name if name.startswith("head") else f"encoder.{name}"
+        assert torch.allclose(first[mine], g, rtol=0, atol=1e-12), name
+        assert (first[mine] - second[mine]).norm() > 1e-3 * second[mine].norm(), name  # the second order is there
+
+
+@pytest.mark.parametrize("batch_norm", ["transductive", "support"])
+def test_without_inner_steps_proto_maml_is_protonet(batch_norm):
+    """Logits equal -||f - c||^2 up to a constant of each query."""
+    s, model = Setting(N, head="proto", batch_norm=batch_norm, dtype=torch.float64), learner("proto", 0)
+    support, labels, query, _ = (x[0] for x in batch(1))
+    (theta,) = adapt(model.theta(), [], support, labels, s)
+    logits = query_logits(theta, support, query, s)
+    if batch_norm == "support":
+        features = maml.embed(theta, torch.cat([support, query]), s, len(support))
+    else:
+        features = torch.cat([maml.embed(theta, x, s, n) for x, n in ((support, len(support)), (query, 0))])
+    theirs = proto_logits(features[None, : len(support)], features[None, len(support) :], N)[0]
+    difference = logits - theirs
+    assert torch.allclose(difference, difference[:, :1].expand_as(difference), atol=1e-10)
+    assert difference.std() > 0  # it is a constant of the query, not zero
+
+
+def test_anil_adapts_the_head_alone_and_maml_everything():
+    tasks, model = batch(1), learner()
+    for freeze_body in (True, False):
+        s = Setting(N, freeze_body=freeze_body, dtype=torch.float64)
+        before, after = adapt(model.theta(), model.step_sizes(1), tasks[0][0], tasks[1][0], s)
+        for name in before:
+            assert torch.equal(before[name], after[name]) == (freeze_body and not name.startswith("head")), name
+
+
+def test_queries_influence_each_other_only_in_the_transductive_mode():
+    model, tasks = learner(), batch(1)
+    support, labels, query, _ = (x[0] for x in tasks)
+    changed = query.clone()
+    changed[-1] = 1 - changed[-1]
+    for mode, same in (("support", True), ("transductive", False)):
+        s = Setting(N, batch_norm=mode, dtype=torch.float64)
+        theta = adapt(model.theta(), model.step_sizes(1), support, labels, s)[-1]
+        a, b = (query_logits(theta, support, x, s)[:-1] for x in (query, changed))
+        assert torch.allclose(a, b, atol=1e-12) == same
+
+
+@pytest.mark.parametrize("head_is_zero", [True, False])
+def test_before_adaptation_the_linear_head_scores_one_in_n(head_is_zero):
+    """5 sigma over 600 tasks; the labels of a task are dealt at random, so a fixed head cannot know them."""
+    torch.manual_seed(0)
+    model = Learner(Conv4(width=4, strided=True), 5, 1, 0.4)
+    if not head_is_zero:
+        torch.nn.init.normal_(model.head_weight)
+    sampler = EpisodeSampler(known_dataset(), "test", 5, 1, 3, 50, seed=2)
+    found = evaluate(model, sampler, 600, Setting(5), 1)
+    before = found["query"][:, 0]
+    assert before.shape == (600,)
+    if head_is_zero:
+        assert before.tolist() == pytest.approx([0.2] * 600)
+    else:
+        assert abs(before.mean() - 0.2) < 5 * before.std() / 600**0.5 and before.std() > 0
+
+
+def test_evaluation_keeps_no_graph_and_later_steps_repeat_the_last_rate():
+    model = learner(steps=2)
+    with torch.no_grad():
+        model.rates.copy_(torch.arange(model.rates.numel()).view_as(model.rates))
+    rates = model.step_sizes(4)
+    assert [r["head_bias"].item() for r in rates] == [len(model.names) - 1] + [2 * len(model.names) - 1] * 3
+    sampler = EpisodeSampler(known_dataset(), "test", N, K, Q, 4, seed=2)
+    found = evaluate(model.float(), sampler, 6, Setting(N), 3)
+    assert found["query"].shape == found["support"].shape == (6, 4)
+    assert not found["query"].requires_grad and not found["support"].requires_grad
+
+
+@pytest.mark.parametrize("flags", [
+    ["--first_order", "--head", "proto", "--inner_steps", "0", "--test_inner_steps", "2", "--schedule", "constant",
+     "--train_classes", "7"],
+    ["--freeze_body", "--learn_inner_lrs", "--inner_steps", "2", "--multi_step_loss", "--num_classes", "3"],
+    ["--batch_norm", "support", "--encoder", "pooled", "--clip", "0", "--num_shot", "2", "--dtype", "float32"],
+    ["--inner_lr", "0.1", "--outer_lr", "1e-2", "--train_query", "1", "--num_query", "3", "--no-rotations"],
+    ["--split", "lake", "--num_test_tasks", "2", "--width", "8", "--patience", "1", "--dtype", "bfloat16"],
+])  # fmt: skip
+def test_every_flag_in_a_smoke_run(flags, tmp_path):
+    base = ["--train_steps", "4", "--eval_freq", "2", "--num_test_tasks", "20"]
+    metrics = maml.main([*SMOKE, *base, "--log_dir", str(tmp_path), "--run_name", "a", *flags])
+    assert 0 < metrics["test_accuracy"] == metrics[f"test_accuracy_{metrics['batch_norm']}"] <= 1
+    again = maml.main(["--test", "--checkpoint", str(tmp_path / "a")])
+    assert again["test_accuracy"] == metrics["test_accuracy"]
+
+
+def test_training_learns_the_glyphs(tmp_path):
+    flags = ["--train_steps", "150", "--eval_freq", "150", "--num_test_tasks", "100", "--outer_lr", "5e-3"]
+    metrics = maml.main([*SMOKE, *flags, "--head", "proto", "--first_order", "--log_dir", str(tmp_path)])
+    assert metrics["test_accuracy"] > 0.5 and abs(metrics["support_accuracy_per_step"][-1] - 1) < 0.1
+
+
+def test_curves_and_metrics_tell_before_from_after(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    maml.main([*SMOKE, "--log_dir", str(tmp_path), "--run_name", "a", "--learn_inner_lrs", "--train_steps", "2",
+               "--eval_freq", "1"])  # fmt: skip
+    events = EventAccumulator(str(tmp_path / "a"))
+    events.Reload()
+    wanted = {"Loss/train", "Loss/test", "Accuracy/test", "Accuracy/val", "Adaptation/support_before", "Gradient/norm",
+              "Adaptation/support_after", "Adaptation/query_after_0_steps", "Adaptation/query_after_3_steps",
+              "Rates/weight0_step1", "Memory/peak_MB", "Time/tasks_per_second"}  # fmt: skip
+    assert wanted <= set(events.Tags()["scalars"])
+    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert len(metrics["query_accuracy_per_step"]) == 4 and metrics["peak_memory_MB"] > 0
+    assert {"test_accuracy_support", "test_accuracy_transductive", "accuracy_before_adaptation"} <= set(metrics)
+
+
+def test_resume_is_bit_exact(tmp_path, monkeypatch):
+    base = [*SMOKE, "--num_test_tasks", "4", "--learn_inner_lrs", "--train_steps", "6", "--eval_freq", "2"]
+    maml.main([*base, "--log_dir", str(tmp_path), "--run_name", "whole"])
+    real = experiment.Run.save
+
+    def save(run):
+        real(run)
+        if run.step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(experiment.Run, "save", save)
+        maml.main([*base, "--log_dir", str(tmp_path), "--run_name", "stopped"])
+    maml.main(["--resume", str(tmp_path / "stopped")])
+    a, b = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["objects"] for n in ("whole", "stopped"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert torch.equal(a["sampler"]["generator"], b["sampler"]["generator"])
+
+
+def test_a_diverging_inner_loop_ends_with_one_line(run_script, tmp_path):
+    """1e6 at the first step: nothing is saved. Resuming is the user's way on where something was."""
+    result = run_script("maml.py", *SMOKE, "--inner_lr", "1e30", "--inner_steps", "3", "--log_dir", tmp_path)
+    assert result.returncode == 1, result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: the loss is ") and "lower the learning rate" in line
+    assert not list(tmp_path.glob("*/checkpoint.pt"))
+
+
+def test_two_processes_have_the_gradient_of_one(work, tmp_path):
+    flags = [*SMOKE, "--train_steps", "3", "--eval_freq", "3", "--dtype", "float32", "--num_test_tasks", "4"]
+    maml.main([*flags, "--log_dir", str(tmp_path), "--run_name", "one"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, str(REPO / "maml.py"), *flags, "--log_dir", str(tmp_path), "--run_name", "two"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    one, two = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["objects"]["optimizer"]["state"]
+                for n in ("one", "two"))  # fmt: skip
+    for k in one:  # Adam's mean of the gradients, before its division by their size amplifies rounding
+        assert torch.allclose(one[k]["exp_avg"], two[k]["exp_avg"], rtol=1e-3, atol=1e-6), k
+
+
+def test_contradictory_flags():
+    for flags, message in (
+        (["--inner_steps", "0"], "--inner_steps 0 with --head linear"),
+        (["--inner_steps", "0", "--head", "proto", "--learn_inner_lrs"], "--learn_inner_lrs needs"),
+        (["--train_classes", "9"], "--train_classes needs --head proto"),
+        (["--inner_lr", "nan"], "--inner_lr"),
+    ):
+        with pytest.raises(UserError, match=message):
+            maml.parse_args([*SMOKE, *flags])
