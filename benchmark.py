@@ -396,8 +396,8 @@ def bench_maml(args, device: torch.device, dataset: Dataset) -> dict:
 
                     contestants[f"loop over tasks, {name}"] = plain
 
-                    def ours(learner=learner, s=s):
-                        meta_gradient(learner, tasks, s, [1.0])
+                    def ours(learner=learner, s=s, steps=steps):
+                        meta_gradient(learner, tasks, s, [1.0], steps)
 
                     contestants[f"maml.py, {name}"] = ours
                 network, order = "strided" if strided else "pooled", "first" if first_order else "second"

@@ -49,7 +49,7 @@ class Learner(nn.Module):
 
     def __init__(self, encoder: Conv4, num_classes: int, inner_steps: int, inner_lr: float, head="linear", learn=False):
         super().__init__()
-        self.encoder, self.inner_steps = encoder, inner_steps
+        self.encoder = encoder
         if head == "linear":  # zero: the first inner step then makes each class weight its mean feature, centred
             self.head_weight = nn.Parameter(torch.zeros(num_classes, encoder.out_features))
             self.head_bias = nn.Parameter(torch.zeros(num_classes))
@@ -167,13 +167,13 @@ def each_task(function, *batch: torch.Tensor) -> list:
         torch.set_num_threads(workers)
 
 
-def meta_gradient(learner: Learner, batch, s: Setting, weights: list[float]) -> torch.Tensor:
+def meta_gradient(learner: Learner, batch, s: Setting, weights: list[float], inner_steps: int) -> torch.Tensor:
     """Add the gradient of the mean outer loss over the tasks of a meta-batch to `.grad`; returns the loss.
 
     On a GPU all tasks go through one `vmap`. On a CPU convolutions with different weights for every task are slow
     when batched, and each task goes by itself; its graph is freed before the next.
     """
-    theta, step_sizes = learner.theta(), learner.step_sizes(learner.inner_steps)
+    theta, step_sizes = learner.theta(), learner.step_sizes(inner_steps)
 
     def loss_of(*task):
         return task_loss(theta, step_sizes, *task, s, weights)
@@ -244,12 +244,12 @@ def share(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def parse_args(argv=None):
     """The flags; combinations that cannot work are refused here."""
     parser, groups = experiment.make_parser(
-        __doc__, meta_batch_size=16, train_steps=6000, eval_freq=500, rotations=True, num_val_tasks=300
+        __doc__, meta_batch_size=8, train_steps=6000, eval_freq=500, rotations=True, num_val_tasks=300
     )
     parser.prog = "maml.py"
     add = groups["data"].add_argument
     add("--train_query", type=whole(1), default=5, help="query images of a class in training")
-    add("--train_classes", type=whole(0), default=0, help="classes in a training task, for --head proto; 0: N")
+    add("--train_classes", type=whole(2), default=30, help="classes of a training task with a head of prototypes")
     add = groups["model"].add_argument
     add("--encoder", choices=["strided", "pooled"], default="strided", help="the paper's for Omniglot, or Conv4-64")
     add("--width", type=whole(1), default=64, help="filters of each convolution")
@@ -261,22 +261,24 @@ def parse_args(argv=None):
     add("--inner_steps", type=whole(0), default=1, help="gradient steps on a support set in training")
     add("--inner_lr", type=number(), default=0.4, help="rate of the inner steps, or where the learned rates start")
     add("--learn_inner_lrs", action="store_true", help="learn a rate per tensor and step")
+    add("--warmup_steps", type=whole(0), default=1500,
+        help="first training steps, with prototypes as the head and no inner step; the papers: 0")  # fmt: skip
     add("--first_order", action="store_true", help="drop the second derivative")
     add("--multi_step_loss", action="store_true", help="early in training count the loss after every inner step")
-    add("--outer_lr", type=number(above=True), default=1e-3, help="of Adam, at its start")
+    add("--outer_lr", type=number(above=True), default=2e-3, help="of Adam, at its start")
     add("--schedule", choices=["cosine", "constant"], default="cosine", help="cosine: the rate falls to 1 %% of it")
     add("--clip", type=number(), default=10.0, help="largest norm of the meta-gradient; 0: no limit")
     groups["evaluation"].add_argument("--test_inner_steps", type=whole(0), default=3, help="steps at validation, test")
     smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "meta_batch_size": 4,
-             "width": 16}  # fmt: skip
+             "width": 16, "train_classes": 8, "warmup_steps": 5}  # fmt: skip
     shapes = ("num_classes", "image_size", "encoder", "width", "head", "inner_steps")
     args = experiment.parse(parser, argv, smoke, fixed=shapes)
     if args.head == "linear" and args.inner_steps == 0:
         raise UserError("--inner_steps 0 with --head linear: a shared head cannot know a task's labels; use 1 or more")
     if args.learn_inner_lrs and args.inner_steps == 0:
         raise UserError("--learn_inner_lrs needs --inner_steps 1 or more")
-    if args.train_classes and args.head == "linear":
-        raise UserError("--train_classes needs --head proto: a linear head has one output for each of --num_classes")
+    if args.warmup_steps >= args.train_steps:
+        raise UserError(f"--warmup_steps {args.warmup_steps} must be less than --train_steps {args.train_steps}")
     return args
 
 
@@ -301,21 +303,32 @@ def main(argv=None) -> dict:
         return experiment.report(args, "maml", dataset.name, metrics)
 
     val = tasks("val", VAL_SEED)
-    train = EpisodeSampler(
-        dataset, "train", args.train_classes or args.num_classes, args.num_shot, args.train_query,
-        args.meta_batch_size, args.random_seed, device, rotations=args.rotations, shard=experiment.shard(),
-    )  # fmt: skip
+
+
+    def training_tasks(N: int, Q: int, B: int, seed: int) -> EpisodeSampler:
+        rotations, shard = args.rotations, experiment.shard()
+        return EpisodeSampler(dataset, "train", N, args.num_shot, Q, B, seed, device, rotations=rotations, shard=shard)
+
+    # Prototypes make a head for any number of classes; harder tasks teach the encoder faster.
+    proto = training_tasks(args.train_classes, 1, max(2, args.meta_batch_size // 2), args.random_seed + 1)
+    train = proto
+    if args.head == "linear":
+        train = training_tasks(args.num_classes, args.train_query, args.meta_batch_size, args.random_seed)
     trained = [p for p in learner.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, args.outer_lr, fused=True)
     least = args.outer_lr / 100 if args.schedule == "cosine" else args.outer_lr
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.train_steps, least)
     run = Run(args, "maml", dataset.name)
-    run.track(model=learner, optimizer=optimizer, schedule=schedule, sampler=train)
+    run.track(model=learner, optimizer=optimizer, schedule=schedule, proto=proto, sampler=train)
     for step in run.steps():
         progress = step / args.train_steps
         weights = multi_step_weights(args.inner_steps, progress) if args.multi_step_loss else [1.0]
         optimizer.zero_grad()
-        loss = meta_gradient(learner, train.sample(), s._replace(num_classes=train.N), weights)
+        if step <= args.warmup_steps:
+            s_now = s._replace(head="proto", num_classes=proto.N)
+            loss = meta_gradient(learner, proto.sample(), s_now, [1.0], inner_steps=0)
+        else:
+            loss = meta_gradient(learner, train.sample(), s._replace(num_classes=train.N), weights, args.inner_steps)
         experiment.average_gradients(learner)
         norm = nn.utils.clip_grad_norm_(trained, args.clip or float("inf"))
         run.record(loss + 0 * norm)  # a norm that is not finite ends the run like such a loss

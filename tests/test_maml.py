@@ -47,14 +47,14 @@ def batch(B=2, seed=0):
 
 
 def outer_loss(model, tasks, s, weights=(1.0,)):
-    theta, sizes = model.theta(), model.step_sizes(model.inner_steps)
+    theta, sizes = model.theta(), model.step_sizes(len(model.rates))
     return sum(task_loss(theta, sizes, *task, s, weights) for task in zip(*tasks, strict=True)) / len(tasks[0])
 
 
-def gradients(model, tasks, s, weights=(1.0,)):
+def gradients(model, tasks, s, weights=(1.0,), steps=None):
     """The meta-gradient of maml.py, as {parameter: tensor}."""
     model.zero_grad()
-    meta_gradient(model, tasks, s, list(weights))
+    meta_gradient(model, tasks, s, list(weights), len(model.rates) if steps is None else steps)
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -223,7 +223,7 @@ def test_evaluation_keeps_no_graph_and_later_steps_repeat_the_last_rate():
     ["--split", "lake", "--num_test_tasks", "2", "--width", "8", "--patience", "1", "--dtype", "bfloat16"],
 ])  # fmt: skip
 def test_every_flag_in_a_smoke_run(flags, tmp_path):
-    base = ["--train_steps", "4", "--eval_freq", "2", "--num_test_tasks", "20"]
+    base = ["--train_steps", "4", "--warmup_steps", "1", "--eval_freq", "2", "--num_test_tasks", "20"]
     metrics = maml.main([*SMOKE, *base, "--log_dir", str(tmp_path), "--run_name", "a", *flags])
     assert 0 < metrics["test_accuracy"] == metrics[f"test_accuracy_{metrics['batch_norm']}"] <= 1
     again = maml.main(["--test", "--checkpoint", str(tmp_path / "a")])
@@ -240,7 +240,7 @@ def test_curves_and_metrics_tell_before_from_after(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     maml.main([*SMOKE, "--log_dir", str(tmp_path), "--run_name", "a", "--learn_inner_lrs", "--train_steps", "2",
-               "--eval_freq", "1"])  # fmt: skip
+               "--warmup_steps", "0", "--eval_freq", "1"])  # fmt: skip
     events = EventAccumulator(str(tmp_path / "a"))
     events.Reload()
     wanted = {"Loss/train", "Loss/test", "Accuracy/test", "Accuracy/val", "Adaptation/support_before", "Gradient/norm",
@@ -253,7 +253,8 @@ def test_curves_and_metrics_tell_before_from_after(tmp_path):
 
 
 def test_resume_is_bit_exact(tmp_path, monkeypatch):
-    base = [*SMOKE, "--num_test_tasks", "4", "--learn_inner_lrs", "--train_steps", "6", "--eval_freq", "2"]
+    base = [*SMOKE, "--num_test_tasks", "4", "--learn_inner_lrs", "--train_steps", "6", "--eval_freq", "2",
+            "--warmup_steps", "3"]  # fmt: skip
     maml.main([*base, "--log_dir", str(tmp_path), "--run_name", "whole"])
     real = experiment.Run.save
 
@@ -281,7 +282,8 @@ def test_a_diverging_inner_loop_ends_with_one_line(run_script, tmp_path):
 
 
 def test_two_processes_have_the_gradient_of_one(work, tmp_path):
-    flags = [*SMOKE, "--train_steps", "3", "--eval_freq", "3", "--dtype", "float32", "--num_test_tasks", "4"]
+    flags = [*SMOKE, "--train_steps", "3", "--eval_freq", "3", "--warmup_steps", "1", "--dtype", "float32",
+             "--num_test_tasks", "4"]  # fmt: skip
     maml.main([*flags, "--log_dir", str(tmp_path), "--run_name", "one"])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, str(REPO / "maml.py"), *flags, "--log_dir", str(tmp_path), "--run_name", "two"]
@@ -298,7 +300,7 @@ def test_contradictory_flags():
     for flags, message in (
         (["--inner_steps", "0"], "--inner_steps 0 with --head linear"),
         (["--inner_steps", "0", "--head", "proto", "--learn_inner_lrs"], "--learn_inner_lrs needs"),
-        (["--train_classes", "9"], "--train_classes needs --head proto"),
+        (["--warmup_steps", "20"], "--warmup_steps 20 must be less than --train_steps 20"),
         (["--inner_lr", "nan"], "--inner_lr"),
     ):
         with pytest.raises(UserError, match=message):
