@@ -3,6 +3,7 @@
     python benchmark.py episodes --num_classes 5     sampling a meta-batch for the MANN
     python benchmark.py mann --num_classes 5         one training step of the MANN
     python benchmark.py protonet --repeats 10        one training step of prototypical networks
+    python benchmark.py costs --hidden_dim 128       one outer step of MAML and of Evolution Strategies on sinusoids
     python benchmark.py maml --repeats 5             one meta-gradient of MAML
 
 The references are written the way papers and course code do it. Both contestants take turns within one
@@ -17,6 +18,7 @@ import random
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 import experiment
+import profile_costs
 from backbone import Conv4
 from hw1 import MANN
 from load_data import Dataset, EpisodeSampler, load_dataset
@@ -251,6 +254,101 @@ def bench_protonet(args, device: torch.device, dataset: Dataset) -> dict:
         return print_race(f"protonet, B {B}, K {K}, N {N}, Q {Q}", race(contestants, args.repeats, warmup=2), device)
 
 
+# -------------------------------------------------------------------------------------- costs
+
+
+def one_sinusoid(K: int, Q: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """One task as course code draws it, by numpy: support x, y [K, 1] and query x, y [Q, 1]."""
+    amplitude, phase = np.random.uniform(0.5, 1), np.random.uniform(0, 2 * np.pi)
+    bias = np.random.uniform(-0.3, 0.3)
+    task = []
+    for x in (np.random.uniform(0, 2 * np.pi, K), np.linspace(0, 2 * np.pi, Q)):
+        y = amplitude * np.sin(x + phase) + bias
+        task += [torch.tensor(v, dtype=torch.float32, device=device).reshape(-1, 1) for v in (x, y)]
+    return tuple(task)
+
+
+def plain_mlp(layers: int, hidden: int) -> nn.Sequential:
+    blocks = [nn.Linear(1, hidden), nn.ReLU()]
+    for _ in range(layers - 1):
+        blocks += [nn.Linear(hidden, hidden), nn.ReLU()]
+    return nn.Sequential(*blocks, nn.Linear(hidden, 1))
+
+
+def course_maml_step(net: nn.Sequential, optimizer, tasks, steps: int, rate: float) -> float:
+    """Task after task: adapt with a graph through every inner step, then one backward pass to the initialisation."""
+    names, total = [name for name, _ in net.named_parameters()], 0.0
+    optimizer.zero_grad()
+    for x, y, query_x, query_y in tasks:
+        fast = list(net.parameters())
+        for _ in range(steps):
+            loss = F.mse_loss(torch.func.functional_call(net, dict(zip(names, fast, strict=True)), (x,)), y)
+            gradients = torch.autograd.grad(loss, fast, create_graph=True)
+            fast = [w - rate * g for w, g in zip(fast, gradients, strict=True)]
+        prediction = torch.func.functional_call(net, dict(zip(names, fast, strict=True)), (query_x,))
+        loss = F.mse_loss(prediction, query_y) / len(tasks)
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    return total
+
+
+def course_es_step(net: nn.Sequential, optimizer, tasks, steps: int, rate: float, sigma: float) -> float:
+    """Task after task: fine-tune a perturbed network, the opposite one, and add their difference times the noise."""
+    start = {name: value.clone() for name, value in net.state_dict().items()}
+    estimate, total = {name: torch.zeros_like(value) for name, value in start.items()}, 0.0
+    for x, y, query_x, query_y in tasks:
+        noise, losses = {name: torch.randn_like(value) for name, value in start.items()}, []
+        for sign in (1, -1):
+            net.load_state_dict({name: value + sign * sigma * noise[name] for name, value in start.items()})
+            inner = torch.optim.SGD(net.parameters(), rate)
+            for _ in range(steps):
+                inner.zero_grad()
+                F.mse_loss(net(x), y).backward()
+                inner.step()
+            with torch.no_grad():
+                losses.append(F.mse_loss(net(query_x), query_y).item())
+        for name, value in noise.items():
+            estimate[name] += (losses[0] - losses[1]) / (2 * sigma * len(tasks)) * value
+        total += sum(losses) / 2 / len(tasks)
+    net.load_state_dict(start)
+    for name, parameter in net.named_parameters():
+        parameter.grad = estimate[name]
+    optimizer.step()
+    return total
+
+
+def bench_costs(args, device: torch.device, dataset: Dataset | None) -> dict:
+    """32 sinusoids, 5 inner steps, MAML and ES (two perturbations a task): one after another, together, and `auto`."""
+    B = 4 if args.smoke else 32
+    flags = Namespace(
+        meta_batch_size=B, num_perturbations=2 * B, num_shot=10, num_query=100, inner_steps=5, inner_rate=1e-2,
+        sigma=1e-3, layers=2, hidden_size=args.hidden_dim, learning_rate=1e-3,
+    )  # fmt: skip
+    results = {}
+    for method in ("maml", "es"):
+        net = plain_mlp(flags.layers, flags.hidden_size).to(device)
+        adam = torch.optim.Adam(net.parameters(), 1e-3)
+
+        def plain(net=net, adam=adam, method=method) -> None:
+            tasks = [one_sinusoid(flags.num_shot, flags.num_query, device) for _ in range(B)]
+            if method == "maml":
+                course_maml_step(net, adam, tasks, flags.inner_steps, flags.inner_rate)
+            else:
+                course_es_step(net, adam, tasks, flags.inner_steps, flags.inner_rate, flags.sigma)
+
+        model, optimizer = profile_costs.start(flags, device)
+        chosen, at_once = profile_costs.fastest_engine(flags, method, device)
+        contestants = {"one task after another": plain}
+        for name, engine, n in (("vmap", "vmap", 0), (f"auto: {chosen}, {at_once} at once", chosen, at_once)):
+            contestants[name] = lambda m=model, o=optimizer, k=method, e=engine, n=n: profile_costs.meta_step(
+                m, o, flags, k, e, n
+            )
+        title = f"costs, {profile_costs.LABELS[method]}, B {B}, hidden 2 x {flags.hidden_size}, 5 inner steps"
+        results[method] = print_race(title, race(contestants, args.repeats, warmup=2), device)
+    return results
+
+
 # --------------------------------------------------------------------------------------- maml
 
 
@@ -308,19 +406,21 @@ def bench_maml(args, device: torch.device, dataset: Dataset) -> dict:
     return result
 
 
-BENCHMARKS = {"episodes": bench_episodes, "mann": bench_mann, "protonet": bench_protonet, "maml": bench_maml}
+BENCHMARKS = {"episodes": bench_episodes, "mann": bench_mann, "protonet": bench_protonet, "maml": bench_maml,
+              "costs": bench_costs}  # fmt: skip
 
 
 def main(argv=None) -> dict:
     parser, groups = experiment.make_parser(__doc__)
     parser.prog = "benchmark.py"
     parser.add_argument("benchmark", choices=list(BENCHMARKS), help="what to measure")
-    groups["model"].add_argument("--hidden_dim", type=experiment.whole(1), default=128, help="units, for mann")
+    groups["model"].add_argument("--hidden_dim", type=experiment.whole(1), default=128, help="units: mann, costs")
     groups["run"].add_argument("--repeats", type=experiment.whole(3), default=100, help="timed turns")
     parser.set_defaults(meta_batch_size=128 if {"episodes", "mann"} & set(argv or sys.argv) else 16)
     args = experiment.parse(parser, argv, smoke={"repeats": 3})
     device = experiment.setup(args)
-    dataset = load_dataset(args.dataset, args.data_folder, args.split)
+    # Sinusoids need no images.
+    dataset = None if args.benchmark == "costs" else load_dataset(args.dataset, args.data_folder, args.split)
     return BENCHMARKS[args.benchmark](args, device, dataset)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -78,6 +79,86 @@ def speed_table() -> str:
             if isinstance(value, dict):
                 rows.append(f"| {race['title']} | {name} | {value['ms']:.2f} | {value['ratio']:.2f}x |")
     return "\n".join(rows)
+
+
+def growth(f: dict, unit: str) -> str:
+    """A fit of results/costs.json in words: a line a + b x, or a power x^b."""
+    if f["form"] == "power":
+        return f"x^{f['b']:.2f}"
+    if abs(f["b"]) < 1e-9:
+        return f"{f['a']:.1f} {unit}, flat"
+    return f"{f['a']:.1f} {'+' if f['b'] > 0 else '-'} {abs(f['b']):.2f} x {unit}"
+
+
+def costs_text() -> str:
+    """How MAML's and ES's costs grow, where ES is the dearer one, and what its gradient is worth."""
+    summary = json.loads((RESULTS / "costs.json").read_text())
+    with open(RESULTS / "costs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = {"maml": "MAML", "es": "ES", "fomaml": "first-order MAML", "checkpoint": "checkpointed MAML"}
+    sweeps = {"inner_steps": "inner steps", "layers": "hidden layers", "hidden_size": "hidden units"}
+    fits = {(f["sweep"], f["method"], f["engine"]): f for f in summary["fits"]}
+    lines = ["| engine `vmap`, x = | method | runtime | R² | peak memory | R² |", "|---" * 6 + "|"]
+    for (sweep, method, engine), f in fits.items():
+        if engine == "vmap":
+            time, memory = f["runtime"], f["memory"]
+            lines.append(f"| {sweeps[sweep]} | {names[method]} | {growth(time, 'ms')} | {time['r2']:.3f} | "
+                         f"{growth(memory, 'MB')} | {memory['r2']:.3f} |")  # fmt: skip
+    first = rows[0]
+    lines += ["", f"Medians on {summary['device']}, {first['meta_batch_size']} tasks; ES compares "
+              f"{first['num_perturbations']} perturbed networks, so both adapt the same number of them. With x^b "
+              f"twice the units cost 2^b times as much. Command: `{summary['command']}`.", ""]  # fmt: skip
+    lines += ["| at 512 units | engine | ms | MB |", "|---|---|---|---|"]
+    for row in rows:
+        if row["sweep"] == "hidden_size" and row["hidden_size"] == "512" and row["method"] in ("maml", "es"):
+            ms, mb = 1e3 * float(row["seconds"]), float(row["peak_bytes"]) / 1e6
+            lines.append(f"| {names[row['method']]} | {row['engine']} | {ms:.0f} | {mb:.1f} |")
+    lines += ["", dearer_text(summary, rows, sweeps), "", cosine_text(summary, rows)]
+    if (RESULTS / "costs_train.json").exists():
+        lines += ["", training_text(names)]
+    return "\n".join(lines)
+
+
+def dearer_text(summary: dict, rows: list[dict], sweeps: dict) -> str:
+    """The settings at which ES costs more than MAML, by engine and kind of cost."""
+    parts = []
+    for engine in ("vmap", "loop"):
+        total = sum(row["method"] == "es" and row["engine"] == engine for row in rows)
+        for what, word in (("seconds", "time"), ("peak_bytes", "memory")):
+            found = [d for d in summary["es_dearer"] if (d["engine"], d["what"]) == (engine, what)]
+            at = ", ".join(f"{sweeps[d['sweep']]} {d['value']}: {d['es'] / d['maml']:.2f} times" for d in found)
+            parts.append(f"{word}, engine `{engine}`: {len(found)} of {total}" + (f" ({at})" if at else ""))
+    return "Points of the sweeps at which ES costs more than MAML: " + "; ".join(parts) + "."
+
+
+def cosine_text(summary: dict, rows: list[dict]) -> str:
+    """What the estimate is worth, also at the number of perturbations that takes as long as MAML's exact gradient."""
+    found = summary["es_cosine"]
+    shown = ", ".join(f"{c['cosine']:.3f} with {c['perturbations']} ({c['expected']:.3f})" for c in found)
+    D, m = found[0]["parameters"], found[0]["disagreement"]
+    base = {"sweep": "inner_steps", "engine": "vmap", "inner_steps": "5"}
+    maml, es = (next(r for r in rows if base.items() <= r.items() and r["method"] == m) for m in ("maml", "es"))
+    pairs = float(es["num_perturbations"]) / 2 * float(maml["seconds"]) / float(es["seconds"])
+    return (
+        "Cosine between the ES estimate and the exact meta-gradient at the initialisation by the number of perturbed "
+        f"networks, at {D} parameters, 5 inner steps and m = {m:.1f} (what the formula below expects): {shown}. In the "
+        f"time of one MAML step ES can compare {2 * pairs:.0f} networks; the cosine to expect of them is "
+        f"{(1 + m * (D + 1) / pairs) ** -0.5:.3f}."
+    )
+
+
+def training_text(names: dict) -> str:
+    runs = json.loads((RESULTS / "costs_train.json").read_text())
+    parts = [
+        f"{names[m]} {r['test_loss']:.4f} ± {r['ci95']:.4f} after {r['steps']} outer steps and "
+        f"{r['train_seconds']:.0f} s (before adaptation {r['test_loss_before']:.2f})"
+        for m, r in runs.items()
+    ]
+    run = runs["maml"]
+    return (
+        f"Trained (`{run['command']}`), mean squared error on {run['num_test_tasks']} test tasks after "
+        f"{run['inner_steps']} inner steps: " + "; ".join(parts) + "."
+    )
 
 
 def features_text() -> str:
@@ -159,6 +240,7 @@ def render(text: str) -> str:
     """README text with everything between its markers written anew."""
     tables = {"results": mann_table, "memorisation": memorisation_text, "protonet": protonet_text, "speed": speed_table}
     tables["features"] = features_text
+    tables["costs"] = costs_text
     for name, table in tables.items():
         pattern = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda m, table=table: m[1] + table() + m[2], text)

@@ -1,0 +1,739 @@
+"""What meta-learning costs: runtime and peak memory of MAML and of Evolution Strategies, and why.
+
+Both look for an initialisation theta from which a few gradient steps fit a new sinusoid. MAML (Finn et al. 2017)
+differentiates through the inner steps exactly, so all of them stay in memory until the backward pass. Evolution
+Strategies (Salimans et al. 2017; Song et al. 2020, "ES-MAML") only compare the losses that theta + sigma*eps and
+theta - sigma*eps reach after adaptation: nothing is kept, and the gradient is a noisy estimate. Beside them:
+first-order MAML, and MAML that keeps only every sqrt(steps)-th inner step and computes the others again.
+
+    python profile_costs.py --sweep all                        three sweeps, a CSV and a figure of six panels
+    python profile_costs.py --sweep all --engine auto          the same with every engine, for comparison
+    python profile_costs.py --inner_steps 20 --hidden_size 64  one setting
+    python profile_costs.py --train                            train with MAML and with ES, plot adapted functions
+    python profile_costs.py --smoke                            a complete run in seconds
+
+What is measured is an outer step: sampling the tasks, the meta-gradient, the optimiser. Memory is the peak of what
+the step allocates above what was there before it (parameters and optimiser state): on a GPU as CUDA's allocator
+reports it, on a CPU by following every tensor's storage from allocation to release. That count is exact and the
+same in every run; scratch space inside a kernel is not seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import math
+import time
+import weakref
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import experiment
+from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
+
+METHODS = ("maml", "es", "fomaml", "checkpoint")
+LABELS = {"maml": "MAML", "es": "Evolution Strategies", "fomaml": "first-order MAML",
+          "checkpoint": "checkpointed MAML"}  # fmt: skip
+COLOURS = {"maml": "#0072B2", "es": "#D55E00", "fomaml": "#009E73", "checkpoint": "#CC79A7"}  # Okabe and Ito
+ENGINES = {"maml": ("vmap", "loop", "factors"), "es": ("vmap", "loop"), "fomaml": ("vmap", "loop"),
+           "checkpoint": ("vmap", "loop")}  # fmt: skip
+SWEEPS = {"inner_steps": (1, 2, 5, 10, 15, 20), "layers": (1, 2, 3, 4, 6), "hidden_size": (32, 64, 128, 256, 512)}
+SMOKE_SWEEPS = {"inner_steps": (1, 2, 4), "layers": (1, 2, 3), "hidden_size": (8, 16, 32)}
+AXES = {"inner_steps": "inner steps", "layers": "hidden layers", "hidden_size": "units of a hidden layer"}
+UNUSED = ("--dtype", "--test", "--checkpoint", "--dataset", "--data_folder", "--split", "--image_size", "--num_classes",
+          "--rotations", "--train_steps", "--patience")  # fmt: skip
+
+# ----------------------------------------------------------------------------------- the tasks
+
+
+def sample_tasks(B: int, K: int, Q: int, device=None, dtype=torch.float32):
+    """B sinusoids a sin(x + phase) + bias: support x, y [B, K, 1] at random, query x, y [B, Q, 1] on a grid.
+
+    x in [0, 2 pi], a ~ U(0.5, 1), phase ~ U(0, 2 pi), bias ~ U(-0.3, 0.3); all from torch's global generator, whose
+    state checkpoints hold.
+    """
+    a, phase, bias, x = torch.rand(B, 3 + K, 1, device=device, dtype=dtype).split([1, 1, 1, K], dim=1)
+    x = 2 * math.pi * x
+    query_x = torch.linspace(0, 2 * math.pi, Q, device=device, dtype=dtype).view(1, Q, 1).expand(B, Q, 1)
+    curve = lambda x: (0.5 + 0.5 * a) * torch.sin(x + 2 * math.pi * phase) + 0.6 * bias - 0.3
+    return x, curve(x), query_x, curve(query_x)
+
+
+# --------------------------------------------------------------------------------- the network
+
+
+class Initialisation(torch.nn.Module):
+    """theta: all weights and biases of an MLP with one input and one output, in one vector [D]."""
+
+    def __init__(self, layers: int, hidden_size: int):
+        super().__init__()
+        self.sizes = [1, *[hidden_size] * layers, 1]
+        uniform = lambda i, o: (2 * torch.rand(i * o + o) - 1) / math.sqrt(i)  # torch's own for nn.Linear
+        self.theta = torch.nn.Parameter(torch.cat([uniform(i, o) for i, o in pairwise(self.sizes)]))
+
+    def forward(self, theta: torch.Tensor | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The layers (W [..., i, o], b [..., 1, o]) in a vector theta [..., D]: views, no copies."""
+        theta = self.theta if theta is None else theta
+        shapes = list(pairwise(self.sizes))
+        pieces = theta.split([n for i, o in shapes for n in (i * o, o)], dim=-1)
+        return [(pieces[2 * n].unflatten(-1, s), pieces[2 * n + 1].unsqueeze(-2)) for n, s in enumerate(shapes)]
+
+
+# A layer is (W, b), or (W, b, A, D) for the weights W - A^T D and the bias b - sum of D's rows. W is [i, o] while all
+# tasks share it, as before the first inner step, and [G, i, o] when each of G tasks has its own.
+
+
+def apply(layer: tuple, a: torch.Tensor) -> torch.Tensor:
+    """Inputs a [G, n, i] of a layer -> a W + b [G, n, o]."""
+    W, b, *factors = layer
+    z = torch.baddbmm(b, a, W) if W.dim() == 3 else a @ W + b
+    return z - (a @ factors[0].mT + 1) @ factors[1] if factors else z
+
+
+def apply_transposed(layer: tuple, d: torch.Tensor) -> torch.Tensor:
+    """Errors d [G, n, o] behind a layer -> d W^T [G, n, i], the errors before it."""
+    W, _, *factors = layer
+    back = d @ W.mT
+    return back - (d @ factors[1].mT) @ factors[0] if factors else back
+
+
+def predict(layers: list[tuple], x: torch.Tensor, inputs: list | None = None) -> torch.Tensor:
+    """The network's output [G, n, 1] at x [G, n, 1]; appends the input of every layer [G, n, i] to `inputs`."""
+    for layer in layers[:-1]:
+        if inputs is not None:
+            inputs.append(x)
+        x = apply(layer, x).relu_()
+    if inputs is not None:
+        inputs.append(x)
+    return apply(layers[-1], x)
+
+
+def mse(layers: list[tuple], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each task [G]."""
+    return (predict(layers, x) - y).square().mean(dim=(-2, -1))
+
+
+def inputs_and_errors(layers: list[tuple], x: torch.Tensor, y: torch.Tensor) -> list[tuple]:
+    """(a [G, n, i], d [G, n, o]) of every layer: the gradient of the mean squared error is a^T d for W, d's sum for b.
+
+    Back-propagation in tensor operations, so that autograd can differentiate through it.
+    """
+    inputs, pairs = [], []
+    d = (predict(layers, x, inputs) - y) * (2 / x.shape[-2])
+    for layer, a in zip(layers[::-1], inputs[::-1], strict=True):
+        pairs.append((a, d))
+        if a is not x:
+            d = apply_transposed(layer, d) * (a > 0)
+    return pairs[::-1]
+
+
+# --------------------------------------------------------------------------------- the methods
+
+
+def inner_step(layers: list[tuple], x: torch.Tensor, y: torch.Tensor, rate: float, second_order: bool = True):
+    """phi <- phi - rate * dL/dphi on the support set (MAML, eq. 1), in new tensors, one network a task."""
+    with torch.set_grad_enabled(second_order and torch.is_grad_enabled()):
+        pairs = inputs_and_errors(layers, x, y)  # first order: a constant
+    return [
+        (torch.baddbmm(W.expand(len(x), *W.shape[-2:]), a.mT, d, alpha=-rate), b - rate * d.sum(-2, keepdim=True))
+        for (W, b), (a, d) in zip(layers, pairs, strict=True)
+    ]
+
+
+def inner_step_in_place(layers: list[tuple], x: torch.Tensor, y: torch.Tensor, rate: float) -> None:
+    """The same written over phi: nothing is kept."""
+    for (W, b), (a, d) in zip(layers, inputs_and_errors(layers, x, y), strict=True):
+        W.baddbmm_(a.mT, d, alpha=-rate)
+        b.sub_(d.sum(-2, keepdim=True), alpha=rate)
+
+
+def inner_step_in_factors(layers: list[tuple], x: torch.Tensor, y: torch.Tensor, rate: float) -> list[tuple]:
+    """The same, but phi is never formed: theta stays shared, and a step adds K rows to the factors A and D.
+
+    A gradient on K points has rank K, and K is 10 where a weight matrix has hundreds of rows.
+    """
+    new = []
+    for (W, b, *old), (a, d) in zip(layers, inputs_and_errors(layers, x, y), strict=True):
+        A, D = (torch.cat(rows, dim=-2) for rows in zip(old, (a, rate * d), strict=True)) if old else (a, rate * d)
+        new.append((W, b, A, D))
+    return new
+
+
+def checkpointed_steps(layers: list[tuple], x: torch.Tensor, y: torch.Tensor, rate: float, steps: int) -> list[tuple]:
+    """`steps` inner steps of which only every sqrt(steps)-th is kept; backward computes the others again."""
+
+    def segment(count: int, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        layers = list(zip(flat[::2], flat[1::2], strict=True))
+        for _ in range(count):
+            layers = inner_step(layers, x, y, rate)
+        return tuple(tensor for layer in layers for tensor in layer)
+
+    length = math.isqrt(steps - 1) + 1  # rounded up
+    flat = tuple(tensor for layer in layers for tensor in layer)
+    for begin in range(0, steps, length):
+        count = min(length, steps - begin)
+        flat = checkpoint(segment, count, *flat, use_reentrant=False, preserve_rng_state=False)
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def adapt(layers: list[tuple], x: torch.Tensor, y: torch.Tensor, rate: float, steps: int, method: str, engine: str):
+    """The layers after `steps` inner steps on the support set, differentiable as the method wants it."""
+    if method == "checkpoint":
+        return checkpointed_steps(layers, x, y, rate, steps)
+    for _ in range(steps):
+        if engine == "factors":
+            layers = inner_step_in_factors(layers, x, y, rate)
+        else:
+            layers = inner_step(layers, x, y, rate, second_order=method != "fomaml")
+    return layers
+
+
+def maml_gradient(model: Initialisation, tasks, rate: float, steps: int, at_once: int, method="maml", engine="vmap"):
+    """Add the gradient of the tasks' mean query loss after adaptation to theta.grad; returns that loss.
+
+    `at_once` tasks are adapted together; their graph is freed before the next ones are.
+    """
+    B, total = len(tasks[0]), 0.0
+    for begin in range(0, B, at_once):
+        x, y, query_x, query_y = (t[begin : begin + at_once] for t in tasks)
+        loss = mse(adapt(model(), x, y, rate, steps, method, engine), query_x, query_y).sum() / B
+        loss.backward()
+        total = total + loss.detach()
+    return total
+
+
+@torch.no_grad()
+def es_gradient(model: Initialisation, tasks, rate: float, steps: int, at_once: int, perturbations: int, sigma: float):
+    """Write the antithetic estimate of the gradient to theta.grad; returns the mean loss of the perturbed networks.
+
+    g = mean over pairs of (J(theta + sigma eps) - J(theta - sigma eps)) / (2 sigma) * eps with eps ~ N(0, I);
+    pair number n is judged on task n modulo B. `at_once` networks are adapted together.
+    """
+    theta, pairs, total = model.theta, perturbations // 2, 0.0
+    gradient, together = torch.zeros_like(theta), max(1, at_once // 2)
+    for begin in range(0, pairs, together):
+        index = torch.arange(begin, min(begin + together, pairs), device=theta.device)
+        eps = torch.randn(len(index), len(theta), device=theta.device, dtype=theta.dtype)
+        phi = theta.repeat(2 * len(eps), 1)  # theta + sigma eps, then theta - sigma eps
+        phi[: len(eps)].add_(eps, alpha=sigma)
+        phi[len(eps) :].sub_(eps, alpha=sigma)
+        chosen = (index % len(tasks[0])).repeat(2)
+        losses = []
+        for first in range(0, len(phi), at_once):
+            x, y, query_x, query_y = (t[chosen[first : first + at_once]] for t in tasks)
+            layers = model(phi[first : first + at_once])
+            for _ in range(steps):
+                inner_step_in_place(layers, x, y, rate)
+            losses.append(mse(layers, query_x, query_y))
+        plus, minus = torch.cat(losses).chunk(2)
+        gradient += ((plus - minus) / (2 * sigma * pairs)) @ eps
+        total = total + (plus + minus).sum() / perturbations
+    theta.grad = gradient
+    return total
+
+
+def meta_step(model: Initialisation, optimizer, args, method: str, engine: str, at_once: int = 0) -> torch.Tensor:
+    """One outer step: sample tasks, meta-gradient into theta.grad, optimiser; returns the mean query loss."""
+    optimizer.zero_grad()
+    at_once = 1 if engine == "loop" else at_once or max(args.meta_batch_size, args.num_perturbations)
+    inner = (args.inner_rate, args.inner_steps, at_once)
+    pairs = args.num_perturbations // 2
+    B = min(args.meta_batch_size, pairs) if method == "es" else args.meta_batch_size
+    tasks = sample_tasks(B, args.num_shot, args.num_query, model.theta.device)
+    if method == "es":
+        loss = es_gradient(model, tasks, *inner, args.num_perturbations, args.sigma)
+    else:
+        loss = maml_gradient(model, tasks, *inner, method, engine)
+    optimizer.step()
+    return loss
+
+
+def start(args, device: torch.device) -> tuple[Initialisation, torch.optim.Optimizer]:
+    """A new initialisation and its optimiser."""
+    model = Initialisation(args.layers, args.hidden_size).to(device)
+    return model, torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
+
+
+# --------------------------------------------------------------------------------- measuring
+
+
+class LiveStorage(TorchDispatchMode):
+    """Counts the bytes of all tensor storages allocated inside the context and not yet released: `now`, `peak`.
+
+    Every operation passes here. A storage counts from the operation that returns it first until nothing refers to it,
+    saved tensors of autograd included; views and in-place results share a storage that is counted already.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.live = 0, 0, set()
+
+    def release(self, key: int, size: int) -> None:
+        self.live.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        storages = lambda tree: [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+        given = {storage._cdata for storage in storages((args, kwargs))}
+        for storage in storages(result):
+            key, size = storage._cdata, storage.nbytes()
+            if key not in given and key not in self.live:
+                self.live.add(key)
+                weakref.finalize(storage, self.release, key, size)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+        return result
+
+
+def peak_memory(step, device: torch.device) -> int:
+    """Bytes that one call of `step` has allocated at its worst moment, above what there was before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with LiveStorage() as meter:
+        step()
+    return meter.peak
+
+
+def clock(step, device: torch.device, repeats: int) -> list[float]:
+    """Seconds of each of `repeats` calls of `step`; long ones stop after three when eight seconds are used up."""
+    seconds = []
+    while len(seconds) < repeats and (len(seconds) < 3 or sum(seconds) < 8):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def measure(args, method: str, engine: str, device: torch.device) -> dict:
+    """Median, 10th and 90th percentile of the seconds of an outer step, and its peak memory in bytes."""
+    torch.manual_seed(args.random_seed)
+    model, optimizer = start(args, device)
+
+    def step():
+        meta_step(model, optimizer, args, method, engine, args.at_once)
+        model.theta.grad = None  # so that each step allocates what the first one does
+
+    clock(step, device, args.warmup)
+    seconds = clock(step, device, args.outer_steps)
+    low, median, high = np.percentile(seconds, [10, 50, 90])
+    return {"seconds": float(median), "seconds_p10": float(low), "seconds_p90": float(high), "repeats": len(seconds),
+            "peak_bytes": peak_memory(step, device)}  # fmt: skip
+
+
+def fastest_engine(args, method: str, device: torch.device) -> tuple[str, int]:
+    """The engine and the number of adaptations at once that are fastest here, by three outer steps of each."""
+    everything = args.num_perturbations if method == "es" else args.meta_batch_size
+    parts = [n for n in (4, 8, 16) if n < everything]
+    candidates = [("loop", 1), *(("vmap", n) for n in [*parts, everything])]
+    if "factors" in ENGINES[method]:
+        candidates.append(("factors", everything))
+    seconds = {}
+    state = torch.get_rng_state()
+    for engine, at_once in candidates:
+        model, optimizer = start(args, device)
+        step = lambda: meta_step(model, optimizer, args, method, engine, at_once)  # noqa: B023
+        step()
+        seconds[engine, at_once] = min(clock(step, device, 3))
+    torch.set_rng_state(state)  # a measurement must not change what follows
+    return min(seconds, key=seconds.get)
+
+
+# ------------------------------------------------------------------------------------- sweeps
+
+SETTING = ("method", "engine", "inner_steps", "layers", "hidden_size", "meta_batch_size", "num_perturbations",
+           "num_shot", "num_query", "at_once", "outer_steps", "inner_rate", "device", "torch", "random_seed",
+           "git_commit")  # fmt: skip
+MEASURED = ("repeats", "seconds", "seconds_p10", "seconds_p90", "peak_bytes")
+COLUMNS = ("sweep", *SETTING, *MEASURED, "runtime_fit", "memory_fit")
+
+
+def fit(sweep: str, x: list[float], y: list[float]) -> dict:
+    """How y grows with x: a line a + b x, or over hidden units a power a x^b; least squares, with R^2."""
+    u, v = np.asarray(x, float), np.asarray(y, float)
+    if sweep == "hidden_size":
+        u, v = np.log(u), np.log(v)
+    slope, intercept = np.polyfit(u, v, 1)
+    left = v - (intercept + slope * u)
+    r2 = 1 - (left @ left) / max(((v - v.mean()) ** 2).sum(), 1e-300) if np.ptp(v) > 0 else 1.0
+    form = "power" if sweep == "hidden_size" else "line"
+    a = math.exp(intercept) if form == "power" else intercept
+    return {"form": form, "a": float(a), "b": float(slope), "r2": float(r2)}
+
+
+def fit_text(f: dict, unit: str) -> str:
+    if abs(f["b"]) < 1e-9:
+        return f"{f['a']:.3g} {unit}, flat"
+    if f["form"] == "power":
+        return f"{f['a']:.3g} {unit} * x^{f['b']:.2f} (R2 {f['r2']:.3f})"
+    return f"{f['a']:.3g} + {f['b']:.3g} x {unit} (R2 {f['r2']:.3f})"
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    experiment.write_atomically(path, lambda out: out.write(text.getvalue().encode()))
+
+
+def read_csv(path: Path) -> list[dict]:
+    """The rows of a sweep as text; UserError when the file is none of ours."""
+    try:
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--out: cannot read {path} ({error}); delete it") from None
+    if tuple(reader.fieldnames or ()) != COLUMNS or any(None in row or None in row.values() for row in rows):
+        raise UserError(f"--out: {path} is not a table of this script; delete it or choose another --out")
+    return rows
+
+
+def points(args) -> list[tuple[str, str, str, argparse.Namespace]]:
+    """(sweep, method, engine, flags) of every point to measure."""
+    sweeps = SMOKE_SWEEPS if args.smoke else SWEEPS
+    return [
+        (sweep, method, engine, argparse.Namespace(**vars(args) | {sweep: value}))
+        for sweep in (sweeps if args.sweep == "all" else [args.sweep])
+        for value in sweeps[sweep]
+        for method in (METHODS if args.method == "all" else [args.method])
+        for engine in (ENGINES[method] if args.engine == "auto" else [args.engine])
+        if engine in ENGINES[method]
+    ]
+
+
+def output_folder(args) -> Path:
+    folder = Path(args.out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder} is no folder to write to ({error}); choose another") from None
+    return folder
+
+
+def run_sweep(args, device: torch.device) -> dict:
+    """Measure every point, then write costs.csv, costs.json and costs.png to --out.
+
+    Until it is complete a sweep lives in costs.partial.csv; started again it does not measure those points again.
+    """
+    folder = output_folder(args)
+    partial = folder / "costs.partial.csv"
+    key = lambda row: tuple(str(row[name]) for name in SETTING)  # of another commit: measured again
+    known = {key(row): {name: row[name] for name in MEASURED} for row in read_csv(partial)}
+    rows, todo = [], points(args)
+    for sweep, method, engine, flags in tqdm(todo, unit="point", disable=None):
+        here = {"method": method, "engine": engine, "device": experiment.device_name(device)}
+        here |= {"torch": torch.__version__, "git_commit": args.git_commit or "none"}
+        row = {"sweep": sweep} | {name: here.get(name, vars(flags).get(name)) for name in SETTING}
+        new = key(row) not in known  # a point may also be part of two sweeps
+        if new:
+            known[key(row)] = measure(flags, method, engine, device)
+        rows.append(row | {name: float(value) for name, value in known[key(row)].items()})
+        if new:
+            write_csv(partial, rows)
+    summary = summarise(args, rows, device)
+    write_csv(folder / "costs.csv", rows)
+    experiment.write_json(folder / "costs.json", summary)
+    figure = cost_figure(rows, drawn_engine(args), summary)
+    experiment.write_atomically(folder / "costs.png", lambda out: figure.savefig(out, dpi=85, format="png"))
+    partial.unlink(missing_ok=True)
+    print(f"written: {folder / 'costs.csv'}, {folder / 'costs.json'}, {folder / 'costs.png'}")
+    return summary
+
+
+def drawn_engine(args) -> str:
+    return "vmap" if args.engine == "auto" else args.engine
+
+
+def curves(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
+    """The rows of each (sweep, method, engine), in the order of the swept value."""
+    found: dict = {}
+    for row in rows:
+        found.setdefault((row["sweep"], row["method"], row["engine"]), []).append(row)
+    return found
+
+
+def summarise(args, rows: list[dict], device: torch.device) -> dict:
+    """Fits of every curve (also written into the rows, printed), where ES is not the cheaper one, its cosine."""
+    fits, dearer, found = [], [], curves(rows)
+    for (sweep, method, engine), curve in found.items():
+        x = [row[sweep] for row in curve]
+        runtime = fit(sweep, x, [row["seconds"] * 1e3 for row in curve])
+        memory = fit(sweep, x, [row["peak_bytes"] / 1e6 for row in curve])
+        for row in curve:
+            row |= {"runtime_fit": fit_text(runtime, "ms"), "memory_fit": fit_text(memory, "MB")}
+        fits.append({"sweep": sweep, "method": method, "engine": engine, "runtime": runtime, "memory": memory})
+        print(f"{sweep:12s} {method:10s} {engine:8s} {row['runtime_fit']:38s} {row['memory_fit']}")
+    for (sweep, method, engine), curve in found.items():
+        maml = found.get((sweep, "maml", engine)) if method == "es" else None
+        for theirs, ours in zip(maml or [], curve, strict=False):
+            for name in ("seconds", "peak_bytes"):
+                if ours[name] > theirs[name]:
+                    dearer.append({"what": name, "sweep": sweep, "value": ours[sweep], "engine": engine,
+                                   "es": ours[name], "maml": theirs[name]})  # fmt: skip
+    return {
+        "script": "profile_costs", "command": args.command, "git_commit": args.git_commit, "seed": args.random_seed,
+        "device": experiment.device_name(device), "torch": torch.__version__, "fits": fits, "es_dearer": dearer,
+        "es_cosine": [] if args.method not in ("all", "es") else es_cosines(args, device),
+    }  # fmt: skip
+
+
+def es_cosines(args, device: torch.device) -> list[dict]:
+    """Cosine between the ES estimate and the exact meta-gradient g, by the number of perturbations.
+
+    A pair on a task with gradient g_t adds noise of size |g_t|^2 (D + 1), so that n pairs reach a cosine of about
+    1 / sqrt(1 + m (D + 1) / n) with D parameters and the tasks' disagreement m = mean |g_t|^2 / |g|^2.
+    """
+    torch.manual_seed(args.random_seed)
+    model, _ = start(args, device)
+    tasks = sample_tasks(args.meta_batch_size, args.num_shot, args.num_query, device)
+    each = []
+    for n in range(args.meta_batch_size):
+        model.theta.grad = None
+        maml_gradient(model, [t[n : n + 1] for t in tasks], args.inner_rate, args.inner_steps, 1)
+        each.append(model.theta.grad)
+    each, found = torch.stack(each), []
+    exact = each.mean(0)
+    m, D = (each.square().sum(1).mean() / exact.square().sum()).item(), exact.numel()
+    for count in [2 * args.meta_batch_size * 4**n for n in range(2 if args.smoke else 5)]:
+        es_gradient(model, tasks, args.inner_rate, args.inner_steps, args.meta_batch_size, count, args.sigma)
+        cosine = torch.nn.functional.cosine_similarity(exact, model.theta.grad, dim=0).item()
+        found.append({"perturbations": count, "cosine": cosine, "expected": (1 + 2 * m * (D + 1) / count) ** -0.5,
+                      "parameters": D, "disagreement": m})  # fmt: skip
+    return found
+
+
+def cost_figure(rows: list[dict], engine: str, summary: dict):
+    """Runtime (above) and memory (below) against inner steps, layers and hidden units."""
+    from matplotlib.figure import Figure
+
+    found = {k: v for k, v in curves(rows).items() if k[2] == engine}
+    sweeps = [sweep for sweep in SWEEPS if any(k[0] == sweep for k in found)]
+    figure = Figure(figsize=(3.9 * len(sweeps), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(sweeps), squeeze=False)
+    for (sweep, method, _), curve in found.items():
+        x, column = [row[sweep] for row in curve], sweeps.index(sweep)
+        ms = np.array([[row[name] * 1e3 for name in ("seconds", "seconds_p10", "seconds_p90")] for row in curve]).T
+        style = {"color": COLOURS[method], "marker": "osD^"[METHODS.index(method)], "markersize": 4, "capsize": 2}
+        style["label"] = LABELS[method]
+        axes[0, column].errorbar(x, ms[0], [ms[0] - ms[1], ms[2] - ms[0]], **style)
+        axes[1, column].errorbar(x, [row["peak_bytes"] / 1e6 for row in curve], **style)
+    for column, sweep in enumerate(sweeps):
+        for ax, what in zip(axes[:, column], ("runtime of an outer step (ms)", "peak memory (MB)"), strict=True):
+            ax.set_xlabel(AXES[sweep])
+            if column == 0:
+                ax.set_ylabel(what)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.grid(alpha=0.3)
+            values = sorted({row[sweep] for row in rows if row["sweep"] == sweep})
+            if sweep == "hidden_size":
+                ax.set_xscale("log")
+                ax.set_yscale("log")
+                ax.minorticks_off()
+            else:
+                ax.set_ylim(bottom=0)
+            ax.set_xticks(values, [str(v) for v in values])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    row = rows[0]
+    figure.supxlabel(
+        f"{row['meta_batch_size']} tasks (ES: {row['num_perturbations']} perturbations), engine {engine}, "
+        f"{summary['device']}; bars: 10th to 90th percentile", fontsize=8, color="0.4",
+    )  # fmt: skip
+    return figure
+
+
+# ----------------------------------------------------------------------------------- training
+
+
+def train_all(args, methods: tuple[str, ...], device: torch.device) -> dict:
+    """Train with each method in a run of its own; of several, also write costs_train.json and .png to --out."""
+    models, metrics = {}, {}
+    for method in methods:
+        name = args.run_name if len(methods) == 1 or not args.run_name else f"{args.run_name}_{method}"
+        flags = argparse.Namespace(**vars(args) | {"run_name": name})
+        models[method], metrics[method] = train(flags, method, device)
+    if len(methods) == 1:
+        return metrics[methods[0]]
+    folder = output_folder(args)
+    experiment.write_json(folder / "costs_train.json", metrics)
+    figure = adaptation_figure(models, args)
+    experiment.write_atomically(folder / "costs_train.png", lambda out: figure.savefig(out, dpi=85, format="png"))
+    print(f"written: {folder / 'costs_train.json'}, {folder / 'costs_train.png'}")
+    return metrics
+
+
+def fixed_tasks(args, num_tasks: int, seed: int, like: torch.Tensor):
+    """The same tasks in every run and on every device: drawn on the CPU from a seed of their own."""
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    tasks = sample_tasks(num_tasks, args.num_shot, args.num_query)
+    torch.set_rng_state(state)
+    return [t.to(like.device) for t in tasks]
+
+
+@torch.no_grad()
+def evaluate(model: Initialisation, args, num_tasks: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query losses of `num_tasks` fixed tasks before and after adaptation, [num_tasks] each."""
+    before, after = [], []
+    tasks = fixed_tasks(args, num_tasks, seed, model.theta)
+    for x, y, query_x, query_y in zip(*(t.split(100) for t in tasks), strict=True):
+        before.append(mse(model(), query_x, query_y))
+        layers = adapt(model(), x, y, args.inner_rate, args.inner_steps, "maml", "vmap")
+        after.append(mse(layers, query_x, query_y))
+    return torch.cat(before).cpu(), torch.cat(after).cpu()
+
+
+def train(args, method: str, device: torch.device) -> tuple[Initialisation, dict]:
+    """Meta-train, then report the query loss of fixed test tasks and draw some of the adapted functions."""
+    args.method = method
+    if args.engine == "auto":  # written into flags.json: a resumed run computes in the same order
+        args.engine, args.at_once = fastest_engine(args, method, device)
+        print(f"{LABELS[method]}: engine {args.engine}, {args.at_once} adaptations at once")
+    torch.manual_seed(args.random_seed)
+    model, optimizer = start(args, device)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 - 2 * step / args.train_steps))
+    run = Run(args, "profile_costs", f"sinusoids_{method}")
+    run.track(model=model, optimizer=optimizer, schedule=schedule)
+    for _ in run.steps():
+        loss = meta_step(model, optimizer, args, method, args.engine, args.at_once)
+        schedule.step()
+        run.record(loss)
+        if run.time_to_evaluate():
+            with run.clock_stopped():
+                before, after = evaluate(model, args, args.num_val_tasks, VAL_SEED)
+            run.evaluated(None, {"Loss/val": after.mean().item(), "Loss/val_before": before.mean().item()})
+    before, after = evaluate(model, args, args.num_test_tasks, TEST_SEED)
+    figure = adaptation_figure({method: model}, args)
+    experiment.write_atomically(run.folder / "adapted.png", lambda out: figure.savefig(out, dpi=85, format="png"))
+    run.writer.add_figure("adapted", figure, run.step)
+    loss, ci95 = experiment.mean_and_ci95(after)
+    return model, run.finish({
+        "val_accuracy": None, "method": method, "engine": args.engine, "test_loss": loss, "ci95": ci95,
+        "test_loss_before": before.mean().item(), "num_test_tasks": args.num_test_tasks,
+        "learning_rate": args.learning_rate, "inner_steps": args.inner_steps, "parameters": model.theta.numel(),
+        "device": experiment.device_name(device),
+    })  # fmt: skip
+
+
+def adaptation_figure(models: dict[str, Initialisation], args, count: int = 4):
+    """Truth, support points, and the function before and after adaptation on test tasks; a row for each method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * count, 0.5 + 2.3 * len(models)), layout="constrained")
+    axes = figure.subplots(len(models), count, sharex=True, sharey=True, squeeze=False)
+    for row, (method, model) in zip(axes, models.items(), strict=True):
+        x, y, query_x, query_y = (t[:count] for t in fixed_tasks(args, args.num_test_tasks, TEST_SEED, model.theta))
+        with torch.no_grad():
+            before = predict(model(), query_x).cpu()
+            layers = adapt(model(), x, y, args.inner_rate, args.inner_steps, "maml", "vmap")
+            after = predict(layers, query_x).cpu()
+        steps = f"after {args.inner_steps} inner step{'s' * (args.inner_steps > 1)}"
+        for n, ax in enumerate(row):
+            grid = query_x[n].cpu()
+            ax.plot(grid, query_y[n].cpu(), color="black", lw=1, label="truth")
+            ax.plot(grid, before[n], color="#999999", ls="--", label="before adaptation")
+            ax.plot(grid, after[n], color=COLOURS["maml"], label=steps)
+            ax.plot(x[n].cpu(), y[n].cpu(), "k.", label="support points")
+            ax.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel(f"{LABELS[method]}\ny")
+    for ax in axes[-1]:
+        ax.set_xlabel("x")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    return figure
+
+
+# --------------------------------------------------------------------------------- the script
+
+
+def parse_args(argv=None):
+    """The flags; values and combinations that cannot work are refused here."""
+    parser, groups = experiment.make_parser(
+        __doc__, without=UNUSED, num_shot=10, num_query=100, meta_batch_size=32, eval_freq=500, num_val_tasks=600
+    )
+    parser.prog = "profile_costs.py"
+    add = groups["run"].add_argument
+    add("--sweep", choices=["all", *SWEEPS], help="measure over a range of this flag; all: the three one by one")
+    add("--train", action="store_true", help="meta-train instead of measuring")
+    add("--method", choices=["all", *METHODS], default="all", help="what to measure or, with --train, to train with")
+    add("--engine", choices=["vmap", "loop", "factors", "auto"], default="vmap",
+        help="vmap: all adaptations together; loop: one after another; factors (only MAML): together, with the adapted "
+        "weights kept as low-rank factors; auto: measures all of these, training takes the fastest")  # fmt: skip
+    add("--at_once", type=whole(0), default=0, help="adaptations that vmap and factors do together; 0: all")
+    add("--out", default="runs/costs", help="folder of a sweep's tables and figure, and of --train's with all methods")
+    add("--warmup", type=whole(1), default=2, help="outer steps before the measured ones")
+    add = groups["model"].add_argument
+    add("--layers", type=whole(1), default=2, help="hidden layers")
+    add("--hidden_size", type=whole(1), default=128, help="units of each hidden layer")
+    add = groups["optimisation"].add_argument
+    add("--outer_steps", "--train_steps", type=whole(1), help="outer steps to measure or train; None: 9, 5000")
+    add("--inner_steps", type=whole(1), default=5, help="gradient steps on a support set")
+    add("--inner_rate", type=number(above=True), default=1e-2, help="learning rate of the inner steps")
+    add("--learning_rate", type=number(above=True), default=1e-3, help="of Adam; ES: 3e-3 is too much")
+    add("--num_perturbations", type=whole(2), help="ES: perturbed networks in an outer step; None: as many as tasks")
+    add("--sigma", type=number(above=True), default=1e-3, help="ES: standard deviation of the perturbations")
+    smoke = {"hidden_size": 16, "meta_batch_size": 4, "num_query": 20, "num_val_tasks": 20, "num_test_tasks": 20,
+             "eval_freq": 10, "outer_steps": 3}  # fmt: skip
+    args = experiment.parse(parser, argv, smoke)
+    if args.smoke and not args.train and not args.sweep:
+        args.sweep = "all"
+    if args.train and args.sweep:
+        raise UserError("--train and --sweep exclude each other; drop one")
+    if args.resume and not args.train:
+        raise UserError("--resume continues a --train run; a sweep continues by itself when started again")
+    if args.num_perturbations is None:
+        args.num_perturbations = args.meta_batch_size + args.meta_batch_size % 2
+    if args.num_perturbations % 2:
+        raise UserError(f"--num_perturbations {args.num_perturbations} is odd; antithetic pairs need an even number")
+    if args.engine == "factors" and args.method != "maml":
+        raise UserError("--engine factors is for --method maml; ES perturbs every weight, so it forms them anyway")
+    args.num_classes, args.patience = 1, 0  # one output; train to the end
+    args.train_steps = args.outer_steps = args.outer_steps or (5000 if args.train else 9)
+    return args
+
+
+def main(argv=None) -> dict:
+    args = parse_args(argv)
+    device = experiment.setup(args)
+    if experiment.shard()[1] > 1:
+        raise UserError("profile_costs.py measures one process; start it with python, not with torchrun")
+    if args.train:
+        return train_all(args, ("maml", "es") if args.method == "all" else (args.method,), device)
+    if args.sweep:
+        return run_sweep(args, device)
+    found = []
+    for method in METHODS if args.method == "all" else [args.method]:
+        for engine in ENGINES[method] if args.engine == "auto" else [args.engine]:
+            found.append({"method": method, "engine": engine} | measure(args, method, engine, device))
+            row = found[-1]
+            print(f"{LABELS[method]:20s} {engine:8s} {row['seconds'] * 1e3:9.2f} ms  "
+                  f"({row['seconds_p10'] * 1e3:.2f} to {row['seconds_p90'] * 1e3:.2f})  "
+                  f"{row['peak_bytes'] / 1e6:9.3f} MB")  # fmt: skip
+    metrics = {"device": experiment.device_name(device), "inner_steps": args.inner_steps, "layers": args.layers,
+               "hidden_size": args.hidden_size, "costs": found}  # fmt: skip
+    return experiment.report(args, "profile_costs", "sinusoids", metrics)
+
+
+if __name__ == "__main__":
+    experiment.run_script(main)
