@@ -10,9 +10,13 @@ or treats their gradients as constants (`--first_order`).
     python maml.py --head proto --first_order                  Proto-MAML: the head starts from the prototypes
     python maml.py --freeze_body                               ANIL: only the head is adapted
     python maml.py --smoke                                     a complete run in seconds
-    python maml.py --meta_batch_size 32 --train_query 15 --train_steps 60000 --schedule constant     the paper's 5-way
-    python maml.py --num_classes 20 --inner_steps 5 --inner_lr 0.1 --train_query 15 --train_steps 60000 \\
-        --schedule constant                                                                          and 20-way
+
+The paper's 5-way and 20-way recipes:
+
+    python maml.py --encoder strided --warmup_steps 0 --head_lr 0.4 --meta_batch_size 32 --train_query 15 \\
+        --train_steps 60000 --schedule constant --outer_lr 1e-3
+    python maml.py --num_classes 20 --encoder strided --warmup_steps 0 --head_lr 0.1 --inner_lr 0.1 --inner_steps 5 \\
+        --meta_batch_size 16 --train_query 15 --train_steps 60000 --schedule constant --outer_lr 1e-3
 
 Sources beside it: Antoniou et al. 2019 (MAML++: learned inner rates, multi-step loss, cosine schedule),
 Raghu et al. 2020 (ANIL), Triantafillou et al. 2020 (Proto-MAML).
@@ -47,14 +51,18 @@ class Learner(nn.Module):
     With head="proto" there is no head to learn. `rates` [inner steps, tensors of theta] has the order of `names`.
     """
 
-    def __init__(self, encoder: Conv4, num_classes: int, inner_steps: int, inner_lr: float, head="linear", learn=False):
+    def __init__(self, encoder: Conv4, num_classes: int, inner_steps: int, inner_lr: float, head="linear", learn=False,
+                 head_lr: float | None = None):  # fmt: skip
         super().__init__()
         self.encoder = encoder
-        if head == "linear":  # zero: the first inner step then makes each class weight its mean feature, centred
+        if head == "linear":
+            # From zero the first inner step makes the weight of a class (rate / N) (c - mean of all c): with a rate of
+            # 2 N a head of prototypes, w = 2 c but for the same vector in all classes.
             self.head_weight = nn.Parameter(torch.zeros(num_classes, encoder.out_features))
             self.head_bias = nn.Parameter(torch.zeros(num_classes))
         self.names = [name for name, _ in encoder.named_parameters()] + ["head_weight", "head_bias"]
-        self.rates = nn.Parameter(torch.full((max(1, inner_steps), len(self.names)), inner_lr), requires_grad=learn)
+        of_tensors = [head_lr if head_lr and name == "head_weight" else inner_lr for name in self.names]
+        self.rates = nn.Parameter(torch.tensor(of_tensors).repeat(max(1, inner_steps), 1), requires_grad=learn)
 
     def theta(self) -> Parameters:
         own = {name: p for name, p in self.named_parameters(recurse=False) if name != "rates"}
@@ -244,14 +252,14 @@ def share(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def parse_args(argv=None):
     """The flags; combinations that cannot work are refused here."""
     parser, groups = experiment.make_parser(
-        __doc__, meta_batch_size=8, train_steps=6000, eval_freq=500, rotations=True, num_val_tasks=300
+        __doc__, meta_batch_size=4, train_steps=3500, eval_freq=500, rotations=True, num_val_tasks=300
     )
     parser.prog = "maml.py"
     add = groups["data"].add_argument
     add("--train_query", type=whole(1), default=5, help="query images of a class in training")
-    add("--train_classes", type=whole(2), default=30, help="classes of a training task with a head of prototypes")
+    add("--train_classes", type=whole(2), default=60, help="classes of a training task with a head of prototypes")
     add = groups["model"].add_argument
-    add("--encoder", choices=["strided", "pooled"], default="strided", help="the paper's for Omniglot, or Conv4-64")
+    add("--encoder", choices=["strided", "pooled"], default="pooled", help="Conv4-64, or the paper's for Omniglot")
     add("--width", type=whole(1), default=64, help="filters of each convolution")
     add("--head", choices=["linear", "proto"], default="linear", help="proto: Proto-MAML, started from the prototypes")
     add("--freeze_body", action="store_true", help="ANIL: the inner loop adapts the head alone")
@@ -260,6 +268,7 @@ def parse_args(argv=None):
     add = groups["optimisation"].add_argument
     add("--inner_steps", type=whole(0), default=1, help="gradient steps on a support set in training")
     add("--inner_lr", type=number(), default=0.4, help="rate of the inner steps, or where the learned rates start")
+    add("--head_lr", type=number(), default=0.0, help="the same for a linear head's weights; 0: 2 N, which makes prototypes")
     add("--learn_inner_lrs", action="store_true", help="learn a rate per tensor and step")
     add("--warmup_steps", type=whole(0), default=1500,
         help="first training steps, with prototypes as the head and no inner step; the papers: 0")  # fmt: skip
@@ -269,8 +278,8 @@ def parse_args(argv=None):
     add("--schedule", choices=["cosine", "constant"], default="cosine", help="cosine: the rate falls to 1 %% of it")
     add("--clip", type=number(), default=10.0, help="largest norm of the meta-gradient; 0: no limit")
     groups["evaluation"].add_argument("--test_inner_steps", type=whole(0), default=3, help="steps at validation, test")
-    smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "meta_batch_size": 4,
-             "width": 16, "train_classes": 8, "warmup_steps": 5}  # fmt: skip
+    smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "width": 16,
+             "encoder": "strided", "train_classes": 8, "warmup_steps": 5}  # fmt: skip
     shapes = ("num_classes", "image_size", "encoder", "width", "head", "inner_steps")
     args = experiment.parse(parser, argv, smoke, fixed=shapes)
     if args.head == "linear" and args.inner_steps == 0:
@@ -288,8 +297,10 @@ def main(argv=None) -> dict:
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
     strided = args.encoder == "strided"
     encoder = Conv4(dataset.images.shape[1], args.width, args.image_size, strided)
-    learner = Learner(encoder, args.num_classes, args.inner_steps, args.inner_lr, args.head, args.learn_inner_lrs)
-    learner.to(device)
+    head_lr = (args.head_lr or 2 * args.num_classes) if args.head == "linear" else None
+    learner = Learner(
+        encoder, args.num_classes, args.inner_steps, args.inner_lr, args.head, args.learn_inner_lrs, head_lr
+    ).to(device)
     dtype = fast_dtype(args.dtype, device)
     s = Setting(args.num_classes, strided, args.head, args.freeze_body, args.first_order, args.batch_norm, dtype)
 
@@ -307,7 +318,9 @@ def main(argv=None) -> dict:
         return EpisodeSampler(dataset, "train", N, args.num_shot, Q, B, seed, device, rotations=rotations, shard=shard)
 
     # Prototypes make a head for any number of classes; harder tasks teach the encoder faster.
-    proto = training_tasks(args.train_classes, 1, max(2, args.meta_batch_size // 2), args.random_seed + 1)
+    proto = training_tasks(
+        args.train_classes, 1, max(experiment.shard()[1], args.meta_batch_size // 4), args.random_seed + 1
+    )
     train = proto
     if args.head == "linear":
         train = training_tasks(args.num_classes, args.train_query, args.meta_batch_size, args.random_seed)

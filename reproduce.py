@@ -1,0 +1,487 @@
+"""Every table and figure of the source documents by one command, from runs of this package.
+
+    python reproduce.py all --scale smoke          everything in its smallest form, to see that it works
+    python reproduce.py all --scale cpu --jobs 2   what two CPU cores can do in some hours
+    python reproduce.py all --scale full           the papers' lengths, for a GPU
+    python reproduce.py comparison                 one part: mann, meta_lstm, comparison, costs, features
+
+Each run is a script of this package in a process of its own, `--jobs` at a time. What is done, by the same flags and
+the same code, is skipped; what was interrupted is resumed; what fails is named and makes the exit code 1. Results go to
+`--out` (results/, or a folder of runs/ for smoke): a JSON file a run, a CSV file a part, figures, and README.md with a
+row for each claim of the documents.
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+import experiment
+from experiment import UserError, whole, write_atomically, write_json
+
+HERE = Path(__file__).resolve().parent
+PARTS = ("mann", "meta_lstm", "comparison", "costs", "features")
+COURSE = "--head recurrent --logit_scale 1 --forget_bias 0 --no-rotations --schedule constant --clip 0"
+LONG = "--jitter 0.1 --train_steps 12000 --eval_freq 500 --dtype bfloat16"
+
+
+class Case(NamedTuple):
+    """One line of a table or one curve: `recipe` is what it is about, `cpu` and `full` how long it trains."""
+
+    part: str
+    name: str
+    script: str
+    recipe: str = ""
+    cpu: str = ""
+    full: str = ""
+    seeds: int = 1
+    minutes: float = 5  # of one seed at --scale cpu with one core, for the progress bar
+
+
+CASES = [
+    *[Case("mann", f"K{K}N{N}", "hw1.py", f"--num_shot {K} --num_classes {N}", LONG,
+           "--jitter 0.1 --train_steps 50000 --eval_freq 1000", 3, minutes)
+      for K, N, minutes in ((1, 2, 6), (2, 2, 9), (1, 3, 9), (1, 4, 14))],
+    Case("mann", "conv_K1N5", "hw1.py",
+         "--num_shot 1 --num_classes 5 --encoder conv --shared_classes 60 --hidden_dim 256 --learning_rate 2e-3",
+         "--train_steps 8000 --eval_freq 500 --dtype bfloat16", "--train_steps 40000 --eval_freq 1000", 3, 12),
+    Case("mann", "memorisation", "hw1.py",
+         "--num_shot 1 --num_classes 5 --fixed_labels --no-rotations --head recurrent --forget_bias 0",
+         "--train_steps 5000 --eval_freq 250 --dtype bfloat16", "--train_steps 25000"),
+    *[Case("mann", f"K1N3_{name}", "hw1.py", f"--num_shot 1 --num_classes 3 {COURSE} {flags}", "--train_steps 5000",
+           "--train_steps 25000", minutes=4)
+      for name, flags in (("rate_1e-1", "--learning_rate 1e-1"), ("rate_1e-3", "--learning_rate 1e-3"),
+                          ("rate_1e-5", "--learning_rate 1e-5"), ("memory_8", "--learning_rate 1e-3 --hidden_dim 8"),
+                          ("memory_256", "--learning_rate 1e-3 --hidden_dim 256"),
+                          ("gru", "--learning_rate 1e-3 --recurrent gru"),
+                          ("3_layers", "--learning_rate 1e-3 --num_layers 3"))],
+    *[Case("meta_lstm", name, "meta_lstm.py", f"--preset {name}" if full else "", cpu, "", 1, 40)
+      for name, full, cpu in (("5way1shot", False, "--num_classes 5 --num_shot 1"),
+                              ("5way5shot", False, "--num_classes 5 --num_shot 5"),
+                              ("10way10shot", True, "--train_steps 500 --eval_freq 100 --num_query 5"))],
+    Case("comparison", "transfer", "transfer.py", "", "", "--train_steps 16000 --finetune_steps 6000", 3, 5),
+    Case("comparison", "protonet", "protonet.py", "", "", "--train_steps 40000 --eval_freq 1000", 3, 4),
+    Case("comparison", "fomaml", "maml.py", "--first_order", "", "--train_steps 60000 --eval_freq 1000", 3, 10),
+    Case("comparison", "protomaml", "maml.py", "--head proto --first_order --inner_lr 0.1", "--train_steps 5000",
+         "--train_steps 60000 --eval_freq 1000", 3, 15),
+    Case("comparison", "maml", "maml.py", "", "", "--train_steps 60000 --eval_freq 1000", 3, 20),
+    Case("comparison", "anil", "maml.py", "--freeze_body", "", "--train_steps 60000 --eval_freq 1000", 1, 12),
+    Case("costs", "costs", "profile_costs.py", "--sweep all --engine auto", "", "", 1, 5),
+    Case("features", "features", "feature_weights.py", "--part all", "", "", 1, 2),
+]  # fmt: skip
+
+# (line of the documents, part/name of ours, metric, their figure, best published); all on the course split
+CLAIMS = [
+    ("MANN, 1-shot 2-way", "mann/K1N2", "test_accuracy", "above 90", "-"),
+    ("MANN, 2-shot 2-way", "mann/K2N2", "test_accuracy", "above 90", "-"),
+    ("MANN, 1-shot 3-way", "mann/K1N3", "test_accuracy", "about 80", "-"),
+    ("MANN, 1-shot 4-way", "mann/K1N4", "test_accuracy", "about 70", "-"),
+    ("MANN with a conv encoder, 5-way 1-shot", "mann/conv_K1N5", "test_accuracy", "-", "82.8 to 89.2 (MANN)"),
+    ("ProtoNet, 5-way 1-shot, two minutes", "comparison/protonet", "test_accuracy", "98.8", "98.8"),
+    ("ProtoNet, 5-way 1-shot, long", "protonet/long_5way1shot", "test_accuracy", "98.8", "98.8"),
+    ("ProtoNet, 5-way 5-shot, long", "protonet/long_5way5shot", "test_accuracy", "-", "99.7"),
+    ("ProtoNet, 20-way 1-shot, long", "protonet/long_20way1shot", "test_accuracy", "-", "96.0"),
+    ("ProtoNet, 20-way 5-shot, long", "protonet/long_20way5shot", "test_accuracy", "-", "98.9"),
+    ("ProtoNet, 20-way 1-shot within an alphabet (Lake)", "protonet/lake_within", "test_accuracy", "-", "86"),
+    ("Fine-tuning, 423-way", "comparison/transfer", "finetuned_accuracy", "78.5", "-"),
+    ("Fine-tuning, 5-way 1-shot", "comparison/transfer", "test_accuracy", "-", "-"),
+    ("First-order MAML, 5-way 1-shot", "comparison/fomaml", "test_accuracy", "81.5", "98.3"),
+    ("Proto-MAML (first order), 5-way 1-shot", "comparison/protomaml", "test_accuracy", "89.2", "-"),
+    ("MAML, 5-way 1-shot", "comparison/maml", "test_accuracy", "-", "98.7"),
+    ("ANIL, 5-way 1-shot", "comparison/anil", "test_accuracy", "-", "-"),
+    ("Meta-LSTM, 5-way 1-shot", "meta_lstm/5way1shot", "test_accuracy", "-", "none"),
+    ("Meta-LSTM, 5-way 5-shot", "meta_lstm/5way5shot", "test_accuracy", "-", "none"),
+]
+# Okabe and Ito's colours, which the colour-blind can tell apart; one for each method in every figure
+COLOURS = {"transfer": "#7f7f7f", "mann": "#CC79A7", "protonet": "#0072B2", "fomaml": "#E69F00", "protomaml": "#009E73",
+           "maml": "#D55E00", "anil": "#56B4E9", "meta_lstm": "#000000"}  # fmt: skip
+TITLES = {"transfer": "fine-tuning", "mann": "MANN, conv", "protonet": "ProtoNet", "fomaml": "first-order MAML",
+          "protomaml": "Proto-MAML (f.o.)", "maml": "MAML", "anil": "ANIL", "meta_lstm": "meta-LSTM"}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- runs
+
+
+class Job(NamedTuple):
+    name: str  # of the run folder
+    case: Case
+    seed: int
+    flags: list[str]
+    key: str  # of the flags and the code: the same key, the same result
+
+
+def code_version(script: str) -> str:
+    """A digest of the code that a run of `script` executes."""
+    files = [script, "load_data.py", "backbone.py", "experiment.py"]
+    return hashlib.sha256(b"".join((HERE / file).read_bytes() for file in files)).hexdigest()[:12]
+
+
+def make_jobs(parts: list[str], scale: str, out: Path, device: str) -> list[Job]:
+    jobs = []
+    for case in CASES:
+        if case.part not in parts:
+            continue
+        for seed in range(1, (1 if scale == "smoke" else case.seeds) + 1):
+            # At smoke scale the script's own --smoke decides on lengths and sizes.
+            length = {"smoke": "--smoke", "cpu": case.cpu, "full": case.full}[scale]
+            flags = shlex.split(f"{case.recipe} {length}")
+            if case.part == "costs":
+                flags += ["--out", str(out)]
+            elif case.part == "features":
+                flags += ["--results_dir", str(out)]
+            flags += ["--random_seed", str(seed), "--device", device]
+            key = hashlib.sha256(json.dumps([case.script, flags, code_version(case.script)]).encode()).hexdigest()[:16]
+            jobs.append(Job(f"{case.part}_{case.name}_seed{seed}", case, seed, flags, key))
+    return jobs
+
+
+class Ledger:
+    """`<out>/reproduce.json`: which runs are done, by key, with command and minutes."""
+
+    def __init__(self, out: Path):
+        self.path, self.lock = out / "reproduce.json", threading.Lock()
+        self.entries = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def has(self, job: Job) -> bool:
+        return self.entries.get(job.name, {}).get("key") == job.key
+
+    def add(self, job: Job, minutes: float) -> None:
+        with self.lock:
+            command = " ".join(["python", job.case.script, *map(shlex.quote, job.flags)])
+            self.entries[job.name] = {"key": job.key, "command": command, "minutes": round(minutes, 2)}
+            write_json(self.path, dict(sorted(self.entries.items())))
+
+
+def die_with_parent() -> None:
+    """In the child: SIGTERM, on which the scripts save and leave, should reproduce.py be killed (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+
+
+def run_job(job: Job, out: Path, runs: Path, threads: int, lock_file, children: set) -> str | None:
+    """Run or resume one job; collects its results. Returns why it failed, or None."""
+    folder = runs / f"{job.name}_{job.key}"
+    if (folder / "metrics.json").exists():  # finished, and stopped before it was collected
+        return collect(job, folder, out)
+    command = [sys.executable, str(HERE / job.case.script)]
+    if (folder / "checkpoint.pt").exists():
+        command += ["--resume", str(folder)]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # it had saved nothing
+        command += job.flags
+        if job.case.part not in ("costs", "features"):  # those name their own
+            command += ["--log_dir", str(runs), "--run_name", folder.name]
+        else:
+            command += ["--log_dir", str(runs)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with open(runs / f"{job.name}.log", "ab") as log:
+        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment,
+                                 pass_fds=(lock_file.fileno(),), preexec_fn=die_with_parent)  # fmt: skip
+        children.add(child)
+        code = child.wait()
+        children.discard(child)
+    if code != 0:
+        last = (runs / f"{job.name}.log").read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
+        return f"exit code {code}: {last[0][:200]}"
+    return collect(job, folder, out)
+
+
+def collect(job: Job, folder: Path, out: Path) -> None:
+    """Copy a run's metrics, with its curves, to `<out>/<part>/<name>_seed<S>.json`."""
+    if job.case.part in ("costs", "features"):  # they write what they found themselves
+        return
+    metrics = json.loads((folder / "metrics.json").read_text()) | {"curves": read_curves(folder)}
+    target = out / job.case.part / f"{job.case.name}_seed{job.seed}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, lambda file: file.write((json.dumps(metrics) + "\n").encode()))
+
+
+def read_curves(folder: Path, points: int = 40) -> dict:
+    """{tag: [[step, value], ...]} of the homework's curves, thinned to about `points`."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    curves = {}
+    for tag in ("Loss/train", "Loss/test", "Accuracy/test", "Accuracy/val"):
+        if tag in events.Tags()["scalars"]:
+            values = [[e.step, round(e.value, 4)] for e in events.Scalars(tag)]
+            thin = max(1, len(values) // points)
+            curves[tag] = values[::-1][::thin][::-1]  # the last one stays
+    return curves
+
+
+def run_all(jobs: list[Job], out: Path, runs: Path, num_jobs: int) -> list[str]:
+    """Run what the ledger lacks, `num_jobs` at a time; returns the failures, one line each."""
+    out.mkdir(parents=True, exist_ok=True)
+    runs.mkdir(parents=True, exist_ok=True)
+    lock_file = open(runs / "reproduce.lock", "w")  # inherited by the runs: free when all of them have ended
+    try:
+        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        print(f"waiting for runs that another reproduce.py started in {runs}", file=sys.stderr)
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+    ledger, failures, children = Ledger(out), [], set()
+    todo = [job for job in jobs if not ledger.has(job)]
+    print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are done already")
+    bar = tqdm(total=sum(job.case.minutes for job in todo), disable=None, bar_format="{l_bar}{bar}| left: {remaining}")
+    threads, stop = max(1, (os.cpu_count() or 1) // num_jobs), threading.Event()
+
+    def work(job: Job) -> None:
+        if stop.is_set():
+            return
+        begin = time.perf_counter()
+        why = run_job(job, out, runs, threads, lock_file, children)
+        minutes = (time.perf_counter() - begin) / 60
+        if stop.is_set() and why:
+            return
+        if why is None:
+            ledger.add(job, minutes)
+        else:
+            failures.append(f"{job.name}: {why} (see {runs / job.name}.log)")
+        bar.update(job.case.minutes)
+        bar.write(f"{job.name}: {'failed' if why else 'done'} in {minutes:.1f} minutes")
+
+    with ThreadPoolExecutor(num_jobs) as pool:
+        futures = [pool.submit(work, job) for job in sorted(todo, key=lambda job: -job.case.minutes)]
+        try:
+            for future in futures:
+                future.result()
+        except KeyboardInterrupt:
+            stop.set()
+            for child in list(children):
+                child.send_signal(signal.SIGINT)  # they save and leave
+            print("interrupted: the runs save and stop; the same command continues", file=sys.stderr)
+            raise
+        finally:
+            bar.close()
+    return failures
+
+
+# ------------------------------------------------------------------------- tables and figures
+
+
+def load(out: Path, name: str) -> list[dict]:
+    """The metrics of all seeds of part/name, in the order of the seeds."""
+    return [json.loads(p.read_text()) for p in sorted(out.glob(f"{name}_seed*.json"))]
+
+
+def mean_of_seeds(runs: list[dict], key: str = "test_accuracy") -> tuple[float, float]:
+    """Mean over seeds and half-width of its 95 % interval over test tasks, both in per cent.
+
+    The seeds share their test tasks, so their errors go together: the interval does not shrink with seeds.
+    """
+    ci = "ci95" if key == "test_accuracy" else key.replace("accuracy", "ci95")
+    return tuple(100 * sum(r[k] for r in runs) / len(runs) for k in (key, ci))
+
+
+def page(out: Path) -> str:
+    """`<out>/README.md`: a row for each claim of the documents, the paired differences, the pictures."""
+    lines = ["# Results", "", "Written by `python reproduce.py` from the JSON files beside it; no figure is typed by hand.",
+             "Accuracy on new characters in per cent, mean of the seeds ± 95 % interval over fixed test tasks, which",
+             "the seeds share. Minutes are those of training, of one seed.", "",
+             "| what | documents | published | ours | seeds | test tasks | minutes | on | command |", "|---" * 9 + "|"]
+    for label, name, key, theirs, published in CLAIMS:
+        runs = load(out, name)
+        if not runs:
+            lines.append(f"| {label} | {theirs} | {published} | not measured | | | | | |")
+            continue
+        mean, half = mean_of_seeds(runs, key)
+        seconds = [r["train_seconds"] for r in runs if "train_seconds" in r]
+        minutes = f"{sum(seconds) / len(seconds) / 60:.1f}" if seconds else "-"
+        seeds = ", ".join(f"{100 * r[key]:.1f}" for r in runs)
+        first = runs[0]
+        lines.append(f"| {label} | {theirs} | {published} | {mean:.1f} ± {half:.1f} | {seeds} | "
+                     f"{first['num_test_tasks']} | {minutes} | {first['device']} | `{first['command']}` |")
+    lines += ["", "MAML's figures normalise the queries with their own batch (transductive). Beside it the same",
+              "networks with the statistics of the support set alone:", "", "| what | transductive | support |", "|---|---|---|"]
+    for name in ("fomaml", "protomaml", "maml", "anil"):
+        if runs := load(out, f"comparison/{name}"):
+            found = [mean_of_seeds(runs, f"test_accuracy_{mode}") for mode in ("transductive", "support")]
+            cells = " | ".join(f"{mean:.1f} ± {half:.1f}" for mean, half in found)
+            lines.append(f"| {TITLES[name]}, 5-way 1-shot | {cells} |")
+    if differences := paired(out):
+        lines += ["", "Differences to ProtoNet on the same test tasks (points, 95 % interval of the paired difference):",
+                  "", "| method | difference |", "|---|---|"]
+        lines += [f"| {TITLES[name]} | {mean:+.1f} ± {half:.1f} |" for name, (mean, half) in differences.items()]
+    for picture in sorted(out.glob("*.png")):
+        if picture.stem not in ("glyphs", "tensorboard"):
+            lines += ["", f"![{picture.stem.replace('_', ' ')}]({picture.name})"]
+    return "\n".join(lines) + "\n"
+
+
+def paired(out: Path) -> dict[str, tuple[float, float]]:
+    """{method: (mean, half-width)} of the tasks' differences to ProtoNet in points, seeds averaged first."""
+    def per_task(name: str) -> list[float]:
+        runs = [r["accuracies"] for r in load(out, f"comparison/{name}") if "accuracies" in r]
+        return [sum(values) / len(values) for values in zip(*runs, strict=False)]
+
+    reference, found = per_task("protonet"), {}
+    for name in ("transfer", "fomaml", "protomaml", "maml", "anil"):
+        if reference and (mine := per_task(name)):
+            mean, half = experiment.mean_and_ci95([a - b for a, b in zip(mine, reference, strict=False)])
+            found[name] = 100 * mean, 100 * half
+    return found
+
+
+def write_csv(out: Path, part: str) -> None:
+    """`<out>/<part>.csv`: one row a run with the figures that all scripts report."""
+    names = ["name", "script", "N", "K", "Q", "steps", "test_accuracy", "ci95", "num_test_tasks", "val_accuracy",
+             "train_seconds", "device", "seed", "git_commit", "command"]  # fmt: skip
+    files = sorted((out / part).glob("*.json"))
+    if not files:
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows({"name": file.stem} | json.loads(file.read_text()) for file in files)
+    write_atomically(out / f"{part}.csv", lambda file: file.write(text.getvalue().encode()))
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float]):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", color="0.9")
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def save(figure, path: Path) -> None:
+    write_atomically(path, lambda file: figure.savefig(file, dpi=100, format="png"))
+
+
+def draw_lines(ax, out: Path, names: dict[str, str], tag: str, scale: float) -> None:
+    """One curve for each {part/name: label}, seed 1, labelled at its end."""
+    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+    for colour, (name, label) in zip(colours, names.items(), strict=False):
+        if (runs := load(out, name)) and tag in runs[0].get("curves", {}):
+            steps, values = zip(*runs[0]["curves"][tag], strict=True)
+            ax.plot(steps, [scale * v for v in values], color=colour, label=label)
+    if ax.lines:
+        ax.legend(frameon=False, fontsize=9)
+    ax.set_xlabel("training step")
+
+
+def draw_mann(out: Path) -> None:
+    """Figures 3 to 8 of the report (K, N grid), 9 (learning rate) and 10 (memory size)."""
+    grid = {f"mann/K{K}N{N}": f"{K}-shot {N}-way" for K, N in ((1, 2), (2, 2), (1, 3), (1, 4))}
+    rates = {f"mann/K1N3_rate_{r}": f"learning rate {r}" for r in ("1e-1", "1e-3", "1e-5")}
+    sizes = {"mann/K1N3_memory_8": "8 units", "mann/K1N3_rate_1e-3": "128 units", "mann/K1N3_memory_256": "256 units"}
+    kinds = {"mann/K1N3_rate_1e-3": "two LSTM layers", "mann/K1N3_gru": "two GRU layers",
+             "mann/K1N3_3_layers": "three LSTM layers"}  # fmt: skip
+    for file, rows in (("mann.png", {"MANN by shot K and way N": grid}),
+                       ("mann_sweeps.png", {"learning rate (1-shot 3-way)": rates, "memory size (1-shot 3-way)": sizes,
+                                            "recurrent layers (1-shot 3-way)": kinds})):  # fmt: skip
+        if not any(load(out, name) for names in rows.values() for name in names):
+            continue
+        figure, axes = new_figure(len(rows), 2, (9, 3.2 * len(rows)))
+        for (title, names), (left, right) in zip(rows.items(), axes, strict=True):
+            draw_lines(left, out, names, "Accuracy/test", 100)
+            draw_lines(right, out, names, "Loss/test", 1)
+            left.set(title=title, ylabel="test accuracy (%)")
+            right.set(title=title, ylabel="test loss (nats)")
+        save(figure, out / file)
+
+
+def draw_comparison(out: Path) -> None:
+    """The slides' bar chart with our other methods beside it, and accuracy before and after adaptation."""
+    where = {name: f"comparison/{name}" for name in TITLES}
+    where |= {"meta_lstm": "meta_lstm/5way1shot", "mann": "mann/conv_K1N5"}
+    found = {name: runs for name in TITLES if (runs := load(out, where[name]))}
+    if found:
+        figure, ((ax,),) = new_figure(1, 1, (9, 3.8))
+        for i, (name, runs) in enumerate(found.items()):
+            mean, half = mean_of_seeds(runs)
+            ax.bar(i + 0.2, mean, 0.38, color=COLOURS[name], yerr=half, capsize=3)
+            ax.text(i + 0.2, mean + half + 0.3, f"{mean:.1f}", ha="center", fontsize=9)
+            on_val = [r["val_accuracy"] for r in runs if r.get("val_accuracy")]  # fine-tuning chooses nothing by it
+            if on_val:
+                ax.bar(i - 0.2, 100 * sum(on_val) / len(on_val), 0.38, color=COLOURS[name], alpha=0.4)
+        low = min(mean_of_seeds(runs)[0] for runs in found.values())
+        ax.set_ylim(max(0, low - 8), 102)
+        ax.set_xticks(range(len(found)), [TITLES[name] for name in found], fontsize=9)
+        ax.set(title="Omniglot, 5-way 1-shot, new characters: validation (pale) and test", ylabel="accuracy (%)")
+        save(figure, out / "comparison.png")
+    adapted = {name: found[name] for name in ("fomaml", "protomaml", "maml", "anil") if name in found}
+    if adapted:
+        figure, (axes,) = new_figure(1, 2, (9, 3.4))
+        for name, runs in adapted.items():
+            for ax, what in zip(axes, ("support", "query"), strict=True):
+                steps = range(len(runs[0][f"{what}_accuracy_per_step"]))
+                values = [100 * sum(r[f"{what}_accuracy_per_step"][i] for r in runs) / len(runs) for i in steps]
+                ax.plot(steps, values, "o-", color=COLOURS[name], label=TITLES[name])
+                ax.set(title=f"{what} set", xlabel="inner steps on the support set", ylabel="test accuracy (%)")
+                ax.set_xticks(list(steps))
+        axes[0].axhline(20, color="0.5", linestyle=":", label="guessing")
+        axes[1].axhline(20, color="0.5", linestyle=":")
+        axes[0].legend(frameon=False, fontsize=9)
+        save(figure, out / "adaptation.png")
+
+
+def write_everything(out: Path) -> None:
+    """All tables and figures from the JSON files that are there."""
+    for part in sorted({case.part for case in CASES} | {"protonet"}):
+        write_csv(out, part)
+    draw_mann(out)
+    draw_comparison(out)
+    write_atomically(out / "README.md", lambda file: file.write(page(out).encode()))
+
+
+# ------------------------------------------------------------------------------------ the script
+
+
+def parse_args(argv=None):
+    parser = experiment._Parser(prog="reproduce.py", description=__doc__, formatter_class=experiment._Formatter,
+                                allow_abbrev=False)  # fmt: skip
+    add = parser.add_argument
+    add("what", choices=[*PARTS, "all"], help="which part of the documents")
+    add("--scale", choices=["smoke", "cpu", "full"], default="cpu", help="how long the runs train")
+    add("--jobs", type=whole(1), default=1, metavar="J", help="runs at a time; the CPU cores are shared among them")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of all runs")
+    add("--out", help="folder of the results (default: results, or runs/reproduce_smoke)")
+    add("--draw_only", action="store_true", help="no runs: tables and figures from the result files that are there")
+    args = parser.parse_args(argv)
+    args.out = Path(args.out or ("runs/reproduce_smoke" if args.scale == "smoke" else HERE / "results"))
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is not a folder; name another")
+    return args
+
+
+def main(argv=None) -> list[str]:
+    args = parse_args(argv)
+    failures = []
+    if not args.draw_only:
+        runs = args.out / "runs" if args.scale == "smoke" else Path("runs") / f"reproduce_{args.scale}"
+        jobs = make_jobs(list(PARTS) if args.what == "all" else [args.what], args.scale, args.out, args.device)
+        failures = run_all(jobs, args.out, runs, args.jobs)
+    write_everything(args.out)
+    print(f"written: {args.out / 'README.md'}")
+    if failures:
+        print("\n".join(f"error: {failure}" for failure in failures), file=sys.stderr)
+        sys.exit(1)
+    return failures
+
+
+if __name__ == "__main__":
+    experiment.run_script(main)
