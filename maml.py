@@ -268,7 +268,7 @@ def parse_args(argv=None):
     add = groups["optimisation"].add_argument
     add("--inner_steps", type=whole(0), default=1, help="gradient steps on a support set in training")
     add("--inner_lr", type=number(), default=0.4, help="rate of the inner steps, or where the learned rates start")
-    add("--head_lr", type=number(), default=0.0, help="the same for a linear head's weights; 0: 2 N, which makes prototypes")
+    add("--head_lr", type=number(), default=0.0, help="the same for a linear head; 0: 2 N, which makes prototypes")
     add("--learn_inner_lrs", action="store_true", help="learn a rate per tensor and step")
     add("--warmup_steps", type=whole(0), default=1500,
         help="first training steps, with prototypes as the head and no inner step; the papers: 0")  # fmt: skip

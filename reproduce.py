@@ -294,7 +294,7 @@ def mean_of_seeds(runs: list[dict], key: str = "test_accuracy") -> tuple[float, 
 
 def page(out: Path) -> str:
     """`<out>/README.md`: a row for each claim of the documents, the paired differences, the pictures."""
-    lines = ["# Results", "", "Written by `python reproduce.py` from the JSON files beside it; no figure is typed by hand.",
+    lines = ["# Results", "", "Written by `python reproduce.py` from the JSON files beside it.",
              "Accuracy on new characters in per cent, mean of the seeds ± 95 % interval over fixed test tasks, which",
              "the seeds share. Minutes are those of training, of one seed.", "",
              "| what | documents | published | ours | seeds | test tasks | minutes | on | command |", "|---" * 9 + "|"]
@@ -311,14 +311,15 @@ def page(out: Path) -> str:
         lines.append(f"| {label} | {theirs} | {published} | {mean:.1f} ± {half:.1f} | {seeds} | "
                      f"{first['num_test_tasks']} | {minutes} | {first['device']} | `{first['command']}` |")
     lines += ["", "MAML's figures normalise the queries with their own batch (transductive). Beside it the same",
-              "networks with the statistics of the support set alone:", "", "| what | transductive | support |", "|---|---|---|"]
+              "networks with the statistics of the support set alone:", "",
+              "| what | transductive | support |", "|---|---|---|"]
     for name in ("fomaml", "protomaml", "maml", "anil"):
         if runs := load(out, f"comparison/{name}"):
             found = [mean_of_seeds(runs, f"test_accuracy_{mode}") for mode in ("transductive", "support")]
             cells = " | ".join(f"{mean:.1f} ± {half:.1f}" for mean, half in found)
             lines.append(f"| {TITLES[name]}, 5-way 1-shot | {cells} |")
     if differences := paired(out):
-        lines += ["", "Differences to ProtoNet on the same test tasks (points, 95 % interval of the paired difference):",
+        lines += ["", "Differences to ProtoNet on the same test tasks (points, 95 % interval of the difference):",
                   "", "| method | difference |", "|---|---|"]
         lines += [f"| {TITLES[name]} | {mean:+.1f} ± {half:.1f} |" for name, (mean, half) in differences.items()]
     for picture in sorted(out.glob("*.png")):
