@@ -252,7 +252,7 @@ def share(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def parse_args(argv=None):
     """The flags; combinations that cannot work are refused here."""
     parser, groups = experiment.make_parser(
-        __doc__, meta_batch_size=4, train_steps=3500, eval_freq=500, rotations=True, num_val_tasks=300
+        __doc__, meta_batch_size=4, train_steps=3500, eval_freq=500, rotations=True, num_val_tasks=200
     )
     parser.prog = "maml.py"
     add = groups["data"].add_argument
@@ -277,7 +277,7 @@ def parse_args(argv=None):
     add("--outer_lr", type=number(above=True), default=2e-3, help="of Adam, at its start")
     add("--schedule", choices=["cosine", "constant"], default="cosine", help="cosine: the rate falls to 1 %% of it")
     add("--clip", type=number(), default=10.0, help="largest norm of the meta-gradient; 0: no limit")
-    groups["evaluation"].add_argument("--test_inner_steps", type=whole(0), default=3, help="steps at validation, test")
+    groups["evaluation"].add_argument("--test_inner_steps", type=whole(0), default=1, help="steps at validation, test")
     smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "width": 16,
              "encoder": "strided", "train_classes": 8, "warmup_steps": 5}  # fmt: skip
     shapes = ("num_classes", "image_size", "encoder", "width", "head", "inner_steps")

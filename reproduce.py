@@ -133,10 +133,10 @@ def code_version(script: str) -> str:
     return hashlib.sha256(b"".join((HERE / file).read_bytes() for file in files)).hexdigest()[:12]
 
 
-def make_jobs(parts: list[str], scale: str, out: Path, device: str) -> list[Job]:
+def make_jobs(parts: list[str], scale: str, out: Path, device: str, dataset: str, only: str = "") -> list[Job]:
     jobs = []
     for case in CASES:
-        if case.part not in parts:
+        if case.part not in parts or only not in f"{case.part}_{case.name}":
             continue
         for seed in range(1, (1 if scale == "smoke" else case.seeds) + 1):
             # At smoke scale the script's own --smoke decides on lengths and sizes.
@@ -146,6 +146,8 @@ def make_jobs(parts: list[str], scale: str, out: Path, device: str) -> list[Job]
                 flags += ["--out", str(out)]
             elif case.part == "features":
                 flags += ["--results_dir", str(out)]
+            else:
+                flags += ["--dataset", dataset]
             flags += ["--random_seed", str(seed), "--device", device]
             key = hashlib.sha256(json.dumps([case.script, flags, code_version(case.script)]).encode()).hexdigest()[:16]
             jobs.append(Job(f"{case.part}_{case.name}_seed{seed}", case, seed, flags, key))
@@ -460,6 +462,8 @@ def parse_args(argv=None):
     add("--scale", choices=["smoke", "cpu", "full"], default="cpu", help="how long the runs train")
     add("--jobs", type=whole(1), default=1, metavar="J", help="runs at a time; the CPU cores are shared among them")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of all runs")
+    add("--dataset", choices=["auto", "omniglot", "glyphs"], default="auto", help="auto: Omniglot or glyphs")
+    add("--only", default="", metavar="TEXT", help="only runs whose name, part_case, holds this")
     add("--out", help="folder of the results (default: results, or runs/reproduce_smoke)")
     add("--draw_only", action="store_true", help="no runs: tables and figures from the result files that are there")
     args = parser.parse_args(argv)
@@ -474,7 +478,10 @@ def main(argv=None) -> list[str]:
     failures = []
     if not args.draw_only:
         runs = args.out / "runs" if args.scale == "smoke" else Path("runs") / f"reproduce_{args.scale}"
-        jobs = make_jobs(list(PARTS) if args.what == "all" else [args.what], args.scale, args.out, args.device)
+        parts = list(PARTS) if args.what == "all" else [args.what]
+        jobs = make_jobs(parts, args.scale, args.out, args.device, args.dataset, args.only)
+        if not jobs:
+            raise UserError(f"--only {args.only}: no run of {args.what} has this in its name")
         failures = run_all(jobs, args.out, runs, args.jobs)
     write_everything(args.out)
     print(f"written: {args.out / 'README.md'}")

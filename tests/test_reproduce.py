@@ -1,0 +1,126 @@
+"""reproduce.py: runs once what is not done, survives Ctrl-C and kill -9, names failures, types no figure by hand."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPO, one_line_error
+
+import reproduce
+from experiment import UserError
+
+SMOKE = ["mann", "--scale", "smoke", "--only", "K1N2", "--dataset", "glyphs", "--device", "cpu"]
+
+
+def start(out, work, *flags):
+    command = [sys.executable, str(REPO / "reproduce.py"), *SMOKE, "--out", str(out), *flags]
+    return subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+
+
+def result(out):
+    return json.loads((out / "mann" / "K1N2_seed1.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def done(work, tmp_path_factory):
+    """The results of one uninterrupted run."""
+    out = tmp_path_factory.mktemp("reproduce")
+    child = start(out, work)
+    _, err = child.communicate(timeout=200)
+    assert child.returncode == 0, err
+    return out
+
+
+def test_leaves_results_tables_figures_and_a_ledger(done):
+    metrics, ledger = result(done), json.loads((done / "reproduce.json").read_text())
+    assert metrics["dataset"] == "glyphs" and metrics["steps"] == 40
+    assert [step for step, _ in metrics["curves"]["Accuracy/test"]] == [20, 40]
+    assert ledger["mann_K1N2_seed1"]["minutes"] > 0
+    assert "python hw1.py" in ledger["mann_K1N2_seed1"]["command"]
+    page = (done / "README.md").read_text()
+    assert f"| MANN, 1-shot 2-way | above 90 | - | {100 * metrics['test_accuracy']:.1f} ±" in page
+    assert (done / "mann.csv").read_text().count("\n") == 2 and (done / "mann.png").stat().st_size < 200_000
+
+
+def test_a_second_time_nothing_runs(done, work):
+    before = (done / "mann" / "K1N2_seed1.json").stat().st_mtime_ns
+    child = start(done, work)
+    out, _ = child.communicate(timeout=100)
+    assert child.returncode == 0 and "1 of 1 runs are done already" in out
+    assert (done / "mann" / "K1N2_seed1.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_interrupted_and_started_again_nothing_is_lost_or_twice(done, work, tmp_path, sent):
+    """The run's process ends with reproduce.py, and the second start resumes it to the same figure."""
+    child = start(tmp_path, work)
+    runs = tmp_path / "runs"
+    deadline = time.time() + 100
+    while not list(runs.glob("mann_K1N2*/flags.json")) and time.time() < deadline:
+        time.sleep(0.05)
+    child.send_signal(sent)
+    child.communicate(timeout=100)
+    assert child.returncode == (-9 if sent == signal.SIGKILL else 130)
+    again = start(tmp_path, work)
+    _, err = again.communicate(timeout=200)
+    assert again.returncode == 0, err
+    assert len(list(runs.glob("mann_K1N2*/metrics.json"))) == 1 and len(list((tmp_path / "mann").iterdir())) == 1
+    assert result(tmp_path)["test_accuracy"] == result(done)["test_accuracy"]
+    assert result(tmp_path)["curves"]["Accuracy/test"] == result(done)["curves"]["Accuracy/test"]
+
+
+def test_the_key_is_of_flags_and_code(monkeypatch, tmp_path):
+    def keys(device="cpu"):
+        return [job.key for job in reproduce.make_jobs(["mann"], "cpu", tmp_path, device, "auto")]
+
+    first = keys()
+    assert keys() == first and len(set(first)) == len(first) > 15
+    assert not set(keys("cuda")) & set(first)
+    monkeypatch.setattr(reproduce, "code_version", lambda script: "another")
+    assert not set(keys()) & set(first)
+
+
+def test_a_failure_is_named_and_the_others_run(monkeypatch, tmp_path, capsys):
+    bad = reproduce.Case("mann", "bad", "hw1.py", "--learning_rate nan")
+    good = reproduce.Case("mann", "good", "hw1.py", "--num_classes 2")
+    monkeypatch.setattr(reproduce, "CASES", [bad, good])
+    flags = ["mann", "--scale", "smoke", "--out", str(tmp_path), "--dataset", "glyphs", "--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(flags)
+    assert stop.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "mann_bad_seed1: exit code 2: error: " in line and "--learning_rate" in line
+    assert (tmp_path / "mann" / "good_seed1.json").exists() and not (tmp_path / "mann" / "bad_seed1.json").exists()
+
+
+@pytest.mark.parametrize("job", reproduce.make_jobs(list(reproduce.PARTS), "cpu", Path("out"), "cpu", "auto")
+                         + reproduce.make_jobs(list(reproduce.PARTS), "full", Path("out"), "cpu", "auto"),
+                         ids=lambda job: job.name)  # fmt: skip
+def test_every_command_parses(job):
+    module = __import__(job.case.script.removesuffix(".py"))
+    assert module.parse_args(job.flags).random_seed == job.seed
+
+
+def test_the_committed_page_is_generated():
+    results = REPO / "results"
+    assert reproduce.page(results) == (results / "README.md").read_text(), "run: python reproduce.py all --draw_only"
+
+
+def test_the_seeds_share_their_tasks_so_the_interval_does_not_shrink():
+    runs = [{"test_accuracy": a, "ci95": 0.01} for a in (0.9, 0.92, 0.94)]
+    assert reproduce.mean_of_seeds(runs) == pytest.approx((92.0, 1.0))
+
+
+def test_bad_flags_get_one_line(run_script, tmp_path):
+    one_line_error(run_script("reproduce.py", "mann", "--jobs", "0"), "--jobs")
+    one_line_error(run_script("reproduce.py", "everything"), "everything")
+    one_line_error(run_script("reproduce.py", "mann", "--only", "nothing", "--out", tmp_path / "o"), "--only nothing")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is not a folder"):
+        reproduce.parse_args(["mann", "--out", str(tmp_path / "file")])
