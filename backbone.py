@@ -15,6 +15,7 @@ train/eval switch:
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -64,7 +65,8 @@ def conv4(
     """Conv4 as a function of `parameters` (weight0, gamma0, beta0, ... of a `Conv4`).
 
     images: [n, C, H, W], or [B, n, C, H, W] for B tasks, which norm="support" needs.
-    running: mean0, var0, ...; needed for norm="running", updated in place where momentum > 0.
+    running: mean0, var0, ...; needed for norm="running", updated in place where momentum > 0. Under torchrun these
+    are the statistics of the images of all processes, as if one had them all.
     """
     if norm not in NORMS:
         raise ValueError(f"norm {norm!r} is unknown; use one of {NORMS}")
@@ -79,6 +81,8 @@ def conv4(
             x = support_norm(x.unflatten(0, lead), gamma, beta, num_support).flatten(0, 1)
         elif norm == "running":
             x = F.batch_norm(x, running[f"mean{i}"], running[f"var{i}"], gamma, beta, training=False, eps=EPS)
+        elif momentum > 0 and dist.is_initialized() and dist.get_world_size() > 1:
+            x = norm_of_all(x, running[f"mean{i}"], running[f"var{i}"], gamma, beta, momentum)
         else:
             averages = (running[f"mean{i}"], running[f"var{i}"]) if momentum > 0 else (None, None)
             x = F.batch_norm(x, *averages, gamma, beta, training=True, momentum=momentum, eps=EPS)
@@ -94,6 +98,36 @@ def support_norm(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, num_s
     var, mean = torch.var_mean(x[:, :num_support], dim=(1, 3, 4), correction=0, keepdim=True)
     scale = gamma.view(-1, 1, 1) * (var + EPS).rsqrt()
     return (x - mean) * scale + beta.view(-1, 1, 1)
+
+
+class SumOfAll(torch.autograd.Function):
+    """Sum of a tensor over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def norm_of_all(x: torch.Tensor, mean, var, gamma, beta, momentum: float) -> torch.Tensor:
+    """Batch norm of x [n, C, H, W] with the statistics of all processes (n may differ); updates mean and var."""
+    wide = x.float() if x.dtype != torch.float64 else x
+    count = torch.full((1,), x.numel() / x.shape[1], dtype=wide.dtype, device=x.device)
+    total = SumOfAll.apply(torch.cat([wide.sum(dim=(0, 2, 3)), count]))
+    now_mean = total[:-1] / total[-1]
+    centred = wide - now_mean.view(-1, 1, 1)
+    now_var = SumOfAll.apply(centred.square().sum(dim=(0, 2, 3))) / total[-1]
+    with torch.no_grad():
+        mean.lerp_(now_mean, momentum)
+        var.lerp_(now_var * total[-1] / (total[-1] - 1), momentum)  # unbiased, as F.batch_norm keeps it
+    return (centred * (gamma * (now_var + EPS).rsqrt()).view(-1, 1, 1) + beta.view(-1, 1, 1)).to(x.dtype)
 
 
 def prototypes(support: torch.Tensor, num_classes: int) -> torch.Tensor:

@@ -750,14 +750,22 @@ def class_sheet(dataset: Dataset, rows: int = 10, columns: int = 10) -> np.ndarr
     return paper.repeat(2, axis=0).repeat(2, axis=1)
 
 
+def one_line(message: str):
+    """What argparse calls on bad flags, without its usage text."""
+    raise UserError(f"{message} (see python load_data.py --help)")
+
+
 def main(argv=None) -> Dataset:
     """Print what was found; write a picture of one episode and one of some classes to runs/."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = one_line
     parser.add_argument("--dataset", choices=["auto", "omniglot", "glyphs", "folder"], default="auto")
     parser.add_argument("--data_folder", help="where the images are")
     parser.add_argument("--split", choices=["course", "lake"], default="course")
     parser.add_argument("--image_size", type=int, default=28, help="pixels a side")
     args = parser.parse_args(argv)
+    if args.image_size < 1:
+        raise UserError(f"--image_size {args.image_size} is out of range; use 1 or more")
     begin = time.perf_counter()
     data = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
     seconds = time.perf_counter() - begin

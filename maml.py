@@ -56,8 +56,8 @@ class Learner(nn.Module):
         super().__init__()
         self.encoder = encoder
         if head == "linear":
-            # From zero the first inner step makes the weight of a class (rate / N) (c - mean of all c): with a rate of
-            # 2 N a head of prototypes, w = 2 c but for the same vector in all classes.
+            # From zero the first inner step makes the weight of a class (rate / N) (c - mean of all c), and leaves the
+            # bias at zero: with a rate of 2 N it is w = 2 (c - mean), nearly a head of prototypes.
             self.head_weight = nn.Parameter(torch.zeros(num_classes, encoder.out_features))
             self.head_bias = nn.Parameter(torch.zeros(num_classes))
         self.names = [name for name, _ in encoder.named_parameters()] + ["head_weight", "head_bias"]
@@ -107,8 +107,13 @@ def classify(theta: Parameters, images: torch.Tensor, s: Setting, num_support: i
 
 
 def proto_head(theta: Parameters, support: torch.Tensor, s: Setting) -> Parameters:
-    """The linear head that computes -||f - c||^2 up to a constant: w = 2c, b = -||c||^2 (Triantafillou, eq. 4)."""
+    """The linear head that computes -||f - c||^2 up to a constant: w = 2c, b = -||c||^2 (Triantafillou, eq. 4).
+
+    head="one_step" is, without the step, what one inner step makes of a zero head: w = 2 (c - mean of all c), b = 0.
+    """
     centres = prototypes(embed(theta, support, s, len(support))[None], s.num_classes)[0]  # [N, D]
+    if s.head == "one_step":
+        return {"head_weight": 2 * (centres - centres.mean(dim=0)), "head_bias": torch.zeros_like(centres[:, 0])}
     return {"head_weight": 2 * centres, "head_bias": -centres.square().sum(-1)}
 
 
@@ -118,7 +123,7 @@ def adapt(theta: Parameters, step_sizes: list[Parameters], support, labels, s: S
     support [N*K, C, H, W] in class order, labels [N*K]. Everything stays differentiable; with first_order the
     gradient of a step is a constant.
     """
-    if s.head == "proto":
+    if s.head != "linear":
         theta = theta | proto_head(theta, support, s)
     adapted = {"head_weight", "head_bias"} if s.freeze_body else set(theta)
     slow = {name: p for name, p in theta.items() if name not in adapted}
@@ -271,7 +276,7 @@ def parse_args(argv=None):
     add("--head_lr", type=number(), default=0.0, help="the same for a linear head; 0: 2 N, which makes prototypes")
     add("--learn_inner_lrs", action="store_true", help="learn a rate per tensor and step")
     add("--warmup_steps", type=whole(0), default=1500,
-        help="first training steps, with prototypes as the head and no inner step; the papers: 0")  # fmt: skip
+        help="first training steps, with a head made of prototypes and no inner step; the papers: 0")  # fmt: skip
     add("--first_order", action="store_true", help="drop the second derivative")
     add("--multi_step_loss", action="store_true", help="early in training count the loss after every inner step")
     add("--outer_lr", type=number(above=True), default=2e-3, help="of Adam, at its start")
@@ -335,7 +340,7 @@ def main(argv=None) -> dict:
         weights = multi_step_weights(args.inner_steps, progress) if args.multi_step_loss else [1.0]
         optimizer.zero_grad()
         if step <= args.warmup_steps:
-            s_now = s._replace(head="proto", num_classes=proto.N)
+            s_now = s._replace(head="proto" if args.head == "proto" else "one_step", num_classes=proto.N)
             loss = meta_gradient(learner, proto.sample(), s_now, [1.0], inner_steps=0)
         else:
             loss = meta_gradient(learner, train.sample(), s._replace(num_classes=train.N), weights, args.inner_steps)

@@ -30,7 +30,7 @@ class Drawings:
     A generator of its own, whose state can be saved, draws the batches and their distortions.
     """
 
-    def __init__(self, dataset: Dataset, classes, held_out: int, seed: int, device, jitter: float):
+    def __init__(self, dataset: Dataset, classes, held_out: int, seed: int, device, jitter: float, shard=(0, 1)):
         if held_out >= dataset.counts[classes].min():
             raise UserError(f"--held_out {held_out} leaves no drawing of a class with {dataset.counts[classes].min()}")
         rows = [range(dataset.starts[c], dataset.starts[c] + dataset.counts[c]) for c in classes]
@@ -38,6 +38,7 @@ class Drawings:
         test = [(row, y) for y, drawings in enumerate(rows) for row in drawings[-held_out:]]
         self.images = torch.from_numpy(dataset.images).to(device)
         self.train, self.test = (torch.tensor(pairs, device=device).T for pairs in (train, test))  # [2, n]
+        self.shard = shard  # (rank, world): all draw the same minibatch, each keeps its part
         self.jitter, self.generator = jitter, torch.Generator(device).manual_seed(seed)
 
     def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,6 +47,9 @@ class Drawings:
         rows, labels = self.train[:, torch.randint(self.train.shape[1], (size,), generator=g, device=g.device)]
         images = self.images[rows].float() / 255
         noise = 2 * torch.rand(size, 4, generator=g, device=g.device) - 1
+        rank, world = self.shard
+        mine = slice(rank * size // world, (rank + 1) * size // world)
+        images, labels, noise = images[mine], labels[mine], noise[mine]
         return (distort(images, self.jitter * noise) if self.jitter > 0 else images), labels
 
     def state_dict(self) -> dict:
@@ -181,8 +185,11 @@ def main(argv=None) -> dict:
     splits = dataset.splits
     channels = dataset.images.shape[1]
     known = [*splits["train"], *splits["val"]]
-    first = Drawings(dataset, known, args.held_out, args.random_seed, device, args.jitter)
-    second = Drawings(dataset, splits["test"], args.held_out, args.random_seed, device, args.jitter)
+    common = args.held_out, args.random_seed, device, args.jitter, experiment.shard()
+    first, second = Drawings(dataset, known, *common), Drawings(dataset, splits["test"], *common)
+    if args.meta_batch_size % experiment.shard()[1]:
+        processes = experiment.shard()[1]
+        raise UserError(f"--meta_batch_size {args.meta_batch_size} does not divide over {processes} processes")
     model = nn.ModuleDict({
         "pretrained": Classifier(Conv4(channels, args.width, args.image_size), len(known)),
         "finetuned": Classifier(Conv4(channels, args.width, args.image_size), len(splits["test"])),
@@ -213,6 +220,7 @@ def main(argv=None) -> dict:
         loss = F.cross_entropy(model[name](images, dtype, norm="batch", momentum=0.1), labels)
         optimizers[name].zero_grad()
         loss.backward()
+        experiment.average_gradients(model[name])
         optimizers[name].step()
         schedules[name].step()
         run.record(loss)

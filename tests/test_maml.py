@@ -164,6 +164,18 @@ def test_without_inner_steps_proto_maml_is_protonet(batch_norm):
     assert difference.std() > 0  # it is a constant of the query, not zero
 
 
+def test_the_warm_up_head_is_one_inner_step_from_zero():
+    """At a rate of 2 N for the weights; the bias and the body do not move from a zero head."""
+    s, model = Setting(N, dtype=torch.float64), Learner(Conv4(width=4), N, 1, 0.4, head_lr=2 * N).double()
+    s = s._replace(strided=False)
+    support, labels, _, _ = (x[0] for x in batch(1))
+    after = adapt(model.theta(), model.step_sizes(1), support, labels, s)[-1]
+    (made,) = adapt(model.theta(), [], support, labels, s._replace(head="one_step"))
+    assert made["head_weight"].abs().max() > 0.1
+    for name in after:
+        assert torch.allclose(after[name], made[name], atol=1e-12), name
+
+
 def test_anil_adapts_the_head_alone_and_maml_everything():
     tasks, model = batch(1), learner()
     for freeze_body in (True, False):
