@@ -1,0 +1,308 @@
+"""Trusted under faults: every flag of every script with bad values, strange run folders, full disks, kills, processes.
+
+The heavy part, `pytest -m slow tests/test_faults.py`, kills every training script at random moments and compares with
+the uninterrupted run bit for bit, and watches the memory over 2,000 steps.
+"""
+
+import argparse
+import errno
+import importlib
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO
+
+import experiment
+
+# The smallest complete run of each training script.
+COMMON = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_test_tasks", "4", "--num_val_tasks", "4"]
+TRAINING = {
+    "hw1": ["--hidden_dim", "8", "--meta_batch_size", "4", "--num_classes", "2"],
+    "protonet": ["--width", "4", "--meta_batch_size", "2", "--num_query", "2"],
+    "transfer": ["--width", "4", "--num_query", "2", "--head_steps", "2"],
+    "maml": ["--width", "4", "--num_query", "2", "--train_query", "1"],
+    "meta_lstm": ["--num_query", "2", "--train_query", "1", "--meta_batch_size", "2"],
+}
+SCRIPTS = [*TRAINING, "profile_costs", "feature_weights", "benchmark", "reproduce"]
+
+
+def flags_of(script, *more):
+    return [*COMMON, *TRAINING[script], *more]
+
+
+def run_in_process(script, flags, capsys):
+    """Exit code and stderr lines of script.main(flags) under run_script."""
+    main = importlib.import_module(script).main
+    with pytest.raises(SystemExit) as stop:
+        experiment.run_script(lambda: main(list(map(str, flags))))
+    return stop.value.code, capsys.readouterr().err.strip().splitlines()
+
+
+# -------------------------------------------------------------------------------------- flags
+
+
+class Parser(Exception):
+    """Carries a script's parser out of its main."""
+
+
+def parser_of(script, monkeypatch):
+    def caught(parser, *args):
+        raise Parser(parser)
+
+    with monkeypatch.context() as patch, pytest.raises(Parser) as found:
+        patch.setattr(experiment._Parser, "parse_args", caught)
+        importlib.import_module(script).main([])
+    return found.value.args[0]
+
+
+def bad_values(action) -> list[str]:
+    """Values that no flag of this kind may take."""
+    if isinstance(action, (argparse._StoreTrueAction, argparse.BooleanOptionalAction)):
+        return ["1", "yes"]  # these take no value
+    if action.choices:
+        return ["nonsense", "", f"{next(iter(action.choices))} "]
+    kind = getattr(action.type, "__name__", "")
+    if kind == "parse_whole":
+        return ["-1", "x", "1.5", "nan", "inf", "", "1e3", "99999999999", "-99999999999"]
+    if kind == "parse_number":
+        return ["x", "nan", "inf", "-inf", "", "-1e300", "1e400", "0x10"]
+    return []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_refuses_bad_values_in_one_line(script, monkeypatch, tmp_path, capsys):
+    """Exit 2, one line that names the flag, nothing written; a flag with a value of its type is always checked."""
+    monkeypatch.chdir(tmp_path)
+    parser = parser_of(script, monkeypatch)
+    first = [next(iter(action.choices)) for action in parser._get_positional_actions()]
+    cases = [(flag, [f"{flag}={value}"]) for action in parser._actions for flag in action.option_strings
+             if flag.startswith("--") and flag != "--help" for value in bad_values(action)]  # fmt: skip
+    cases += [("--nonsense", ["--nonsense"]), ("--num", ["--num", "1"]), ("extra", ["extra", "extra"])]
+    for flag, typed in cases:
+        code, lines = run_in_process(script, [*first, *typed], capsys)
+        assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (typed, code, lines)
+        named = flag.replace("--no-", "--")
+        assert named in lines[0] or flag in lines[0], (typed, lines)
+    assert len(cases) > 20 and not list(tmp_path.iterdir())
+    print(f"{script}: {len(cases)} cases")
+
+
+# ------------------------------------------------------------------------------- run folders
+
+
+@pytest.fixture(scope="module")
+def runs(work, tmp_path_factory):
+    """{script: the folder of a finished tiny run}."""
+    folder, before = tmp_path_factory.mktemp("runs"), os.getcwd()
+    os.chdir(work)
+    try:
+        for script, flags in TRAINING.items():
+            module = importlib.import_module(script)
+            module.main([*COMMON, *flags, "--train_steps", "4", "--eval_freq", "2", "--log_dir", str(folder),
+                         "--run_name", script, *(["--finetune_steps", "2"] if script == "transfer" else []),
+                         *(["--warmup_steps", "1"] if script == "maml" else [])])  # fmt: skip
+    finally:
+        os.chdir(before)
+    return folder
+
+
+class Evil:
+    """A pickle that would write a file if it were trusted."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
+
+
+def damaged_folders(good: Path, other: Path, folder: Path) -> dict[str, Path]:
+    """{what is wrong: a run folder that has it}, made from the finished run `good`."""
+    flags, best, last = ((good / name).read_bytes() for name in ("flags.json", "best.pt", "checkpoint.pt"))
+
+    def make(name, flags=flags, best=best, last=last):
+        new = folder / name
+        new.mkdir()
+        for file, content in (("flags.json", flags), ("best.pt", best), ("checkpoint.pt", last)):
+            if content is not None:
+                (new / file).write_bytes(content)
+        return new
+
+    evil = pickle.dumps(Evil(folder / "pwned"))
+    torch.save({"model": Evil(folder / "pwned"), "step": 1, "objects": Evil(folder / "pwned")}, folder / "evil.pt")
+    zipped = (folder / "evil.pt").read_bytes()
+    (folder / "a_file").write_text("no folder")
+    return {
+        "missing": folder / "nowhere", "a file": folder / "a_file", "empty": make("empty", None, None, None),
+        "no checkpoint": make("none", best=None, last=None), "truncated": make("cut", best=best[:999], last=last[:999]),
+        "no zip": make("text", best=b"hello", last=b"hello"), "zero bytes": make("zero", best=b"", last=b""),
+        "hostile pickle": make("evil", best=evil, last=evil), "hostile zip": make("evil2", best=zipped, last=zipped),
+        "flags no JSON": make("json", flags=b"{"),
+        "flags of another script": make("other", flags=(other / "flags.json").read_bytes()),
+        "checkpoint of another script": make("swap", best=(other / "best.pt").read_bytes(),
+                                             last=(other / "checkpoint.pt").read_bytes()),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("script", TRAINING)
+@pytest.mark.parametrize("flag", ["--resume", "--checkpoint"])
+def test_strange_run_folders_get_one_line(script, flag, runs, tmp_path, monkeypatch, capsys):
+    other = runs / ("transfer" if script != "transfer" else "maml")
+    cases = damaged_folders(runs / script, other, tmp_path)
+    for what, folder in cases.items():
+        before = sorted(tmp_path.rglob("*"))
+        code, lines = run_in_process(script, [flag, folder, *(["--test"] if flag == "--checkpoint" else [])], capsys)
+        errors = [line for line in lines if not line.startswith("warning")]
+        assert code == 2 and len(errors) == 1 and errors[0].startswith("error: "), (what, code, lines)
+        assert sorted(tmp_path.rglob("*")) == before, what
+    assert not (tmp_path / "pwned").exists() and len(cases) == 12
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_another_n_is_refused(script, runs, capsys):
+    if script in ("protonet", "transfer"):
+        flags = ["--test", "--checkpoint", runs / script, "--width", "7"]  # these take any N
+    else:
+        flags = ["--test", "--checkpoint", runs / script, "--num_classes", "7"]
+    code, lines = run_in_process(script, flags, capsys)
+    assert code == 2 and len(lines) == 1 and f"{flags[-2]} 7" in lines[0], lines
+
+
+# ------------------------------------------------------------------------------- full disks
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_a_full_disk_leaves_the_last_checkpoint_and_one_line(script, tmp_path, monkeypatch, capsys):
+    """The second checkpoint fails half-written: the first survives and can be read."""
+    real, written = os.replace, []
+
+    def full(source, target):
+        if Path(target).name == "checkpoint.pt":
+            written.append(target)
+            if len(written) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    flags = flags_of(script, "--log_dir", tmp_path, "--run_name", "full")
+    code, lines = run_in_process(script, flags, capsys)
+    errors = [line for line in lines if line.startswith("error")]
+    assert code == 2 and len(errors) == 1 and "No space left on device" in errors[0], lines
+    folder = tmp_path / "full"
+    assert experiment.load_checkpoint(folder / "checkpoint.pt")["step"] > 0
+    assert not list(folder.glob(".*part")) and not (folder / "metrics.json").exists()
+
+
+# ------------------------------------------------------------------------- more processes
+
+
+@pytest.mark.parametrize("script", ["protonet", "transfer"])
+def test_two_processes_have_the_gradient_of_one(script, work, tmp_path):
+    """torchrun, float32, batch norm over both: the running statistics and Adam's moments agree."""
+    flags = flags_of(script, "--train_steps", "2", "--eval_freq", "2", "--dtype", "float32", "--log_dir", tmp_path)
+    flags += ["--finetune_steps", "1"] if script == "transfer" else []
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, start in (("one", [sys.executable]), ("two", torchrun)):
+        result = subprocess.run([*start, REPO / f"{script}.py", *flags, "--run_name", name], cwd=work, timeout=200,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)  # fmt: skip
+        assert result.returncode == 0, result.stderr
+    one, two = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["objects"] for n in ("one", "two"))
+    for name in one:
+        if name.startswith("optimizer"):
+            for k, state in one[name]["state"].items():
+                theirs = two[name]["state"][k]["exp_avg"]
+                assert torch.allclose(state["exp_avg"], theirs, rtol=1e-3, atol=1e-6), (name, k)
+    for k in one["model"]:
+        if k.split(".")[-1].startswith(("mean", "var")):
+            assert torch.allclose(one["model"][k], two["model"][k], rtol=1e-4, atol=1e-6), k
+
+
+# ------------------------------------------------------------------------------------- slow
+
+
+def finished(folder):
+    return (folder / "metrics.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", TRAINING)
+def test_killed_at_random_moments_and_resumed_is_bit_exact(script, work, tmp_path, run_script, kills=10):
+    """kill -9 ten times, each at a random moment after the first checkpoint; model, optimiser and sampler are equal."""
+    steps = ["--train_steps", "60", "--eval_freq", "2", "--log_dir", tmp_path]
+    steps += ["--finetune_steps", "30"] if script == "transfer" else []
+    whole = run_script(f"{script}.py", *flags_of(script, *steps, "--run_name", "whole"))
+    assert whole.returncode == 0, whole.stderr
+    folder, command, made = tmp_path / "killed", flags_of(script, *steps, "--run_name", "killed"), 0
+    while made < kills and not finished(folder):
+        process = subprocess.Popen([sys.executable, str(REPO / f"{script}.py"), *map(str, command)], cwd=work,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+        saved = folder / "checkpoint.pt"
+        before = saved.stat().st_mtime_ns if saved.exists() else 0
+        while process.poll() is None and (not saved.exists() or saved.stat().st_mtime_ns == before):
+            time.sleep(0.005)  # wait for progress: every kill is then made in training
+        time.sleep(random.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+        made += process.returncode == -9
+        assert process.returncode in (-9, 0), err
+        command = ["--resume", folder]
+    last = run_script(f"{script}.py", "--resume", folder)
+    assert last.returncode == 0, last.stderr
+    a, b = (torch.load(f / "checkpoint.pt", weights_only=True)["objects"] for f in (tmp_path / "whole", folder))
+    assert_equal(a, b, script)
+    metrics = [json.loads((f / "metrics.json").read_text()) for f in (tmp_path / "whole", folder)]
+    assert metrics[0]["test_accuracy"] == metrics[1]["test_accuracy"]
+    print(f"{script}: {made} kills survived, nothing different")
+    assert made >= 5
+
+
+def assert_equal(a, b, where):
+    """Nested dictionaries, lists and tensors, bit for bit."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for k in a:
+            assert_equal(a[k], b[k], f"{where}.{k}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", TRAINING)
+def test_memory_is_flat_over_2000_steps(script, work, tmp_path, run_script):
+    """Resident memory after 2,000 steps against that after 500, evaluations in between: growth below 1 %."""
+    flags = flags_of(script, "--train_steps", "2000", "--eval_freq", "250", "--log_dir", tmp_path, "--run_name", "a")
+    flags += ["--finetune_steps", "1000"] if script == "transfer" else []
+    watch = (
+        "import sys, json; sys.path.insert(0, sys.argv[1]); import experiment, importlib, os\n"
+        "real, seen = experiment.Run.record, {}\n"
+        "def record(run, loss):\n"
+        "    real(run, loss)\n"
+        "    pages = int(open('/proc/self/statm').read().split()[1])\n"
+        "    if run.step in (600, 1990): seen[run.step] = pages * os.sysconf('SC_PAGE_SIZE')\n"
+        "experiment.Run.record = record\n"
+        "importlib.import_module(sys.argv[2]).main(sys.argv[3:])\n"
+        "print('MEMORY', json.dumps(seen))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", watch, str(REPO), script, *map(str, flags)], cwd=work, text=True,
+                            capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    seen = json.loads(result.stdout.split("MEMORY")[1])
+    growth = seen["1990"] / seen["600"] - 1
+    print(f"{script}: {seen['1990'] / 2**20:.0f} MB, growth {100 * growth:.2f} %")
+    assert growth < 0.01
