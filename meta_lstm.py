@@ -316,12 +316,24 @@ def ask(learner: Learner, theta, query, statistics, dtype) -> torch.Tensor:
     return learner(theta, query, statistics, 0.0, dtype)
 
 
-def meta_gradient(rule: MetaLSTM, learner: Learner, episodes, inner: Inner, args, dtype) -> tuple:
-    """Add the gradient of the mean query loss to rule's .grad; returns (loss, accuracy) of the meta-batch."""
+def meta_gradient(
+    rule: MetaLSTM,
+    learner: Learner,
+    episodes,
+    inner: Inner,
+    dtype=torch.float32,
+    tasks_at_once: int = 4,
+    query_norm: str = "batch",
+    second_order: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add the gradient of the mean query loss to rule's .grad; returns (loss, accuracy) of the meta-batch.
+
+    query_norm: the queries are normalised by themselves ("batch", the paper) or as in a test ("support").
+    """
     B, loss, accuracy = len(episodes[0]), 0.0, 0.0
-    for support, labels, query, query_labels in zip(*(x.split(args.tasks_at_once) for x in episodes), strict=True):
-        theta, statistics = adapt(rule, learner, support, labels, inner, args.second_order, dtype)
-        logits = ask(learner, theta, query, statistics if args.query_norm == "support" else None, dtype)
+    for support, labels, query, query_labels in zip(*(x.split(tasks_at_once) for x in episodes), strict=True):
+        theta, statistics = adapt(rule, learner, support, labels, inner, second_order, dtype)
+        logits = ask(learner, theta, query, statistics if query_norm == "support" else None, dtype)
         part = task_losses(logits, query_labels).sum() / B
         part.backward()
         loss += part.detach()
@@ -470,7 +482,9 @@ def main(argv=None) -> dict:
     run.track(model=rule, optimizer=optimizer, schedule=schedule, sampler=train)
     for _ in run.steps():
         optimizer.zero_grad()
-        loss, accuracy = meta_gradient(rule, learner, train.sample(), inner, args, dtype)
+        loss, accuracy = meta_gradient(
+            rule, learner, train.sample(), inner, dtype, args.tasks_at_once, args.query_norm, args.second_order
+        )
         experiment.average_gradients(rule)
         norm = nn.utils.clip_grad_norm_(rule.parameters(), args.clip)
         optimizer.step()
