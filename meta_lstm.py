@@ -39,8 +39,8 @@ SGD_RATES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)  # tried on validation 
 LAYERS = ("conv0", "conv1", "conv2", "conv3", "head")
 PAPER = {  # what all presets share: one episode a step, no tricks of ours
     "meta_batch_size": 1, "train_query": 15, "num_query": 15, "learning_rate": 1e-3, "rule_rate": 1e-3,
-    "schedule": "constant", "clip": 0.25, "rotations": False, "trained_share": 1.0, "query_norm": "batch",
-    "eval_freq": 1000,
+    "schedule": "constant", "clip": 0.25, "rotations": False, "jitter": 0.0, "trained_share": 1.0,
+    "query_norm": "batch", "eval_freq": 1000,
 }  # fmt: skip
 PRESETS = {  # the report's table of hyper-parameters
     "5way1shot": (5, 1, {"inner_epochs": 12, "inner_batch": 5, "bn_momentum": 0.9, "train_steps": 75000}),
@@ -412,6 +412,7 @@ def parse_args(argv=None):
     add("--preset", choices=list(PRESETS), help="the report's hyper-parameters; flags typed beside it count more")
     add("--fixed_pool", type=whole(0), default=0, metavar="M", help="training classes offer only M images; 0: all")
     add("--train_query", type=whole(1), default=5, help="query images of each class in training")
+    add("--jitter", type=number(0, 1), default=0.0, help="random turn (radians), size and slant of training images")
     add = groups["model"].add_argument
     add("--inner_epochs", type=whole(1), default=5, help="passes over the support set")
     add("--inner_batch", type=whole(1), default=25, help="support images of one update")
@@ -470,7 +471,7 @@ def main(argv=None) -> dict:
     offered = fixed_pool(dataset, args.fixed_pool, args.random_seed) if args.fixed_pool else dataset
     train = EpisodeSampler(
         offered, "train", N, K, args.train_query, args.meta_batch_size, args.random_seed, device,
-        rotations=args.rotations, shard=experiment.shard(),
+        rotations=args.rotations, jitter=args.jitter, shard=experiment.shard(),
     )  # fmt: skip
     gates = [p for name, p in rule.named_parameters() if name != "theta0"]
     optimizer = torch.optim.Adam(
@@ -505,7 +506,7 @@ def main(argv=None) -> dict:
             })  # fmt: skip
     run.load_best(rule)
     log_episode(run, rule, learner, test, inner, dtype)
-    return run.finish(test_report(args, rule, learner, val, test, inner, dtype, device))
+    return run.finish(test_report(args, rule, learner, val, test, inner, dtype, device) | {"curves": curves(run)})
 
 
 def updates_of(args) -> int:
@@ -575,6 +576,18 @@ def log_rule(run: Run, means: dict[str, list]) -> None:
         for t, row in enumerate(means[gate], start=1):
             for layer, value in zip(LAYERS, row, strict=True):
                 run.writer.add_scalar(f"Gate_{gate}/{layer}_update{t:02d}", value, run.step)
+
+
+def curves(run: Run) -> dict[str, list]:
+    """The accuracies of the training so far as TensorBoard has them: name -> [[step, accuracy], ...]."""
+    if not run.writes:
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run.writer.flush()
+    events = EventAccumulator(str(run.folder)).Reload()
+    tags = [tag for tag in ("Accuracy/val", "Accuracy/test") if tag in events.Tags()["scalars"]]
+    return {tag: [[e.step, round(e.value, 4)] for e in events.Scalars(tag)] for tag in tags}
 
 
 def log_episode(run: Run, rule, learner, test: EpisodeSampler, inner: Inner, dtype) -> None:

@@ -383,6 +383,7 @@ def test_smoke_run_reports_everything(trained):
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert metrics["test_accuracy_before"] < 0.45 and metrics["sgd_rate"] in meta_lstm.SGD_RATES
     assert metrics["parameters_of_rule"] == 2080 + 46 and metrics["updates"] == 2
+    assert [step for step, _ in metrics["curves"]["Accuracy/val"]] == [2, 4]
     assert len(metrics["rule"]["support_loss"]) == 2 and len(metrics["rule"]["forget"][0]) == 5
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -494,8 +495,8 @@ def test_transfer_of_the_rule(trained, capsys):
 
 @pytest.mark.parametrize("flags", [
     ["--second_order", "--trained_share", "1", "--schedule", "constant", "--no-rotations", "--query_norm", "support"],
-    ["--fixed_pool", "4", "--clip", "1", "--learning_rate", "1e-2", "--rule_rate", "1e-2", "--bn_momentum", "1"],
-    ["--dtype", "bfloat16", "--inner_batch", "2", "--num_shot", "2", "--tasks_at_once", "1", "--split", "lake"],
+    ["--fixed_pool", "4", "--jitter", "0.1", "--clip", "1", "--learning_rate", "1e-2", "--bn_momentum", "1"],
+    ["--dtype", "bfloat16", "--rule_rate", "1e-3", "--inner_batch", "2", "--num_shot", "2", "--tasks_at_once", "1", "--split", "lake"],
 ])  # fmt: skip
 def test_every_flag_in_a_smoke_run(flags, tmp_path):
     metrics = meta_lstm.main(
