@@ -168,6 +168,7 @@ def read_folder(path: Path, depth: int, image_size: int | None = None) -> dict[s
     classes = group_by_class(list_tree(path, depth))
     read = tqdm(classes.items(), desc=f"reading {path}", unit="class", disable=not sys.stderr.isatty())
 
+
     def load(file: Path) -> np.ndarray:
         image = read_image(file, str(file))
         return resize(image[None], image_size)[0] if image_size else image

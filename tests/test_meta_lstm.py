@@ -464,8 +464,9 @@ def test_every_preset_in_smoke_form(preset, tmp_path_factory, work, one_rate):
     if not folder.exists():
         picture_folder(folder, classes=10, images=22, size=28, channels=1)
     runs = tmp_path_factory.mktemp("preset")
-    flags = ["--smoke", "--preset", preset, "--dataset", "folder", "--data_folder", str(folder), "--num_val_tasks", "2",
-             "--num_test_tasks", "2", "--train_steps", "1", "--inner_epochs", "1", "--meta_batch_size", "1", "--log_dir", str(runs)]  # fmt: skip
+    small = ["--num_val_tasks", "2", "--num_test_tasks", "2", "--train_steps", "1", "--inner_epochs", "1"]
+    flags = ["--smoke", "--preset", preset, "--dataset", "folder", "--data_folder", str(folder), *small]
+    flags += ["--meta_batch_size", "1", "--log_dir", str(runs)]
     metrics = meta_lstm.main(flags)
     N, K, _ = PRESETS[preset]
     assert (metrics["N"], metrics["K"]) == (N, K)
