@@ -36,6 +36,7 @@ HIDDEN = 20  # units of the meta-learner's first layer
 P_SCALE = 10.0  # p of the pre-processing
 TILE = 1024  # parameters whose LSTM state fits in the processor's cache
 SGD_RATES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)  # tried on validation tasks for the comparison
+EVALUATED_AT_ONCE = 5  # tasks
 LAYERS = ("conv0", "conv1", "conv2", "conv3", "head")
 PAPER = {  # what all presets share: one episode a step, no tricks of ours
     "meta_batch_size": 1, "train_query": 15, "num_query": 15, "learning_rate": 1e-3, "rule_rate": 1e-3,
@@ -348,17 +349,19 @@ def evaluate(rule, learner: Learner, sampler: EpisodeSampler, num_tasks: int, in
     The queries are normalised by the running statistics of their task's support set (non-transductive).
     """
     sampler.reset()
-    correct, losses = [], []
+    correct, losses, done = [], [], 0
     bar = tqdm(total=num_tasks, desc="evaluation", unit="task", leave=False, disable=None)
-    while (done := sum(map(len, correct))) < num_tasks:
-        support, support_labels, query, labels = sampler.sample()
-        theta, statistics = adapt(rule, learner, support, support_labels, inner, dtype=dtype, watch=watch)
-        logits = ask(learner, theta, query, statistics, dtype)
-        losses.append(task_losses(logits, labels).mean().item())
-        correct.append((logits.argmax(dim=-1) == labels).float().mean(dim=1)[: num_tasks - done].cpu())
-        bar.update(len(correct[-1]))
+    while done < num_tasks:
+        tasks = [x[: num_tasks - done] for x in sampler.sample()]
+        for support, support_labels, query, labels in zip(*(x.split(EVALUATED_AT_ONCE) for x in tasks), strict=True):
+            theta, statistics = adapt(rule, learner, support, support_labels, inner, dtype=dtype, watch=watch)
+            logits = ask(learner, theta, query, statistics, dtype)
+            losses.append(task_losses(logits, labels).cpu())
+            correct.append((logits.argmax(dim=-1) == labels).float().mean(dim=1).cpu())
+            bar.update(len(labels))
+            done += len(labels)
     bar.close()
-    return torch.cat(correct), sum(losses) / len(losses)
+    return torch.cat(correct), torch.cat(losses).mean().item()
 
 
 class Watch:
@@ -461,8 +464,9 @@ def main(argv=None) -> dict:
     learner = Learner(dataset.images.shape[1], args.image_size, args.num_classes)
     rule = MetaLSTM(learner.initial(), args.trained_share).to(device)
     N, K, Q = args.num_classes, args.num_shot, args.num_query
-    val = EpisodeSampler(dataset, "val", N, K, Q, args.tasks_at_once, VAL_SEED, device)
-    test = EpisodeSampler(dataset, "test", N, K, Q, args.tasks_at_once, TEST_SEED, device)
+    B = max(1, 2000 // (N * (K + Q)))  # as protonet.py draws them: the same test tasks for every method
+    val = EpisodeSampler(dataset, "val", N, K, Q, B, VAL_SEED, device)
+    test = EpisodeSampler(dataset, "test", N, K, Q, B, TEST_SEED, device)
     if args.test:
         step = load_rule(args, rule)
         metrics = {"best_step": step} | test_report(args, rule, learner, val, test, inner, dtype, device)

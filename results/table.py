@@ -114,19 +114,17 @@ def meta_lstm_figure() -> None:
             middle.semilogy(updates, run["rule"]["support_loss"], "o-", ms=3, color=colour)
             middle.semilogy(updates, run["sgd_support_loss"], "s--", ms=3, color=colour)
             if setting == "5way1shot":
-                end = updates[-1]
-                middle.annotate("learned rule", (end, run["rule"]["support_loss"][-1]), (0, 6), ha="right",
-                                textcoords="offset points", color=colour)  # fmt: skip
-                middle.annotate("gradient descent", (end, run["sgd_support_loss"][-1]), (0, 6), ha="right",
-                                textcoords="offset points", color=colour)  # fmt: skip
                 greys = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#000000")
                 for k, layer in enumerate(("conv 1", "conv 2", "conv 3", "conv 4", "head")):
                     right.plot(
                         updates, [row[k] for row in run["rule"]["input"]], "o-", ms=3, color=greys[k], label=layer
                     )
+    for line, name in (("o-", "learned rule"), ("s--", "gradient descent, same start")):
+        middle.plot([], [], line, ms=3, color="#555555", label=name)
+    middle.legend(frameon=False, fontsize=8)
     left.set(title="Validation accuracy", xlabel="training episodes (thousands)", ylabel="per cent")
     middle.set(title="Loss on the support set", xlabel="update", ylabel="cross entropy (nats)")
-    right.set(title="Input gate: the step length, 5-way 1-shot", xlabel="update", ylabel="mean over the layer")
+    right.set(title="Input gate, 5-way 1-shot", xlabel="update", ylabel="step length, mean over the layer")
     right.legend(frameon=False, fontsize=8)
     for ax in (left, middle, right):
         ax.spines[["top", "right"]].set_visible(False)
