@@ -2,13 +2,15 @@
 
 import json
 import math
+import re
+import shlex
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import known_dataset, one_line_error
+from conftest import REPO, known_dataset, one_line_error
 from torch import nn
 
 import benchmark
@@ -544,6 +546,17 @@ def test_mistakes_get_one_line(run_script, tmp_path, trained, capsys):
 def test_flags_that_cannot_work_are_refused(flags, words):
     with pytest.raises(UserError, match=words):
         meta_lstm.parse_args(flags)
+
+
+README = (REPO / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"python meta_lstm\.py [^`|\n]*", README))))
+def test_every_command_of_the_readme_parses(command, trained):
+    folder = str(trained[0])
+    flags = [folder if flag == "RUN_DIR" else flag for flag in shlex.split(command)[2:]]
+    args = meta_lstm.parse_args(flags)
+    assert args.command.startswith("python meta_lstm.py") and args.test == ("--test" in flags)
 
 
 # -------------------------------------------------------------------------------------- the speed
