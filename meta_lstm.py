@@ -6,7 +6,7 @@ every parameter's gradient and the loss, and decides how much of the parameter t
 go down the gradient. The rule and the parameters to start from are learned so that the learner does
 well on the queries. All parameters of all tasks of a meta-batch go through the cell together.
 
-    python meta_lstm.py                                    Omniglot, 5-way 1-shot, 40 minutes on a CPU core
+    python meta_lstm.py                                    Omniglot, 5-way 1-shot, about 40 minutes on a CPU core
     python meta_lstm.py --preset 5way5shot                 the paper's hyper-parameters, one episode a step
     python meta_lstm.py --smoke                            a complete run in seconds
     python meta_lstm.py --preset 5way1shot --dataset folder --data_folder miniImagenet --image_size 84
@@ -408,7 +408,7 @@ def fixed_pool(dataset: Dataset, images: int, seed: int) -> Dataset:
 def parse_args(argv=None):
     """The flags; combinations that cannot work are refused here."""
     parser, groups = experiment.make_parser(
-        __doc__, meta_batch_size=8, train_steps=2500, eval_freq=250, rotations=True, num_val_tasks=100
+        __doc__, meta_batch_size=8, train_steps=5000, eval_freq=500, rotations=True, num_val_tasks=100
     )
     parser.prog = "meta_lstm.py"
     add = groups["data"].add_argument

@@ -108,7 +108,7 @@ def meta_lstm_figure() -> None:
             B = round(run["train_seconds"] * run["tasks_per_second"] / run["steps"])
             steps, accuracy = zip(*run["curves"]["Accuracy/val"], strict=True)
             left.plot([B * s / 1000 for s in steps], [100 * a for a in accuracy], "o-", ms=3, color=colour)
-            left.annotate(name, (B * steps[-1] / 1000, 100 * accuracy[-1]), (0, -16), textcoords="offset points",
+            left.annotate(name, (B * steps[-1] / 1000, 100 * accuracy[-1]), (0, -30), textcoords="offset points",
                           ha="right", color=colour)  # fmt: skip
             updates = range(1, run["updates"] + 1)
             middle.semilogy(updates, run["rule"]["support_loss"], "o-", ms=3, color=colour)
@@ -121,7 +121,7 @@ def meta_lstm_figure() -> None:
                     )
     for line, name in (("o-", "learned rule"), ("s--", "gradient descent, same start")):
         middle.plot([], [], line, ms=3, color="#555555", label=name)
-    middle.legend(frameon=False, fontsize=8)
+    middle.legend(frameon=False, fontsize=8, handlelength=4)
     left.set(title="Validation accuracy", xlabel="training episodes (thousands)", ylabel="per cent")
     middle.set(title="Loss on the support set", xlabel="update", ylabel="cross entropy (nats)")
     right.set(title="Input gate, 5-way 1-shot", xlabel="update", ylabel="step length, mean over the layer")
