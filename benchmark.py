@@ -5,6 +5,7 @@
     python benchmark.py protonet --repeats 10        one training step of prototypical networks
     python benchmark.py costs --hidden_dim 128       one outer step of MAML and of Evolution Strategies on sinusoids
     python benchmark.py maml --repeats 5             one meta-gradient of MAML
+    python benchmark.py meta_lstm --repeats 10       one training step of the LSTM meta-learner
 
 The references are written the way papers and course code do it. Both contestants take turns within one
 run, after a warm-up; the figures are medians, with the 10th to 90th percentile.
@@ -28,6 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 import experiment
+import meta_lstm
 import profile_costs
 from backbone import Conv4
 from hw1 import MANN
@@ -406,8 +408,130 @@ def bench_maml(args, device: torch.device, dataset: Dataset) -> dict:
     return result
 
 
-BENCHMARKS = {"episodes": bench_episodes, "mann": bench_mann, "protonet": bench_protonet, "maml": bench_maml,
-              "costs": bench_costs}  # fmt: skip
+# ---------------------------------------------------------------------------------- meta-LSTM
+
+
+class PlainLearner(nn.Sequential):
+    """The learner as a network of torch's own layers."""
+
+    def __init__(self, num_classes: int, momentum: float):
+        blocks = []
+        for i in range(4):
+            norm = nn.BatchNorm2d(32, eps=1e-3, momentum=momentum)
+            blocks += [nn.Conv2d(1 if i == 0 else 32, 32, 3, padding=1), norm, nn.ReLU(), nn.MaxPool2d(2)]
+        super().__init__(*blocks, nn.Flatten(), nn.Linear(32, num_classes))
+
+    def reset_statistics(self) -> None:
+        for m in self:
+            if isinstance(m, nn.BatchNorm2d):
+                m.reset_running_stats()
+
+    def copy_from(self, flat: torch.Tensor) -> None:
+        """Overwrite the parameters by the flat vector."""
+        at = 0
+        for p in self.parameters():
+            p.data.copy_(flat[at : at + p.numel()].view_as(p))
+            at += p.numel()
+
+    def transplant(self, flat: torch.Tensor) -> None:
+        """Put slices of the flat vector in the parameters' places, so that gradients flow into it."""
+        at = 0
+        for m in self:
+            for name in ("weight", "bias"):
+                old = getattr(m, name, None)
+                if old is not None:
+                    m._parameters.pop(name, None)
+                    setattr(m, name, flat[at : at + old.numel()].view_as(old))
+                    at += old.numel()
+
+
+class PlainMetaLSTM(nn.Module):
+    """The meta-learner on one episode: torch's LSTM cell over coordinates, then the cell of the parameters."""
+
+    def __init__(self, theta0: torch.Tensor):
+        super().__init__()
+        self.layer1 = nn.LSTMCell(4, 20)
+        self.w_forget, self.w_input = (nn.Parameter(0.02 * torch.rand(22, 1) - 0.01) for _ in range(2))
+        self.b_forget, self.b_input = nn.Parameter(torch.tensor([4.5])), nn.Parameter(torch.tensor([-4.5]))
+        self.theta0 = nn.Parameter(theta0[:, None])
+
+    def forward(self, x: torch.Tensor, grad: torch.Tensor, state: tuple | None) -> tuple:
+        if state is None:
+            hidden, gate = x.new_zeros(len(x), 20), x.new_zeros(len(x), 1)
+            state = (hidden, hidden, gate, gate, self.theta0)
+        h, c, forget, input, theta = state
+        h, c = self.layer1(x, (h, c))
+        forget = torch.sigmoid(torch.cat([h, theta, forget], dim=1) @ self.w_forget + self.b_forget)
+        input = torch.sigmoid(torch.cat([h, theta, input], dim=1) @ self.w_input + self.b_input)
+        return h, c, forget, input, forget * theta - input * grad[:, None]
+
+
+def plain_preprocess(x: torch.Tensor) -> torch.Tensor:
+    """[n] -> [n, 2] by masks, as the re-implementations write it."""
+    large = (x.abs() >= np.exp(-10)).to(x.dtype)
+    size = large * torch.log(x.abs() + 1e-8) / 10 - (1 - large)
+    return torch.stack([size, large * torch.sign(x) + (1 - large) * np.exp(10) * x], dim=1)
+
+
+def plain_episode_loss(meta: PlainMetaLSTM, learner: PlainLearner, copy: PlainLearner, episode, updates: int):
+    """Query loss of one episode: `learner` gives the gradients, `copy` carries the graph to the meta-learner."""
+    support, labels, query, query_labels = episode
+    learner.reset_statistics()
+    copy.reset_statistics()
+    theta, state = meta.theta0, None
+    for _ in range(updates):
+        learner.copy_from(theta.detach())
+        learner.zero_grad()
+        loss = F.cross_entropy(learner(support), labels)
+        loss.backward()
+        grad = torch.cat([p.grad.reshape(-1) for p in learner.parameters()])
+        loss_inputs = plain_preprocess(loss.detach()[None]).expand(len(grad), 2)
+        state = meta(torch.cat([plain_preprocess(grad), loss_inputs], dim=1), grad, state)
+        theta = state[-1]
+    copy.transplant(theta[:, 0])
+    return F.cross_entropy(copy(query), query_labels)
+
+
+def bench_meta_lstm(args, device: torch.device, dataset: Dataset) -> dict:
+    """B episodes of training: one at a time, as the re-implementations do, against all together."""
+    B, K, N, Q = args.meta_batch_size, args.num_shot, args.num_classes, args.num_query
+    updates, momentum = (12, 0.9) if K == 1 else (8, 0.95)
+    learner, copy = (PlainLearner(N, momentum).to(device) for _ in range(2))
+    meta = PlainMetaLSTM(nn.utils.parameters_to_vector(learner.parameters()).detach()).to(device)
+    adam = torch.optim.Adam(meta.parameters(), 1e-3)
+    sampler = EpisodeSampler(dataset, "train", N, K, Q, B, args.random_seed, device)
+
+    def one_at_a_time() -> None:
+        for episode in zip(*sampler.sample(), strict=True):
+            loss = plain_episode_loss(meta, learner, copy, episode, updates)
+            adam.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(meta.parameters(), 0.25)
+            adam.step()
+
+    contestants = {"one episode at a time, two copies": one_at_a_time}
+    sizes, inner = meta_lstm.Learner(1, 28, N), meta_lstm.Inner(updates, N * K, momentum)
+    for dtype in (torch.float32, torch.bfloat16):
+        for share in (1.0, 0.1):
+            rule = meta_lstm.MetaLSTM(sizes.initial(), share).to(device)
+            ours = torch.optim.Adam(rule.parameters(), 1e-3, fused=True)
+
+            def together(rule=rule, ours=ours, dtype=dtype) -> None:
+                ours.zero_grad()
+                meta_lstm.meta_gradient(rule, sizes, sampler.sample(), inner, dtype, tasks_at_once=args.tasks_at_once)
+                nn.utils.clip_grad_norm_(rule.parameters(), 0.25)
+                ours.step()
+
+            name = str(dtype).removeprefix("torch.")
+            contestants[f"together, {name}" + (f", trained share {share}" if share < 1 else "")] = together
+    title = f"meta_lstm, {B} episodes, N {N}, K {K}, Q {Q}, {updates} updates"
+    return print_race(title, race(contestants, args.repeats, warmup=1), device)
+
+
+BENCHMARKS = {
+    "episodes": bench_episodes, "mann": bench_mann, "protonet": bench_protonet, "maml": bench_maml,
+    "meta_lstm": bench_meta_lstm, "costs": bench_costs,
+}  # fmt: skip
 
 
 def main(argv=None) -> dict:
@@ -416,7 +540,10 @@ def main(argv=None) -> dict:
     parser.add_argument("benchmark", choices=list(BENCHMARKS), help="what to measure")
     groups["model"].add_argument("--hidden_dim", type=experiment.whole(1), default=128, help="units: mann, costs")
     groups["run"].add_argument("--repeats", type=experiment.whole(3), default=100, help="timed turns")
-    parser.set_defaults(meta_batch_size=128 if {"episodes", "mann"} & set(argv or sys.argv) else 16)
+    once = "for meta_lstm: episodes that go through the cell together"
+    groups["run"].add_argument("--tasks_at_once", type=experiment.whole(1), default=4, help=once)
+    named = argv or sys.argv
+    parser.set_defaults(meta_batch_size=128 if {"episodes", "mann"} & set(named) else 4 if "meta_lstm" in named else 16)
     args = experiment.parse(parser, argv, smoke={"repeats": 3})
     device = experiment.setup(args)
     # Sinusoids need no images.

@@ -1,6 +1,6 @@
 """Write the tables of the README from the committed result files; nothing in them is typed by hand.
 
-    python results/table.py            rewrites README.md between its markers
+python results/table.py            rewrites README.md between its markers
 """
 
 from __future__ import annotations
@@ -70,6 +70,68 @@ def protonet_text() -> str:
         f"{run['num_test_tasks']} test tasks after {run['train_seconds']:.0f} seconds of training on two CPU cores "
         f"(the paper: 98.8 %).\n`{run['command']}`"
     )
+
+
+def meta_lstm_table() -> str:
+    """The LSTM meta-learner: the learned rule, the same start before adaptation and with gradient descent."""
+    rows = [
+        "| meta-LSTM, course split | learned rule | tuned gradient descent | before | updates | episodes | minutes |"
+    ]
+    rows.append("|---" * 7 + "|")
+    names = {"5way1shot": "", "5way5shot": "", "5way1shot_short": ", short", "5way1shot_pool": ", short, fixed pool",
+             "5way1shot_second_order": ", short, second order"}  # fmt: skip
+    for setting, remark in names.items():
+        for run in load(f"meta_lstm/{setting}"):
+            figures = (
+                f"{100 * run[f'test_accuracy{k}']:.1f} ± {100 * run[f'ci95{k}']:.1f}" for k in ("", "_sgd", "_before")
+            )
+            ours, sgd, before = figures
+            episodes = round(run["train_seconds"] * run["tasks_per_second"], -2)
+            rows.append(
+                f"| {run['N']}-way {run['K']}-shot{remark} | {ours} | {sgd} (rate {run['sgd_rate']:g}) | {before} "
+                f"| {run['updates']} | {episodes:.0f} | {run['train_seconds'] / 60:.0f} |"
+            )
+    commands = [f"`{run['command']}`" for setting in names for run in load(f"meta_lstm/{setting}")]
+    note = "Test accuracy in per cent ± 95 % interval on 600 fixed tasks with 15 queries a class; minutes of training."
+    return "\n".join(rows) + f"\n\n{note}\n" + "\n".join(commands)
+
+
+def meta_lstm_figure() -> None:
+    """results/meta_lstm.png: the training curves, and what the learned rule does at each update."""
+    from matplotlib.figure import Figure
+
+    colours = {"5way1shot": "#0072B2", "5way5shot": "#D55E00"}  # told apart by colour-blind readers
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for setting, colour in colours.items():
+        for run in load(f"meta_lstm/{setting}")[:1]:
+            name = f"{run['N']}-way {run['K']}-shot"
+            B = round(run["train_seconds"] * run["tasks_per_second"] / run["steps"])
+            steps, accuracy = zip(*run["curves"]["Accuracy/val"], strict=True)
+            left.plot([B * s / 1000 for s in steps], [100 * a for a in accuracy], "o-", ms=3, color=colour)
+            left.annotate(name, (B * steps[-1] / 1000, 100 * accuracy[-1]), (0, -30), textcoords="offset points",
+                          ha="right", color=colour)  # fmt: skip
+            updates = range(1, run["updates"] + 1)
+            middle.semilogy(updates, run["rule"]["support_loss"], "o-", ms=3, color=colour)
+            middle.semilogy(updates, run["sgd_support_loss"], "s--", ms=3, color=colour)
+            if setting == "5way1shot":
+                greys = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#000000")
+                for k, layer in enumerate(("conv 1", "conv 2", "conv 3", "conv 4", "head")):
+                    right.plot(
+                        updates, [row[k] for row in run["rule"]["input"]], "o-", ms=3, color=greys[k], label=layer
+                    )
+    for line, name in (("o-", "learned rule"), ("s--", "gradient descent, same start")):
+        middle.plot([], [], line, ms=3, color="#555555", label=name)
+    middle.legend(frameon=False, fontsize=8, handlelength=4)
+    left.set(title="Validation accuracy", xlabel="training episodes (thousands)", ylabel="per cent")
+    middle.set(title="Loss on the support set", xlabel="update", ylabel="cross entropy (nats)")
+    right.set(title="Input gate, 5-way 1-shot", xlabel="update", ylabel="step length, mean over the layer")
+    right.legend(frameon=False, fontsize=8)
+    for ax in (left, middle, right):
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in (middle, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(RESULTS / "meta_lstm.png", dpi=110)
 
 
 def speed_table() -> str:
@@ -238,9 +300,8 @@ def command_of(run: dict) -> str:
 
 def render(text: str) -> str:
     """README text with everything between its markers written anew."""
-    tables = {"results": mann_table, "memorisation": memorisation_text, "protonet": protonet_text, "speed": speed_table}
-    tables["features"] = features_text
-    tables["costs"] = costs_text
+    tables = {"results": mann_table, "memorisation": memorisation_text, "protonet": protonet_text, "speed": speed_table,
+              "meta_lstm": meta_lstm_table, "features": features_text, "costs": costs_text}  # fmt: skip
     for name, table in tables.items():
         pattern = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda m, table=table: m[1] + table() + m[2], text)
@@ -249,3 +310,5 @@ def render(text: str) -> str:
 
 if __name__ == "__main__":
     README.write_text(render(README.read_text()))
+    if load("meta_lstm/5way1shot"):
+        meta_lstm_figure()
