@@ -24,6 +24,7 @@ Raghu et al. 2020 (ANIL), Triantafillou et al. 2020 (Proto-MAML).
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import sys
@@ -217,6 +218,19 @@ def multi_step_weights(steps: int, progress: float) -> list[float]:
     return [others] * (steps - 1) + [1 - (steps - 1) * others]
 
 
+def rate_factor(done: int, warmup_steps: int, train_steps: int, schedule: str) -> float:
+    """The outer rate after `done` steps as a share of --outer_lr: a cosine to 1 %, in the warm-up one to 10 % first.
+
+    The steps after the warm-up refine what it has found; at the full rate they destroy it.
+    """
+    if schedule == "constant":
+        return 1.0
+    first = done < warmup_steps
+    begin, end = (1.0, 0.1) if first else (0.1 if warmup_steps else 1.0, 0.01)
+    share = done / warmup_steps if first else (done - warmup_steps) / (train_steps - warmup_steps)
+    return end + (begin - end) * (1 + math.cos(math.pi * share)) / 2
+
+
 @torch.no_grad()
 def evaluate(learner: Learner, sampler: EpisodeSampler, num_tasks: int, s: Setting, steps: int) -> dict:
     """Accuracy after 0 to `steps` inner steps of the first `num_tasks` tasks of the sampler's stream.
@@ -275,13 +289,13 @@ def parse_args(argv=None):
     add("--inner_lr", type=number(), default=0.4, help="rate of the inner steps, or where the learned rates start")
     add("--head_lr", type=number(), default=0.0, help="the same for a linear head; 0: 2 N, which makes prototypes")
     add("--learn_inner_lrs", action="store_true", help="learn a rate per tensor and step")
-    add("--warmup_steps", type=whole(0), default=1500,
+    add("--warmup_steps", type=whole(0), default=2500,
         help="first training steps, with a head made of prototypes and no inner step; the papers: 0")  # fmt: skip
     add("--first_order", action="store_true", help="drop the second derivative")
     add("--multi_step_loss", action="store_true", help="early in training count the loss after every inner step")
     add("--outer_lr", type=number(above=True), default=2e-3, help="of Adam, at its start")
     add("--schedule", choices=["cosine", "constant"], default="cosine", help="cosine: the rate falls to 1 %% of it")
-    add("--clip", type=number(), default=10.0, help="largest norm of the meta-gradient; 0: no limit")
+    add("--clip", type=number(), default=1.0, help="largest norm of the meta-gradient; 0: no limit")
     groups["evaluation"].add_argument("--test_inner_steps", type=whole(0), default=1, help="steps at validation, test")
     smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "width": 16,
              "encoder": "strided", "train_classes": 8, "warmup_steps": 5}  # fmt: skip
@@ -331,8 +345,9 @@ def main(argv=None) -> dict:
         train = training_tasks(args.num_classes, args.train_query, args.meta_batch_size, args.random_seed)
     trained = [p for p in learner.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, args.outer_lr, fused=True)
-    least = args.outer_lr / 100 if args.schedule == "cosine" else args.outer_lr
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.train_steps, least)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: rate_factor(done, args.warmup_steps, args.train_steps, args.schedule)
+    )
     run = Run(args, "maml", dataset.name)
     run.track(model=learner, optimizer=optimizer, schedule=schedule, proto=proto, sampler=train)
     for step in run.steps():
@@ -354,7 +369,9 @@ def main(argv=None) -> dict:
                 on_val = evaluate(learner, val, args.num_val_tasks, s, args.test_inner_steps)
                 # The curve on the test classes is for plots; nothing is decided by it.
                 on_test = evaluate(learner, test, args.num_val_tasks // 3, s, args.test_inner_steps)
-            run.evaluated(on_val["query"][:, -1].mean().item(), curves(learner, on_val, on_test, norm, args))
+            # No checkpoint of the warm-up is chosen: it is not yet the method.
+            accuracy = on_val["query"][:, -1].mean().item() if step > args.warmup_steps else 0.0
+            run.evaluated(accuracy, curves(learner, on_val, on_test, norm, args))
     run.load_best(learner)
     log_episode(run, learner, test, s, args.test_inner_steps)
     return run.finish(test_report(args, learner, test, s, device))

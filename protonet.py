@@ -264,8 +264,8 @@ def main(argv=None) -> dict | list[dict]:
         shard=experiment.shard(),
     )  # fmt: skip
     optimizer = torch.optim.AdamW(encoder.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.learning_rate, total_steps=args.train_steps + 1, pct_start=0.2
+    schedule = torch.optim.lr_scheduler.OneCycleLR(  # fewer than 20 steps it cannot divide into phases
+        optimizer, args.learning_rate, total_steps=max(20, args.train_steps + 1), pct_start=0.2
     )
     run = Run(args, "protonet", dataset.name)
     run.track(model=encoder, optimizer=optimizer, schedule=schedule, sampler=train)

@@ -206,7 +206,7 @@ def main(argv=None) -> dict:
         ("pretrained", args.learning_rate, pretrain_steps), ("finetuned", args.finetune_rate, args.finetune_steps),
     ):  # fmt: skip
         optimizers[name] = torch.optim.AdamW(model[name].parameters(), rate, weight_decay=0.05, fused=True)
-        schedules[name] = torch.optim.lr_scheduler.OneCycleLR(optimizers[name], rate, total_steps=steps + 1)
+        schedules[name] = torch.optim.lr_scheduler.OneCycleLR(optimizers[name], rate, total_steps=max(20, steps + 1))
     run = Run(args, "transfer", dataset.name)
     run.track(
         model=model, first=first, second=second,
