@@ -6,8 +6,8 @@ loss of the queries after these steps falls. The gradient goes through the inner
 or treats their gradients as constants (`--first_order`).
 
     python maml.py --num_classes 5 --num_shot 1                MAML, half an hour of training on two CPU cores
-    python maml.py --first_order                               first-order MAML
-    python maml.py --head proto --first_order                  Proto-MAML: the head starts from the prototypes
+    python maml.py --first_order --head_lr 0.4                 first-order MAML
+    python maml.py --head proto --first_order --inner_lr 0.01  Proto-MAML: the head starts from the prototypes
     python maml.py --freeze_body                               ANIL: only the head is adapted
     python maml.py --smoke                                     a complete run in seconds
 
@@ -58,7 +58,7 @@ class Learner(nn.Module):
         self.encoder = encoder
         if head == "linear":
             # From zero the first inner step makes the weight of a class (rate / N) (c - mean of all c), and leaves the
-            # bias at zero: with a rate of 2 N it is w = 2 (c - mean), nearly a head of prototypes.
+            # bias at zero: nearly a head of prototypes.
             self.head_weight = nn.Parameter(torch.zeros(num_classes, encoder.out_features))
             self.head_bias = nn.Parameter(torch.zeros(num_classes))
         self.names = [name for name, _ in encoder.named_parameters()] + ["head_weight", "head_bias"]
@@ -110,11 +110,13 @@ def classify(theta: Parameters, images: torch.Tensor, s: Setting, num_support: i
 def proto_head(theta: Parameters, support: torch.Tensor, s: Setting) -> Parameters:
     """The linear head that computes -||f - c||^2 up to a constant: w = 2c, b = -||c||^2 (Triantafillou, eq. 4).
 
-    head="one_step" is, without the step, what one inner step makes of a zero head: w = 2 (c - mean of all c), b = 0.
+    head="one_step" is, without the step, what one inner step at the rate 2 N / sqrt(D) makes of a zero head:
+    w = 2 (c - mean of all c) / sqrt(D), b = 0. The division keeps the softmax from saturating, as in attention.
     """
     centres = prototypes(embed(theta, support, s, len(support))[None], s.num_classes)[0]  # [N, D]
     if s.head == "one_step":
-        return {"head_weight": 2 * (centres - centres.mean(dim=0)), "head_bias": torch.zeros_like(centres[:, 0])}
+        scale = 2 / centres.shape[1] ** 0.5
+        return {"head_weight": scale * (centres - centres.mean(dim=0)), "head_bias": torch.zeros_like(centres[:, 0])}
     return {"head_weight": 2 * centres, "head_bias": -centres.square().sum(-1)}
 
 
@@ -277,6 +279,7 @@ def parse_args(argv=None):
     add = groups["data"].add_argument
     add("--train_query", type=whole(1), default=5, help="query images of a class in training")
     add("--train_classes", type=whole(2), default=60, help="classes of a training task with a head of prototypes")
+    add("--jitter", type=number(0, 1), default=0.1, help="random turn (radians), size and slant of training images")
     add = groups["model"].add_argument
     add("--encoder", choices=["strided", "pooled"], default="pooled", help="Conv4-64, or the paper's for Omniglot")
     add("--width", type=whole(1), default=64, help="filters of each convolution")
@@ -287,7 +290,7 @@ def parse_args(argv=None):
     add = groups["optimisation"].add_argument
     add("--inner_steps", type=whole(0), default=1, help="gradient steps on a support set in training")
     add("--inner_lr", type=number(), default=0.4, help="rate of the inner steps, or where the learned rates start")
-    add("--head_lr", type=number(), default=0.0, help="the same for a linear head; 0: 2 N, which makes prototypes")
+    add("--head_lr", type=number(), default=0.0, help="the same for a linear head; 0: 2 N / sqrt(features)")
     add("--learn_inner_lrs", action="store_true", help="learn a rate per tensor and step")
     add("--warmup_steps", type=whole(0), default=2500,
         help="first training steps, with a head made of prototypes and no inner step; the papers: 0")  # fmt: skip
@@ -316,7 +319,7 @@ def main(argv=None) -> dict:
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
     strided = args.encoder == "strided"
     encoder = Conv4(dataset.images.shape[1], args.width, args.image_size, strided)
-    head_lr = (args.head_lr or 2 * args.num_classes) if args.head == "linear" else None
+    head_lr = (args.head_lr or 2 * args.num_classes / encoder.out_features**0.5) if args.head == "linear" else None
     learner = Learner(
         encoder, args.num_classes, args.inner_steps, args.inner_lr, args.head, args.learn_inner_lrs, head_lr
     ).to(device)
@@ -333,8 +336,8 @@ def main(argv=None) -> dict:
 
 
     def training_tasks(N: int, Q: int, B: int, seed: int) -> EpisodeSampler:
-        rotations, shard = args.rotations, experiment.shard()
-        return EpisodeSampler(dataset, "train", N, args.num_shot, Q, B, seed, device, rotations=rotations, shard=shard)
+        return EpisodeSampler(dataset, "train", N, args.num_shot, Q, B, seed, device, rotations=args.rotations,
+                              jitter=args.jitter, shard=experiment.shard())  # fmt: skip
 
     # Prototypes make a head for any number of classes; harder tasks teach the encoder faster.
     proto = training_tasks(
