@@ -294,24 +294,32 @@ def mean_of_seeds(runs: list[dict], key: str = "test_accuracy") -> tuple[float, 
     return tuple(100 * sum(r[k] for r in runs) / len(runs) for k in (key, ci))
 
 
+def claim_rows(out: Path) -> list[dict[str, str]]:
+    """The cells of the results table: a row for each of CLAIMS, "not measured" where there is no result file."""
+    rows = []
+    for what, name, key, documents, published in CLAIMS:
+        row = {"what": what, "documents": documents, "published": published, "ours": "not measured", "seeds": "",
+               "tasks": "", "minutes": "", "device": "", "command": ""}  # fmt: skip
+        if runs := load(out, name):
+            mean, half = mean_of_seeds(runs, key)
+            seconds = [r["train_seconds"] for r in runs if "train_seconds" in r]
+            row |= {"ours": f"{mean:.1f} ± {half:.1f}", "seeds": ", ".join(f"{100 * r[key]:.1f}" for r in runs),
+                    "tasks": str(runs[0]["num_test_tasks"]), "device": runs[0]["device"],
+                    "minutes": f"{sum(seconds) / len(seconds) / 60:.1f}" if seconds else "-",
+                    "command": f"`{runs[0]['command']}`"}  # fmt: skip
+        rows.append(row)
+    return rows
+
+
 def page(out: Path) -> str:
     """`<out>/README.md`: a row for each claim of the documents, the paired differences, the pictures."""
     lines = ["# Results", "", "Written by `python reproduce.py` from the JSON files beside it.",
              "Accuracy on new characters in per cent, mean of the seeds ± 95 % interval over fixed test tasks, which",
              "the seeds share. Minutes are those of training, of one seed.", "",
-             "| what | documents | published | ours | seeds | test tasks | minutes | on | command |", "|---" * 9 + "|"]
-    for label, name, key, theirs, published in CLAIMS:
-        runs = load(out, name)
-        if not runs:
-            lines.append(f"| {label} | {theirs} | {published} | not measured | | | | | |")
-            continue
-        mean, half = mean_of_seeds(runs, key)
-        seconds = [r["train_seconds"] for r in runs if "train_seconds" in r]
-        minutes = f"{sum(seconds) / len(seconds) / 60:.1f}" if seconds else "-"
-        seeds = ", ".join(f"{100 * r[key]:.1f}" for r in runs)
-        first = runs[0]
-        lines.append(f"| {label} | {theirs} | {published} | {mean:.1f} ± {half:.1f} | {seeds} | "
-                     f"{first['num_test_tasks']} | {minutes} | {first['device']} | `{first['command']}` |")
+             "| what | documents | published | ours | each seed | test tasks | minutes | on | command of seed 1 |",
+             "|---" * 9 + "|"]  # fmt: skip
+    for row in claim_rows(out):
+        lines.append("| " + " | ".join(row.values()) + " |")
     lines += ["", "MAML's figures normalise the queries with their own batch (transductive). Beside it the same",
               "networks with the statistics of the support set alone:", "",
               "| what | transductive | support |", "|---|---|---|"]

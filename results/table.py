@@ -8,9 +8,13 @@ from __future__ import annotations
 import csv
 import json
 import re
+import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(RESULTS.parent))
+import reproduce  # noqa: E402
+
 README = RESULTS.parent / "README.md"
 # setting -> what the course or the slides report, and the best published figure where there is one
 MANN = {"K1N2": "above 90", "K2N2": "above 90", "K1N3": "about 80", "K1N4": "about 70", "conv_K1N5": "not tried"}
@@ -53,6 +57,18 @@ def mann_table() -> str:
     )
 
 
+def short_table(words: tuple[str, ...] = ("",), command: bool = False) -> str:
+    """The measured lines of the results table whose name starts with one of `words`."""
+    rows = [row for row in reproduce.claim_rows(RESULTS) if row["what"].startswith(words) and row["tasks"]]
+    lines = ["| test accuracy in % | documents | published | ours | each seed | minutes |", "|---" * 6 + "|"]
+    for row in rows:
+        cells = [row[k] for k in ("what", "documents", "published", "ours", "seeds", "minutes")]
+        lines.append(f"| {' | '.join(cells)} |")
+    if command:
+        lines += ["", "Commands of the rows: " + "; ".join(dict.fromkeys(row["command"] for row in rows)) + "."]
+    return "\n".join(lines)
+
+
 def memorisation_text() -> str:
     (run,) = load("mann/memorisation")
     return (
@@ -60,15 +76,6 @@ def memorisation_text() -> str:
         f"{100 * run['train_accuracy']:.1f} % of the training tasks right, and {100 * run['test_accuracy']:.1f} ± "
         f"{100 * run['ci95']:.1f} % of the tasks with new characters, where guessing gives {100 / run['N']:.1f} %: it "
         f"has memorised the characters and has not learned to learn.\n`{run['command']}`"
-    )
-
-
-def protonet_text() -> str:
-    (run,) = load("protonet/5way1shot")
-    return (
-        f"5-way 1-shot, seed {run['seed']}: {100 * run['test_accuracy']:.1f} ± {100 * run['ci95']:.1f} % on "
-        f"{run['num_test_tasks']} test tasks after {run['train_seconds']:.0f} seconds of training on two CPU cores "
-        f"(the paper: 98.8 %).\n`{run['command']}`"
     )
 
 
@@ -300,8 +307,12 @@ def command_of(run: dict) -> str:
 
 def render(text: str) -> str:
     """README text with everything between its markers written anew."""
-    tables = {"results": mann_table, "memorisation": memorisation_text, "protonet": protonet_text, "speed": speed_table,
-              "meta_lstm": meta_lstm_table, "features": features_text, "costs": costs_text}  # fmt: skip
+    tables = {
+        "results": short_table, "mann": mann_table, "memorisation": memorisation_text,
+        "protonet": lambda: short_table(("ProtoNet",), True), "transfer": lambda: short_table(("Fine-tuning",), True),
+        "maml": lambda: short_table(("First-order MAML", "Proto-MAML", "MAML", "ANIL"), True),
+        "meta_lstm": meta_lstm_table, "costs": costs_text, "features": features_text, "speed": speed_table,
+    }  # fmt: skip
     for name, table in tables.items():
         pattern = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda m, table=table: m[1] + table() + m[2], text)

@@ -227,8 +227,8 @@ def test_evaluation_keeps_no_graph_and_later_steps_repeat_the_last_rate():
 
 
 @pytest.mark.parametrize("flags", [
-    ["--first_order", "--head", "proto", "--inner_steps", "0", "--jitter", "0", "--test_inner_steps", "2", "--schedule", "constant",
-     "--train_classes", "7"],
+    ["--first_order", "--head", "proto", "--inner_steps", "0", "--jitter", "0", "--test_inner_steps", "2",
+     "--schedule", "constant", "--train_classes", "7"],
     ["--freeze_body", "--learn_inner_lrs", "--inner_steps", "2", "--multi_step_loss", "--num_classes", "3"],
     ["--batch_norm", "support", "--encoder", "pooled", "--clip", "0", "--num_shot", "2", "--dtype", "float32"],
     ["--inner_lr", "0.1", "--outer_lr", "1e-2", "--train_query", "1", "--num_query", "3", "--no-rotations"],
