@@ -95,7 +95,11 @@ def conv4(
 
 def support_norm(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, num_support: int) -> torch.Tensor:
     """Batch norm of x [B, n, C, H, W] with each task's statistics of its first `num_support` images."""
-    var, mean = torch.var_mean(x[:, :num_support], dim=(1, 3, 4), correction=0, keepdim=True)
+    support = x[:, :num_support]
+    support = support if x.dtype == torch.float64 else support.float()  # statistics in bfloat16 have two digits
+    var, mean = torch.var_mean(support, dim=(1, 3, 4), correction=0, keepdim=True)
+    if len(x) == 1 and not torch.is_grad_enabled():  # fused, but blind to the statistics' own gradient
+        return F.batch_norm(x[0], mean.flatten(), var.flatten(), gamma, beta, training=False, eps=EPS)[None]
     scale = gamma.view(-1, 1, 1) * (var + EPS).rsqrt()
     return (x - mean) * scale + beta.view(-1, 1, 1)
 
