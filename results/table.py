@@ -141,6 +141,22 @@ def meta_lstm_figure() -> None:
     figure.savefig(RESULTS / "meta_lstm.png", dpi=110)
 
 
+def faults_text() -> str:
+    """What the fault tests counted, from results/faults.json."""
+    found = json.loads((RESULTS / "faults.json").read_text())
+    lines = ["| script | kills survived / made, bit for bit equal | memory after 2,000 steps | growth since step 600 | "
+             "bad flag values refused |", "|---" * 5 + "|"]  # fmt: skip
+    for script, cases in found["flag_cases"].items():
+        kills, memory = found["kills"].get(script, ""), found["memory"].get(script)
+        kills = f"{kills} / {kills}" if kills else ""
+        size, growth = (f"{memory['MB']} MB", f"{memory['growth_percent']:.2f} %") if memory else ("", "")
+        lines.append(f"| `{script}.py` | {kills} | {size} | {growth} | {cases} of {cases} |")
+    lines += ["", f"In all {sum(found['kills'].values())} kills, {sum(found['flag_cases'].values())} bad values and "
+              f"{found['folder_cases']} strange run folders. Commands: `{found['command_slow']}`, "
+              f"`{found['command_fast']}`."]  # fmt: skip
+    return "\n".join(lines)
+
+
 def speed_table() -> str:
     rows = ["| what | contestant | ms | ratio |", "|---|---|---|---|"]
     for race in json.loads((RESULTS / "speed.json").read_text()):
@@ -312,6 +328,7 @@ def render(text: str) -> str:
         "protonet": lambda: short_table(("ProtoNet",), True), "transfer": lambda: short_table(("Fine-tuning",), True),
         "maml": lambda: short_table(("First-order MAML", "Proto-MAML", "MAML", "ANIL"), True),
         "meta_lstm": meta_lstm_table, "costs": costs_text, "features": features_text, "speed": speed_table,
+        "faults": faults_text,
     }  # fmt: skip
     for name, table in tables.items():
         pattern = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)

@@ -103,6 +103,7 @@ def test_a_failure_is_named_and_the_others_run(monkeypatch, tmp_path, capsys):
                          + reproduce.make_jobs(list(reproduce.PARTS), "full", Path("out"), "cpu", "auto"),
                          ids=lambda job: job.name)  # fmt: skip
 def test_every_command_parses(job):
+    Path("out").mkdir(exist_ok=True)  # reproduce.py makes it first
     module = __import__(job.case.script.removesuffix(".py"))
     assert module.parse_args(job.flags).random_seed == job.seed
 
