@@ -207,7 +207,9 @@ def meta_gradient(learner: Learner, batch, s: Setting, weights: list[float], inn
 
     losses, gradients = zip(*each_task(gradient_of, *batch), strict=True)
     for p, of_tasks in zip(parameters, zip(*gradients, strict=True), strict=True):
-        mean = sum(g if g is not None else torch.zeros_like(p) for g in of_tasks) / len(losses)  # in the tasks' order
+        if of_tasks[0] is None:
+            continue  # a head that the warm-up does not use: Adam's averages of it begin with its first gradient
+        mean = sum(of_tasks) / len(losses)  # in the tasks' order
         p.grad = mean if p.grad is None else p.grad + mean
     return sum(losses) / len(losses)
 
