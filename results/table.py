@@ -21,8 +21,7 @@ MANN = {"K1N2": "above 90", "K2N2": "above 90", "K1N3": "about 80", "K1N4": "abo
 
 
 def load(name: str) -> list[dict]:
-    """The metrics of all seeds of a setting, in the order of the seeds."""
-    return [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"{name}_seed*.json"))]
+    return reproduce.load(RESULTS, name)
 
 
 def mean_of_seeds(runs: list[dict], key: str, ci: str) -> str:
