@@ -290,7 +290,7 @@ def mean_of_seeds(runs: list[dict], key: str = "test_accuracy") -> tuple[float, 
 
     The seeds share their test tasks, so their errors go together: the interval does not shrink with seeds.
     """
-    ci = "ci95" if key == "test_accuracy" else key.replace("accuracy", "ci95")
+    ci = key.replace("test_accuracy", "ci95").replace("accuracy", "ci95")
     return tuple(100 * sum(r[k] for r in runs) / len(runs) for k in (key, ci))
 
 
@@ -307,6 +307,8 @@ def claim_rows(out: Path) -> list[dict[str, str]]:
                     "tasks": str(runs[0]["num_test_tasks"]), "device": runs[0]["device"],
                     "minutes": f"{sum(seconds) / len(seconds) / 60:.1f}" if seconds else "-",
                     "command": f"`{runs[0]['command']}`"}  # fmt: skip
+            if "train_command" in runs[0]:  # a run tested at another N and K
+                row["command"] = f"`{runs[0]['train_command']}`, then {row['command']}"
         rows.append(row)
     return rows
 

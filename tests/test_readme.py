@@ -10,7 +10,9 @@ from conftest import REPO
 
 import benchmark
 import hw1
+import maml
 import protonet
+import transfer
 
 sys.path.insert(0, str(REPO / "results"))
 import table
@@ -33,15 +35,15 @@ def test_result_files_say_where_they_come_from():
         assert 0 < metrics["ci95"] < 0.02 and metrics["test_accuracy"] <= 1, file
 
 
-COMMANDS = sorted(set(re.findall(r"python (?:hw1|protonet)\.py [^`|\n]*", README)))
+COMMANDS = sorted(set(re.findall(r"python (?:hw1|protonet|maml|transfer)\.py [^`|\n]*", README)))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_parses(command):
     _, script, *flags = shlex.split(command.replace(" K ", " 1 ").replace(" N ", " 5 "))
-    if "RUN_DIR" in command or "DIR" in command:
+    if "DIR" in command or "--checkpoint" in command:
         pytest.skip("needs a run folder; covered by the tests of the script")
-    parse = {"hw1.py": hw1.parse_args, "protonet.py": protonet.parse_args}[script]
+    parse = {"hw1": hw1, "protonet": protonet, "maml": maml, "transfer": transfer}[script.removesuffix(".py")].parse_args
     assert parse(flags).command.startswith(f"python {script}")
 
 
@@ -51,3 +53,9 @@ def test_benchmarks_run(name, capsys):
     result = benchmark.main([name, *flags])
     assert all(v["ms"] > 0 for v in result.values() if isinstance(v, dict))
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == result
+
+
+def test_benchmark_of_maml_runs():
+    flags = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_classes", "2", "--num_query", "1"]
+    results = benchmark.main(["maml", *flags, "--meta_batch_size", "1"])
+    assert len(results) == 8 and all(len(r) == 6 for r in results.values())
