@@ -6,7 +6,7 @@ loss of the queries after these steps falls. The gradient goes through the inner
 or treats their gradients as constants (`--first_order`).
 
     python maml.py --num_classes 5 --num_shot 1                MAML, half an hour of training on two CPU cores
-    python maml.py --first_order --head_lr 0.4                 first-order MAML
+    python maml.py --first_order --zero_head                   first-order MAML
     python maml.py --head proto --first_order --inner_lr 0.01  Proto-MAML: the head starts from the prototypes
     python maml.py --freeze_body                               ANIL: only the head is adapted
     python maml.py --smoke                                     a complete run in seconds
@@ -53,14 +53,16 @@ class Learner(nn.Module):
     """
 
     def __init__(self, encoder: Conv4, num_classes: int, inner_steps: int, inner_lr: float, head="linear", learn=False,
-                 head_lr: float | None = None):  # fmt: skip
+                 head_lr: float | None = None, zero_head: bool = False):  # fmt: skip
         super().__init__()
         self.encoder = encoder
         if head == "linear":
             # From zero the first inner step makes the weight of a class (rate / N) (c - mean of all c), and leaves the
             # bias at zero: nearly a head of prototypes.
-            self.head_weight = nn.Parameter(torch.zeros(num_classes, encoder.out_features))
-            self.head_bias = nn.Parameter(torch.zeros(num_classes))
+            shapes = (num_classes, encoder.out_features), (num_classes,)
+            self.head_weight, self.head_bias = (
+                nn.Parameter(torch.zeros(shape), requires_grad=not zero_head) for shape in shapes
+            )
         self.names = [name for name, _ in encoder.named_parameters()] + ["head_weight", "head_bias"]
         of_tensors = [head_lr if head_lr and name == "head_weight" else inner_lr for name in self.names]
         self.rates = nn.Parameter(torch.tensor(of_tensors).repeat(max(1, inner_steps), 1), requires_grad=learn)
@@ -286,6 +288,7 @@ def parse_args(argv=None):
     add("--encoder", choices=["strided", "pooled"], default="pooled", help="Conv4-64, or the paper's for Omniglot")
     add("--width", type=whole(1), default=64, help="filters of each convolution")
     add("--head", choices=["linear", "proto"], default="linear", help="proto: Proto-MAML, started from the prototypes")
+    add("--zero_head", action="store_true", help="every task starts from a head of zeros that is not meta-learned")
     add("--freeze_body", action="store_true", help="ANIL: the inner loop adapts the head alone")
     add("--batch_norm", choices=["transductive", "support"], default="transductive",
         help="whose statistics normalise the queries: their own, or the support set's")  # fmt: skip
@@ -323,7 +326,8 @@ def main(argv=None) -> dict:
     encoder = Conv4(dataset.images.shape[1], args.width, args.image_size, strided)
     head_lr = (args.head_lr or 2 * args.num_classes / encoder.out_features**0.5) if args.head == "linear" else None
     learner = Learner(
-        encoder, args.num_classes, args.inner_steps, args.inner_lr, args.head, args.learn_inner_lrs, head_lr
+        encoder, args.num_classes, args.inner_steps, args.inner_lr, args.head, args.learn_inner_lrs, head_lr,
+        args.zero_head,
     ).to(device)
     dtype = fast_dtype(args.dtype, device)
     s = Setting(args.num_classes, strided, args.head, args.freeze_body, args.first_order, args.batch_norm, dtype)

@@ -78,8 +78,8 @@ CASES = [
                               ("10way10shot", True, "--train_steps 500 --eval_freq 100 --num_query 5"))],
     Case("comparison", "transfer", "transfer.py", "", "", "--train_steps 16000 --finetune_steps 6000", 3, 5),
     Case("comparison", "protonet", "protonet.py", "", "", "--train_steps 40000 --eval_freq 1000", 3, 4),
-    Case("comparison", "fomaml", "maml.py", "--first_order", "", "--train_steps 60000 --eval_freq 1000", 3, 10),
-    Case("comparison", "protomaml", "maml.py", "--head proto --first_order --inner_lr 0.1", "--train_steps 5000",
+    Case("comparison", "fomaml", "maml.py", "--first_order --zero_head", "", "--train_steps 60000 --eval_freq 1000", 3, 10),
+    Case("comparison", "protomaml", "maml.py", "--head proto --first_order --inner_lr 0.01", "",
          "--train_steps 60000 --eval_freq 1000", 3, 15),
     Case("comparison", "maml", "maml.py", "", "", "--train_steps 60000 --eval_freq 1000", 3, 20),
     Case("comparison", "anil", "maml.py", "--freeze_body", "", "--train_steps 60000 --eval_freq 1000", 1, 12),
@@ -192,6 +192,7 @@ def run_job(job: Job, out: Path, runs: Path, threads: int, lock_file, children: 
             command += ["--log_dir", str(runs), "--run_name", folder.name]
         else:
             command += ["--log_dir", str(runs)]
+    threads = min(threads, int(os.environ.get("OMP_NUM_THREADS", threads)))
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(runs / f"{job.name}.log", "ab") as log:
         child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment,

@@ -176,6 +176,15 @@ def test_the_warm_up_head_is_one_inner_step_from_zero():
         assert torch.allclose(after[name], made[name], atol=1e-12), name
 
 
+def test_a_zero_head_is_adapted_but_not_meta_learned():
+    s, tasks = Setting(N, dtype=torch.float64, first_order=True, strided=False), batch(2)
+    model = Learner(Conv4(width=4), N, 2, 0.4, zero_head=True).double()
+    found = gradients(model, tasks, s)
+    assert "head_weight" not in found and found["encoder.weight0"].abs().max() > 0
+    before, *_, after = adapt(model.theta(), model.step_sizes(2), tasks[0][0], tasks[1][0], s)
+    assert before["head_weight"].abs().max() == 0 and after["head_weight"].abs().max() > 0
+
+
 def test_anil_adapts_the_head_alone_and_maml_everything():
     tasks, model = batch(1), learner()
     for freeze_body in (True, False):
@@ -232,7 +241,7 @@ def test_evaluation_keeps_no_graph_and_later_steps_repeat_the_last_rate():
     ["--freeze_body", "--learn_inner_lrs", "--inner_steps", "2", "--multi_step_loss", "--num_classes", "3"],
     ["--batch_norm", "support", "--encoder", "pooled", "--clip", "0", "--num_shot", "2", "--dtype", "float32"],
     ["--inner_lr", "0.1", "--outer_lr", "1e-2", "--train_query", "1", "--num_query", "4", "--no-rotations"],
-    ["--split", "lake", "--num_test_tasks", "2", "--width", "8", "--patience", "1", "--dtype", "bfloat16"],
+    ["--split", "lake", "--first_order", "--zero_head", "--num_test_tasks", "2", "--width", "8", "--patience", "1", "--dtype", "bfloat16"],
 ])  # fmt: skip
 def test_every_flag_in_a_smoke_run(flags, tmp_path):
     base = ["--train_steps", "4", "--warmup_steps", "1", "--eval_freq", "4", "--num_test_tasks", "4", "--num_val_tasks",

@@ -43,8 +43,8 @@ def test_every_command_of_the_readme_parses(command):
     _, script, *flags = shlex.split(command.replace(" K ", " 1 ").replace(" N ", " 5 "))
     if "DIR" in command or "--checkpoint" in command:
         pytest.skip("needs a run folder; covered by the tests of the script")
-    parse = {"hw1": hw1, "protonet": protonet, "maml": maml, "transfer": transfer}[script.removesuffix(".py")].parse_args
-    assert parse(flags).command.startswith(f"python {script}")
+    module = {"hw1": hw1, "protonet": protonet, "maml": maml, "transfer": transfer}[script.removesuffix(".py")]
+    assert module.parse_args(flags).command.startswith(f"python {script}")
 
 
 @pytest.mark.parametrize("name", ["episodes", "mann", "protonet"])
