@@ -320,16 +320,20 @@ def assert_equal(a, b, where):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", TRAINING)
 def test_memory_is_flat_over_2000_steps(script, work, tmp_path, run_script):
-    """Resident memory after 2,000 steps against that after 500, evaluations in between: growth below 1 %."""
+    """Peak of resident memory in steps 1001 to 2000 against that in steps 300 to 1000: growth below 1 %.
+
+    Single readings tell less: an evaluation's memory goes back to the system now and then.
+    """
     flags = flags_of(script, "--train_steps", "2000", "--eval_freq", "250", "--log_dir", tmp_path, "--run_name", "a")
-    flags += ["--finetune_steps", "1000"] if script == "transfer" else []
+    flags += ["--finetune_steps", "1800"] if script == "transfer" else []  # its second phase needs more, from step 201
     watch = (
         "import sys, json; sys.path.insert(0, sys.argv[1]); import experiment, importlib, os\n"
-        "real, seen = experiment.Run.record, {}\n"
+        "real, seen = experiment.Run.record, [0, 0]\n"
         "def record(run, loss):\n"
         "    real(run, loss)\n"
         "    pages = int(open('/proc/self/statm').read().split()[1])\n"
-        "    if run.step in (600, 1990): seen[run.step] = pages * os.sysconf('SC_PAGE_SIZE')\n"
+        "    late = run.step > 1000\n"
+        "    if run.step >= 300: seen[late] = max(seen[late], pages * os.sysconf('SC_PAGE_SIZE'))\n"
         "experiment.Run.record = record\n"
         "importlib.import_module(sys.argv[2]).main(sys.argv[3:])\n"
         "print('MEMORY', json.dumps(seen))\n"
@@ -337,7 +341,7 @@ def test_memory_is_flat_over_2000_steps(script, work, tmp_path, run_script):
     result = subprocess.run([sys.executable, "-c", watch, str(REPO), script, *map(str, flags)], cwd=work, text=True,
                             capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert result.returncode == 0, result.stderr
-    seen = json.loads(result.stdout.split("MEMORY")[1])
-    growth = seen["1990"] / seen["600"] - 1
-    print(f"{script}: {seen['1990'] / 2**20:.0f} MB, growth {100 * growth:.2f} %")
+    early, late = json.loads(result.stdout.split("MEMORY")[1])
+    growth = late / early - 1
+    print(f"{script}: {late / 2**20:.0f} MB, growth {100 * growth:.2f} %")
     assert growth < 0.01

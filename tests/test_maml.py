@@ -241,7 +241,8 @@ def test_evaluation_keeps_no_graph_and_later_steps_repeat_the_last_rate():
     ["--freeze_body", "--learn_inner_lrs", "--inner_steps", "2", "--multi_step_loss", "--num_classes", "3"],
     ["--batch_norm", "support", "--encoder", "pooled", "--clip", "0", "--num_shot", "2", "--dtype", "float32"],
     ["--inner_lr", "0.1", "--outer_lr", "1e-2", "--train_query", "1", "--num_query", "4", "--no-rotations"],
-    ["--split", "lake", "--first_order", "--zero_head", "--num_test_tasks", "2", "--width", "8", "--patience", "1", "--dtype", "bfloat16"],
+    ["--split", "lake", "--first_order", "--zero_head", "--num_test_tasks", "2",
+     "--width", "8", "--patience", "1", "--dtype", "bfloat16"],
 ])  # fmt: skip
 def test_every_flag_in_a_smoke_run(flags, tmp_path):
     base = ["--train_steps", "4", "--warmup_steps", "1", "--eval_freq", "4", "--num_test_tasks", "4", "--num_val_tasks",
