@@ -21,8 +21,8 @@ def start(out, work, *flags):
     command = [sys.executable, str(REPO / "reproduce.py"), *SMOKE, "--out", str(out), *flags]
     # A shell's background jobs ignore SIGINT and hand that down; here it must count.
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    return subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=heed, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
 
 
 def result(out):
