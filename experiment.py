@@ -260,8 +260,9 @@ def write_atomically(path: Path, write) -> None:
             os.fsync(out.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}); free some space or choose another --log_dir") from error
+    finally:
+        partial.unlink(missing_ok=True)  # there only after a failure, of whatever kind
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import experiment
 from backbone import fast_dtype
-from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
+from experiment import Run, UserError, number, whole
 from load_data import Dataset, EpisodeSampler, episode_figure, load_dataset
 
 FILTERS, EPS = 32, 1e-3  # of the learner's convolutions and batch norms
@@ -463,10 +463,7 @@ def main(argv=None) -> dict:
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
     learner = Learner(dataset.images.shape[1], args.image_size, args.num_classes)
     rule = MetaLSTM(learner.initial(), args.trained_share).to(device)
-    N, K, Q = args.num_classes, args.num_shot, args.num_query
-    B = max(1, 2000 // (N * (K + Q)))  # as protonet.py draws them: the same test tasks for every method
-    val = EpisodeSampler(dataset, "val", N, K, Q, B, VAL_SEED, device)
-    test = EpisodeSampler(dataset, "test", N, K, Q, B, TEST_SEED, device)
+    val, test = (experiment.fixed_tasks(dataset, part, args, device) for part in ("val", "test"))
     if args.test:
         step = load_rule(args, rule)
         metrics = {"best_step": step} | test_report(args, rule, learner, val, test, inner, dtype, device)
@@ -474,8 +471,8 @@ def main(argv=None) -> dict:
 
     offered = fixed_pool(dataset, args.fixed_pool, args.random_seed) if args.fixed_pool else dataset
     train = EpisodeSampler(
-        offered, "train", N, K, args.train_query, args.meta_batch_size, args.random_seed, device,
-        rotations=args.rotations, jitter=args.jitter, shard=experiment.shard(),
+        offered, "train", args.num_classes, args.num_shot, args.train_query, args.meta_batch_size, args.random_seed,
+        device, rotations=args.rotations, jitter=args.jitter, shard=experiment.shard(),
     )  # fmt: skip
     gates = [p for name, p in rule.named_parameters() if name != "theta0"]
     optimizer = torch.optim.Adam(

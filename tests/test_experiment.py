@@ -109,3 +109,9 @@ def test_patience_and_best(tmp_path):
     with pytest.raises(StopIteration):
         next(iter(run.steps()))
     assert math.isfinite(run.seconds) and run.seconds > 0
+
+
+def test_a_bug_in_what_is_written_leaves_nothing_behind(tmp_path):
+    with pytest.raises(KeyError):
+        experiment.write_atomically(tmp_path / "file", lambda out: {}["missing"])
+    assert not list(tmp_path.iterdir())
