@@ -197,7 +197,7 @@ def parse_args(argv=None):
     add = groups["model"].add_argument
     add("--hidden_dim", type=whole(1), default=128, help="units of the hidden recurrent layers")
     add("--recurrent", choices=sorted(CELLS), default="lstm", help="kind of recurrent layer")
-    add("--num_layers", type=whole(1), default=2, help="recurrent layers")
+    add("--num_layers", type=whole(1, 100), default=2, help="recurrent layers")
     add("--head", choices=["linear", "recurrent"], default="linear", help="what makes N logits; the course: recurrent")
     add("--logit_scale", type=number(above=True), default=10.0, help="factor on the recurrent head's states; course: 1")
     add("--forget_bias", type=number(), default=1.0, help="added to the LSTM's forget-gate bias; the course: 0")

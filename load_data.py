@@ -391,8 +391,8 @@ def load_dataset(
     neither on disk nor downloadable. Omniglot is looked for in `data_folder`, or else in
     $OMNIGLOT_DIR, then ./data, then on the network. Raises UserError with the remedy.
     """
-    if image_size < 8:
-        raise UserError(f"--image_size {image_size} is too small; use 28 or more")
+    if not 8 <= image_size <= 1024:
+        raise UserError(f"--image_size {image_size} is out of range; use 28 to 1024")
     if name == "auto":
         try:
             return load_dataset("omniglot", data_folder, split, image_size)
@@ -496,10 +496,14 @@ def draw_distinct(rows: int, n: int, k: int, generator: torch.Generator, allowed
 
 
 def distort(images: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
-    """Turn, scale and slant images [n, C, H, W]; amounts [n, 4]: radians, size, slant in x and in y."""
-    angle, size, slant_x, slant_y = amounts.unbind(dim=1)
-    cos, sin, zero = (1 + size) * angle.cos(), angle.sin(), torch.zeros_like(angle)
-    affine = torch.stack([cos, slant_x - sin, zero, slant_y + sin, cos, zero], dim=1).view(-1, 2, 3)
+    """Turn, scale, slant and shift images [n, C, H, W].
+
+    amounts [n, 4 or 6]: radians, size, slant in x and in y; shift in x and in y, as a share of half an image.
+    """
+    angle, size, slant_x, slant_y, *shift = amounts.unbind(dim=1)
+    cos, sin = (1 + size) * angle.cos(), angle.sin()
+    shift_x, shift_y = shift or (torch.zeros_like(angle),) * 2
+    affine = torch.stack([cos, slant_x - sin, shift_x, slant_y + sin, cos, shift_y], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
@@ -518,6 +522,7 @@ class EpisodeSampler:
         training classes instead of learning to learn from the support set.
     jitter: every image is turned (by up to so many radians), scaled and slanted (by up to this share)
         at random, as if another person had drawn it.
+    shift: and moved by up to this share of half its size.
     shard: (rank, world) keeps the rank-th of `world` equal slices of every meta-batch; all ranks draw
         the same tasks together, so their union does not depend on `world`.
     """
@@ -536,11 +541,12 @@ class EpisodeSampler:
         within_alphabet: bool = False,
         fixed_labels: bool = False,
         jitter: float = 0.0,
+        shift: float = 0.0,
         shard: tuple[int, int] = (0, 1),
     ):
         chosen = dataset.splits[split]
         self.N, self.K, self.Q, self.B = num_classes, num_shot, num_query, batch_size
-        self.seed, self.shard, self.fixed_labels, self.jitter = seed, shard, fixed_labels, jitter
+        self.seed, self.shard, self.fixed_labels, self.jitter, self.shift = seed, shard, fixed_labels, jitter, shift
         if batch_size % shard[1]:
             raise UserError(f"--meta_batch_size {batch_size} does not divide over {shard[1]} processes")
         starts, counts = dataset.starts[chosen], dataset.counts[chosen]
@@ -617,23 +623,25 @@ class EpisodeSampler:
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Float32 images [B, ..., C, H, W] in [0, 1] of int64 rows [B, ...]."""
         images = self.images.index_select(0, rows.reshape(-1)).to(torch.float32).div_(255)
-        if self.jitter > 0:
+        if limits := [self.jitter] * 4 * (self.jitter > 0 or self.shift > 0) + [self.shift] * 2 * (self.shift > 0):
             rank, world = self.shard
-            shape = (world, rows.numel(), 4)  # all ranks draw for all and use their own
+            shape = (world, rows.numel(), len(limits))  # all ranks draw for all and use their own
             noise = torch.rand(shape, generator=self.generator, device=rows.device)[rank]
-            images = distort(images, self.jitter * (2 * noise - 1))
+            images = distort(images, torch.tensor(limits, device=rows.device) * (2 * noise - 1))
         return images.view(*rows.shape, *self.images.shape[1:])
 
-    def sample(self, batch_size: int | None = None, one_hot: bool = False):
+    def sample(self, batch_size: int | None = None, one_hot: bool = False, features: torch.Tensor | None = None):
         """A meta-batch as (support, support labels, query, query labels).
 
         support [B, N*K, C, H, W] in class order, query [B, N*Q, C, H, W] shuffled; labels are int64
-        [B, N*K] and [B, N*Q], or with `one_hot` float32 [..., N].
+        [B, N*K] and [B, N*Q], or with `one_hot` float32 [..., N]. With `features` [len(self.images), D] the same tasks
+        hold these rows in place of the images.
         """
         rows, order = self.draw(batch_size)
         B, N, K, Q = len(rows), self.N, self.K, self.Q
-        support = self.gather(rows[:, :, :K].reshape(B, N * K))
-        query = self.gather(rows[:, :, K:].reshape(B, N * Q).gather(1, order))
+        gather = self.gather if features is None else features.__getitem__
+        support = gather(rows[:, :, :K].reshape(B, N * K))
+        query = gather(rows[:, :, K:].reshape(B, N * Q).gather(1, order))
         support_labels = self.labels.repeat_interleave(K).expand(B, N * K)
         query_labels = order.div(Q, rounding_mode="floor")
         if one_hot:
@@ -764,8 +772,6 @@ def main(argv=None) -> Dataset:
     parser.add_argument("--split", choices=["course", "lake"], default="course")
     parser.add_argument("--image_size", type=int, default=28, help="pixels a side")
     args = parser.parse_args(argv)
-    if args.image_size < 1:
-        raise UserError(f"--image_size {args.image_size} is out of range; use 1 or more")
     begin = time.perf_counter()
     data = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
     seconds = time.perf_counter() - begin

@@ -285,6 +285,7 @@ def parse_args(argv=None):
     add("--train_query", type=whole(1), default=5, help="query images of a class in training")
     add("--train_classes", type=whole(2), default=60, help="classes of a training task with a head of prototypes")
     add("--jitter", type=number(0, 1), default=0.1, help="random turn (radians), size and slant of training images")
+    add("--shift", type=number(0, 1), default=0.1, help="random shift of training images, a share of half their size")
     add = groups["model"].add_argument
     add("--encoder", choices=["strided", "pooled"], default="pooled", help="Conv4-64, or the paper's for Omniglot")
     add("--width", type=whole(1), default=64, help="filters of each convolution")
@@ -341,10 +342,9 @@ def main(argv=None) -> dict:
 
     val = experiment.fixed_tasks(dataset, "val", args, device)
 
-
     def training_tasks(N: int, Q: int, B: int, seed: int) -> EpisodeSampler:
         return EpisodeSampler(dataset, "train", N, args.num_shot, Q, B, seed, device, rotations=args.rotations,
-                              jitter=args.jitter, shard=experiment.shard())  # fmt: skip
+                              jitter=args.jitter, shift=args.shift, shard=experiment.shard())  # fmt: skip
 
     # Prototypes make a head for any number of classes; harder tasks teach the encoder faster.
     proto = training_tasks(

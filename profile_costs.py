@@ -684,7 +684,7 @@ def parse_args(argv=None):
     add("--out", default="runs/costs", help="folder of a sweep's tables and figure, and of --train's with all methods")
     add("--warmup", type=whole(1), default=2, help="outer steps before the measured ones")
     add = groups["model"].add_argument
-    add("--layers", type=whole(1), default=2, help="hidden layers")
+    add("--layers", type=whole(1, 100), default=2, help="hidden layers")
     add("--hidden_size", type=whole(1), default=128, help="units of each hidden layer")
     add = groups["optimisation"].add_argument
     add("--outer_steps", "--train_steps", type=whole(1), help="outer steps to measure or train; None: 9, 5000")

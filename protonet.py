@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import csv
 import io
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,16 @@ from torch import nn
 import experiment
 from backbone import Conv4, fast_dtype, prototypes
 from experiment import Run, UserError, number, whole
-from load_data import IMAGE_SUFFIXES, EpisodeSampler, episode_figure, load_dataset, read_image, resize
+from load_data import (
+    IMAGE_SUFFIXES,
+    Dataset,
+    EpisodeSampler,
+    distort,
+    episode_figure,
+    load_dataset,
+    read_image,
+    resize,
+)
 
 # ---------------------------------------------------------------------------------- the method
 
@@ -79,26 +89,55 @@ def episode_loss(encoder: nn.Module, episode, num_classes: int, dtype: torch.dty
 
 
 @torch.no_grad()
-def evaluate(encoder: nn.Module, sampler: EpisodeSampler, num_tasks: int, dtype: torch.dtype, norm: str = "running"):
+def embed_split(encoder: nn.Module, sampler: EpisodeSampler, dtype: torch.dtype, views: int = 1, limits=(0.1, 0.1)):
+    """Features [images, D] of all images of the sampler's split, each embedded once for all tasks.
+
+    With running averages an image's features depend on nothing but itself. With views > 1 they are the mean over the
+    image and views - 1 copies of it, distorted at random by up to `limits`, the jitter and shift of training.
+    """
+    images = sampler.images
+    limits = torch.tensor([limits[0]] * 4 + [limits[1]] * 2)
+    generator = torch.Generator().manual_seed(sampler.seed)
+    features = []
+    for part in images.split(500):
+        part, total = part.float() / 255, 0
+        for view in range(views):
+            noise = 2 * torch.rand(len(part), 6, generator=generator) - 1
+            seen = distort(part, (limits * noise).to(part.device)) if view else part
+            total = total + embed(encoder, seen[None], dtype)[0]
+        features.append(total / views)
+    return torch.cat(features)
+
+
+@torch.no_grad()
+def evaluate(features: torch.Tensor, sampler: EpisodeSampler, num_tasks: int):
     """Accuracy of each of the first `num_tasks` tasks of the sampler's stream [num_tasks], and the mean loss.
 
-    norm="running" is non-transductive; norm="batch" normalises with the queries of one task at a time.
+    features: what `embed_split` gives, so that no query influences another (non-transductive).
     """
     sampler.reset()
     correct, losses = [], []
     while (done := sum(map(len, correct))) < num_tasks:
-        support, _, query, labels = sampler.sample()
-        images = torch.cat([support, query], dim=1)
-        if norm == "batch":
-            features = torch.cat([embed(encoder, task[None], dtype, norm=norm) for task in images])
-        else:
-            features = embed(encoder, images, dtype, norm=norm)
-        n = support.shape[1]
-        logits = proto_logits(features[:, :n], features[:, n:], sampler.N)
+        support, _, query, labels = sampler.sample(features=features)
+        logits = proto_logits(support, query, sampler.N)
         losses.append(F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item())
         right = (logits.argmax(dim=-1) == labels).float().mean(dim=1)
         correct.append(right[: num_tasks - done].cpu())
     return torch.cat(correct), sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def evaluate_transductive(encoder: nn.Module, sampler: EpisodeSampler, num_tasks: int, dtype: torch.dtype):
+    """Accuracy of each task [num_tasks] when batch norm takes the statistics of its own support set and queries."""
+    sampler.reset()
+    correct = []
+    while len(correct) < num_tasks:
+        support, _, query, labels = sampler.sample()
+        for s, q, y in zip(support, query, labels, strict=True):
+            features = embed(encoder, torch.cat([s, q])[None], dtype, norm="batch")
+            logits = proto_logits(features[:, : len(s)], features[:, len(s) :], sampler.N)
+            correct.append((logits[0].argmax(dim=-1) == y).float().mean())
+    return torch.stack(correct[:num_tasks]).cpu()
 
 
 # ---------------------------------------------------------------------------- your own pictures
@@ -210,7 +249,7 @@ def prediction_figure(support, classes, query, rows):
 def parse_args(argv=None):
     """The flags; combinations that cannot work are refused here."""
     parser, groups = experiment.make_parser(
-        __doc__, meta_batch_size=1, train_steps=3000, eval_freq=250, rotations=True, num_val_tasks=600
+        __doc__, meta_batch_size=1, train_steps=5000, eval_freq=500, rotations=True, num_val_tasks=1000
     )
     parser.prog = "protonet.py"
     add = groups["data"].add_argument
@@ -218,6 +257,7 @@ def parse_args(argv=None):
     add("--train_shot", type=whole(1), default=1, help="support images of each class in training")
     add("--train_query", type=whole(1), default=1, help="query images of each class in training")
     add("--jitter", type=number(0, 1), default=0.1, help="random turn (radians), size and slant of training images")
+    add("--shift", type=number(0, 1), default=0.1, help="random shift of training images, a share of half their size")
     add("--within_alphabet", action="store_true", help="test tasks of characters of one alphabet (Lake et al.)")
     add("--train_within_alphabet", action="store_true", help="training tasks too: likeness is learned where it is hard")
     add("--predict", metavar="DIR", help="label DIR/query/* by DIR/support/CLASS/*, with --checkpoint")
@@ -225,10 +265,12 @@ def parse_args(argv=None):
     add = groups["model"].add_argument
     add("--width", type=whole(1), default=64, help="filters of each convolution")
     add = groups["optimisation"].add_argument
-    add("--learning_rate", type=number(above=True), default=3e-3, help="of AdamW, at its peak")
-    add("--weight_decay", type=number(), default=0.01, help="of AdamW")
+    add("--learning_rate", type=number(above=True), default=6e-3, help="of AdamW, at its peak")
+    add("--weight_decay", type=number(), default=0.05, help="of AdamW")
+    views = "the final test averages the features of so many slightly distorted copies of each image"
+    groups["evaluation"].add_argument("--views", type=whole(1), default=8, help=views)
     smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "train_classes": 10,
-             "width": 16}  # fmt: skip
+             "width": 16, "views": 2}  # fmt: skip
     args = experiment.parse(parser, argv, smoke, fixed=("width", "image_size"))
     if args.predict and not args.checkpoint:
         raise UserError("--predict needs --checkpoint RUN_DIR, the trained run")
@@ -249,18 +291,18 @@ def main(argv=None) -> dict | list[dict]:
     encoder = Conv4(dataset.images.shape[1], args.width, args.image_size)
     encoder = encoder.to(device, memory_format=torch.channels_last)
 
-    test = experiment.fixed_tasks(dataset, "test", args, device, within_alphabet=args.within_alphabet)
     if args.test:
         step = experiment.load_best(args.checkpoint, encoder)
-        metrics = {"best_step": step} | test_report(args, encoder, test, dtype, device)
+        metrics = {"best_step": step} | test_report(args, encoder, dataset, dtype, device)
         return experiment.report(args, "protonet", dataset.name, metrics)
 
+    test = experiment.fixed_tasks(dataset, "test", args, device, within_alphabet=args.within_alphabet)
     # Of any alphabets: the 100 characters of validation are too few of one.
     val = experiment.fixed_tasks(dataset, "val", args, device)
     N = args.train_classes
     train = EpisodeSampler(
         dataset, "train", N, args.train_shot, args.train_query, args.meta_batch_size, args.random_seed, device,
-        rotations=args.rotations, within_alphabet=args.train_within_alphabet, jitter=args.jitter,
+        rotations=args.rotations, within_alphabet=args.train_within_alphabet, jitter=args.jitter, shift=args.shift,
         shard=experiment.shard(),
     )  # fmt: skip
     optimizer = torch.optim.AdamW(encoder.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -279,9 +321,9 @@ def main(argv=None) -> dict | list[dict]:
         run.record(loss)
         if run.time_to_evaluate():
             with run.clock_stopped():
-                val_accuracy, val_loss = evaluate(encoder, val, args.num_val_tasks, dtype)
+                val_accuracy, val_loss = evaluate(embed_split(encoder, val, dtype), val, args.num_val_tasks)
                 # The curve on the test classes is for plots; nothing is decided by it.
-                test_accuracy, test_loss = evaluate(encoder, test, args.num_val_tasks // 4, dtype)
+                test_accuracy, test_loss = evaluate(embed_split(encoder, test, dtype), test, args.num_val_tasks)
             val_accuracy, test_accuracy = val_accuracy.mean().item(), test_accuracy.mean().item()
             run.evaluated(val_accuracy, {
                 "Loss/val": val_loss, "Accuracy/val": val_accuracy,
@@ -289,21 +331,32 @@ def main(argv=None) -> dict | list[dict]:
             })  # fmt: skip
     run.load_best(encoder)
     log_episode(run, encoder, test, dtype)
-    return run.finish(test_report(args, encoder, test, dtype, device))
+    return run.finish(test_report(args, encoder, dataset, dtype, device))
 
 
-def test_report(args, encoder: nn.Module, test: EpisodeSampler, dtype: torch.dtype, device: torch.device) -> dict:
-    """Accuracy on the fixed test tasks: non-transductive, and beside it with the task's own batch norm."""
-    accuracies = evaluate(encoder, test, args.num_test_tasks, dtype)[0]
-    accuracy, ci95 = experiment.mean_and_ci95(accuracies)
+def test_report(args, encoder: nn.Module, dataset: Dataset, dtype: torch.dtype, device: torch.device) -> dict:
+    """Accuracy on the fixed test tasks: of features averaged over views, of the images alone, and transductive.
+
+    The same network is also tested at the four usual N and K, where the images suffice.
+    """
+    test = experiment.fixed_tasks(dataset, "test", args, device, within_alphabet=args.within_alphabet)
+    features = embed_split(encoder, test, dtype, args.views, (args.jitter, args.shift))
+    accuracies = evaluate(features, test, args.num_test_tasks)[0]
+    alone = evaluate(embed_split(encoder, test, dtype), test, args.num_test_tasks)[0]
     some = min(args.num_test_tasks, 600)
-    transductive, transductive_ci95 = experiment.mean_and_ci95(evaluate(encoder, test, some, dtype, norm="batch")[0])
-    return {
-        "test_accuracy": accuracy, "ci95": ci95, "num_test_tasks": args.num_test_tasks,
-        "batch_norm": "running", "test_accuracy_transductive": transductive, "ci95_transductive": transductive_ci95,
-        "within_alphabet": args.within_alphabet, "dtype": str(dtype).removeprefix("torch."),
-        "device": experiment.device_name(device), "parameters": sum(p.numel() for p in encoder.parameters()),
-        "accuracies": [round(a, 4) for a in accuracies.tolist()],
+    metrics = {"num_test_tasks": args.num_test_tasks, "accuracies": [round(a, 4) for a in accuracies.tolist()]}
+    named = {"": accuracies, "_one_view": alone, "_transductive": evaluate_transductive(encoder, test, some, dtype)}
+    for N, K in ((5, 1), (5, 5), (20, 1), (20, 5)):
+        if N <= test.num_available and K + args.num_query <= int(test.counts.min()) and not args.within_alphabet:
+            setting = Namespace(num_classes=N, num_shot=K, num_query=args.num_query)
+            tasks = experiment.fixed_tasks(dataset, "test", setting, device)
+            named[f"_{N}way{K}shot"] = evaluate(features, tasks, args.num_test_tasks)[0]
+    for name, values in named.items():
+        metrics[f"test_accuracy{name}"], metrics[f"ci95{name}"] = experiment.mean_and_ci95(values)
+    return metrics | {
+        "batch_norm": "running", "views": args.views, "within_alphabet": args.within_alphabet,
+        "dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device),
+        "parameters": sum(p.numel() for p in encoder.parameters()),
     }  # fmt: skip
 
 

@@ -39,6 +39,7 @@ from experiment import UserError, whole, write_atomically, write_json
 HERE = Path(__file__).resolve().parent
 PARTS = ("mann", "meta_lstm", "comparison", "costs", "features")
 COURSE = "--head recurrent --logit_scale 1 --forget_bias 0 --no-rotations --schedule constant --clip 0"
+LAKE = "--split lake --num_classes 20 --within_alphabet"
 LONG = "--jitter 0.1 --train_steps 12000 --eval_freq 500 --dtype bfloat16"
 
 
@@ -77,7 +78,11 @@ CASES = [
                               ("5way5shot", False, "--num_classes 5 --num_shot 5"),
                               ("10way10shot", True, "--train_steps 500 --eval_freq 100 --num_query 5"))],
     Case("comparison", "transfer", "transfer.py", "", "", "--train_steps 16000 --finetune_steps 6000", 3, 5),
-    Case("comparison", "protonet", "protonet.py", "", "", "--train_steps 40000 --eval_freq 1000", 3, 4),
+    Case("comparison", "protonet", "protonet.py", "--num_test_tasks 2000", "", "", 3, 4),
+    Case("comparison", "protonet_long", "protonet.py", "--num_test_tasks 2000", "--train_steps 15000 --eval_freq 1500",
+         "--train_steps 60000 --eval_freq 2000", 3, 12),
+    Case("comparison", "protonet_lake", "protonet.py", f"--num_test_tasks 2000 {LAKE}",
+         "--train_steps 15000 --eval_freq 1500", "--train_steps 60000 --eval_freq 2000", 1, 12),
     Case("comparison", "fomaml", "maml.py", "--first_order --zero_head", "",
          "--train_steps 60000 --eval_freq 1000", 3, 10),
     Case("comparison", "protomaml", "maml.py", "--head proto --first_order --inner_lr 0.01", "",
@@ -96,11 +101,11 @@ CLAIMS = [
     ("MANN, 1-shot 4-way", "mann/K1N4", "test_accuracy", "about 70", "-"),
     ("MANN with a conv encoder, 5-way 1-shot", "mann/conv_K1N5", "test_accuracy", "-", "82.8 to 89.2 (MANN)"),
     ("ProtoNet, 5-way 1-shot, two minutes", "comparison/protonet", "test_accuracy", "98.8", "98.8"),
-    ("ProtoNet, 5-way 1-shot, long", "protonet/long_5way1shot", "test_accuracy", "98.8", "98.8"),
-    ("ProtoNet, 5-way 5-shot, long", "protonet/long_5way5shot", "test_accuracy", "-", "99.7"),
-    ("ProtoNet, 20-way 1-shot, long", "protonet/long_20way1shot", "test_accuracy", "-", "96.0"),
-    ("ProtoNet, 20-way 5-shot, long", "protonet/long_20way5shot", "test_accuracy", "-", "98.9"),
-    ("ProtoNet, 20-way 1-shot within an alphabet (Lake)", "protonet/lake_within", "test_accuracy", "-", "86"),
+    ("ProtoNet, 5-way 1-shot, long", "comparison/protonet_long", "test_accuracy_5way1shot", "98.8", "98.8"),
+    ("ProtoNet, 5-way 5-shot, long", "comparison/protonet_long", "test_accuracy_5way5shot", "-", "99.7"),
+    ("ProtoNet, 20-way 1-shot, long", "comparison/protonet_long", "test_accuracy_20way1shot", "-", "96.0"),
+    ("ProtoNet, 20-way 5-shot, long", "comparison/protonet_long", "test_accuracy_20way5shot", "-", "98.9"),
+    ("ProtoNet, 20-way 1-shot within an alphabet (Lake)", "comparison/protonet_lake", "test_accuracy", "-", "86"),
     ("Fine-tuning, 423-way", "comparison/transfer", "finetuned_accuracy", "78.5", "-"),
     ("Fine-tuning, 5-way 1-shot", "comparison/transfer", "test_accuracy", "-", "-"),
     ("First-order MAML, 5-way 1-shot", "comparison/fomaml", "test_accuracy", "81.5", "98.3"),
@@ -309,8 +314,6 @@ def claim_rows(out: Path) -> list[dict[str, str]]:
                     "tasks": str(runs[0]["num_test_tasks"]), "device": runs[0]["device"],
                     "minutes": f"{sum(seconds) / len(seconds) / 60:.1f}" if seconds else "-",
                     "command": f"`{runs[0]['command']}`"}  # fmt: skip
-            if "train_command" in runs[0]:  # a run tested at another N and K
-                row["command"] = f"`{runs[0]['train_command']}`, then {row['command']}"
         rows.append(row)
     return rows
 
@@ -456,7 +459,7 @@ def draw_comparison(out: Path) -> None:
 
 def write_everything(out: Path) -> None:
     """All tables and figures from the JSON files that are there."""
-    for part in sorted({case.part for case in CASES} | {"protonet"}):
+    for part in PARTS:
         write_csv(out, part)
     draw_mann(out)
     draw_comparison(out)

@@ -231,6 +231,27 @@ def test_data_generator_streams(workers):
     assert not torch.equal(first, epochs(2)[0])
 
 
+def test_workers_draw_the_same_distribution():
+    """With 0 and 4 workers every class, every label order of the queries is equally likely (chi-square, p > 1e-4)."""
+    for workers in (0, 4):
+        torch.manual_seed(3)
+        generator = DataGenerator(3, 2, "val", config={"dataset": "glyphs"})
+        of = {image.numpy().tobytes(): int(i) // 20 for i, image in enumerate(generator.sampler.images.flatten(1))}
+        loader = torch.utils.data.DataLoader(generator, batch_size=50, num_workers=workers)
+        classes, orders = torch.zeros(len(of) // 20 + 1), torch.zeros(6)
+        for (images, labels), _ in zip(loader, range(40), strict=False):
+            for image in (images[:, 0].flatten(0, 1) * 255).round().to(torch.uint8):
+                classes[of[image.numpy().tobytes()]] += 1
+            code = labels[:, 1].argmax(dim=-1) @ torch.tensor([9, 3, 1])
+            for i, value in enumerate(code.unique()):
+                orders[i] += (code == value).sum()
+        classes = classes[classes > 0]
+        assert len(classes) == 100 and classes.sum() == 6000 and orders.sum() == 2000
+        for counts, limit in ((classes, 161.0), (orders, 26.0)):
+            expected = counts.sum() / len(counts)
+            assert ((counts - expected) ** 2 / expected).sum() < limit, workers
+
+
 # --------------------------------------------------------------------------- splits and datasets
 
 
@@ -509,6 +530,6 @@ def test_command_line(run_script, tmp_path, work):
 def test_unknown_names():
     with pytest.raises(UserError, match="--dataset mnist is unknown"):
         load_dataset("mnist")
-    with pytest.raises(UserError, match="--image_size 4 is too small"):
+    with pytest.raises(UserError, match="--image_size 4 is out of range"):
         load_dataset("glyphs", image_size=4)
     assert Path("data").is_dir()

@@ -14,7 +14,7 @@ import load_data
 import protonet
 from backbone import Conv4, prototypes
 from load_data import EpisodeSampler
-from protonet import embed, episode_loss, evaluate, proto_logits, squared_distances
+from protonet import embed, embed_split, episode_loss, evaluate, proto_logits, squared_distances
 
 SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]
 
@@ -67,9 +67,24 @@ class Corner(nn.Module):
 @pytest.mark.parametrize("K, Q", [(1, 1), (2, 2), (5, 3)])
 def test_a_perfect_encoder_scores_one_and_has_no_loss(K, Q):
     sampler = EpisodeSampler(known_dataset(), "test", 6, K, Q, 4, seed=1)
-    accuracy, loss = evaluate(Corner(), sampler, 10, torch.float32)
+    accuracy, loss = evaluate(embed_split(Corner(), sampler, torch.float32), sampler, 10)
     assert accuracy.tolist() == [1.0] * 10 and loss < 1e-6
     assert episode_loss(Corner(), sampler.sample(), 6, torch.float32) < 1e-6  # also with swapped roles
+
+
+def test_features_of_each_image_give_the_tasks_of_the_images():
+    """Embedding each image once is the same as embedding every task, shuffled queries and all."""
+    torch.manual_seed(0)
+    encoder, sampler = Conv4(width=8), EpisodeSampler(known_dataset(), "test", 5, 2, 3, 4, seed=1)
+    support, _, query, labels = sampler.sample()
+    logits = proto_logits(embed(encoder, support, torch.float32), embed(encoder, query, torch.float32), 5)
+    right = (logits.argmax(dim=-1) == labels).float().mean(dim=1)
+    features = embed_split(encoder, sampler, torch.float32)
+    assert torch.equal(evaluate(features, sampler, 4)[0], right) and 0 < right.mean() < 1
+    seen = embed_split(encoder, sampler, torch.float32, views=3, limits=(0.0, 0.0))  # three times the same
+    assert torch.allclose(seen, features, atol=1e-3)
+    again = [embed_split(encoder, sampler, torch.float32, views=3) for _ in range(2)]
+    assert torch.equal(*again) and not torch.allclose(again[0], features, atol=1e-3)
 
 
 def test_swapped_roles_equal_the_swapped_task():
@@ -105,6 +120,8 @@ def test_training_learns(trained):
     folder, metrics = trained
     assert metrics["test_accuracy"] > 0.85 and metrics["batch_norm"] == "running"
     assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert metrics["test_accuracy_5way1shot"] == metrics["test_accuracy"] < metrics["test_accuracy_5way5shot"]
+    assert metrics["test_accuracy_20way1shot"] < metrics["test_accuracy_20way5shot"] < 1
 
 
 def test_evaluation_at_other_n_and_k(trained):
@@ -117,10 +134,25 @@ def test_evaluation_at_other_n_and_k(trained):
     assert protonet.main([*base, "--within_alphabet", "--split", "lake"])["within_alphabet"]
 
 
+def test_float32_and_bfloat16_agree(trained):
+    """The same network in both: accuracies within one point, features within 3 % of their size."""
+    folder, _ = trained
+    base = ["--test", "--checkpoint", str(folder), "--num_test_tasks", "100"]
+    wide, short = (protonet.main([*base, "--dtype", dtype])["test_accuracy"] for dtype in ("float32", "bfloat16"))
+    assert abs(wide - short) < 0.01
+    encoder, images = Conv4(1, 32), torch.rand(1, 40, 1, 28, 28)
+    protonet.experiment.load_best(str(folder), encoder)
+    with torch.no_grad():
+        wide, short = (embed(encoder, images, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert (wide - short).norm() / wide.norm() < 0.03 and not torch.equal(wide, short)
+
+
 @pytest.mark.parametrize("flags", [
-    ["--train_shot", "2", "--train_query", "3", "--jitter", "0", "--no-rotations", "--meta_batch_size", "2"],
+    ["--train_shot", "2", "--train_query", "3", "--jitter", "0", "--no-rotations", "--meta_batch_size", "2",
+     "--shift", "0.2", "--views", "3"],
     ["--dtype", "float32", "--learning_rate", "1e-2", "--weight_decay", "0", "--split", "lake", "--image_size", "32"],
-    ["--dtype", "bfloat16", "--num_query", "3", "--num_shot", "2", "--patience", "1", "--within_alphabet"],
+    ["--dtype", "bfloat16", "--num_query", "3", "--num_shot", "2", "--patience", "1", "--within_alphabet",
+     "--train_within_alphabet"],
 ])  # fmt: skip
 def test_every_flag_in_a_smoke_run(flags, tmp_path):
     metrics = protonet.main([*SMOKE, "--log_dir", str(tmp_path), *flags])
