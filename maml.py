@@ -5,7 +5,7 @@ loop takes L gradient steps on a task's support loss, starting from theta; the o
 loss of the queries after these steps falls. The gradient goes through the inner steps exactly (second order),
 or treats their gradients as constants (`--first_order`).
 
-    python maml.py --num_classes 5 --num_shot 1                MAML, under ten minutes of training on two CPU cores
+    python maml.py --num_classes 5 --num_shot 1                MAML, ten minutes of training on two CPU cores
     python maml.py --first_order --zero_head                   first-order MAML
     python maml.py --head proto --first_order --inner_lr 0.01  Proto-MAML: the head starts from the prototypes
     python maml.py --freeze_body                               ANIL: only the head is adapted
@@ -278,7 +278,7 @@ def share(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def parse_args(argv=None):
     """The flags; combinations that cannot work are refused here."""
     parser, groups = experiment.make_parser(
-        __doc__, meta_batch_size=4, train_steps=3500, eval_freq=500, rotations=True, num_val_tasks=200
+        __doc__, meta_batch_size=4, train_steps=7500, eval_freq=1500, rotations=True, num_val_tasks=200
     )
     parser.prog = "maml.py"
     add = groups["data"].add_argument
@@ -299,7 +299,7 @@ def parse_args(argv=None):
     add("--inner_lr", type=number(), default=0.4, help="rate of the inner steps, or where the learned rates start")
     add("--head_lr", type=number(), default=0.0, help="the same for a linear head; 0: 2 N / sqrt(features)")
     add("--learn_inner_lrs", action="store_true", help="learn a rate per tensor and step")
-    add("--warmup_steps", type=whole(0), default=2500,
+    add("--warmup_steps", type=whole(0), default=6000,
         help="first training steps, with a head made of prototypes and no inner step; the papers: 0")  # fmt: skip
     add("--first_order", action="store_true", help="drop the second derivative")
     add("--multi_step_loss", action="store_true", help="early in training count the loss after every inner step")

@@ -143,16 +143,22 @@ def meta_lstm_figure() -> None:
 def faults_text() -> str:
     """What the fault tests counted, from results/faults.json."""
     found = json.loads((RESULTS / "faults.json").read_text())
-    lines = ["| script | kills survived / made, bit for bit equal | peak memory of 2,000 steps "
-             "| growth in the last 1,000 | bad flag values refused |", "|---" * 5 + "|"]  # fmt: skip
+    lines = ["| script | kills survived / made, bit for bit equal | meta-gradient of two processes differs by "
+             "| peak memory of 2,000 steps | growth in the last 1,000 | bad flag values refused |",
+             "|---" * 6 + "|"]  # fmt: skip
     for script, cases in found["flag_cases"].items():
         kills, memory = found["kills"].get(script, ""), found["memory"].get(script)
         kills = f"{kills} / {kills}" if kills else ""
         size, growth = (f"{memory['MB']} MB", f"{memory['growth_percent']:.2f} %") if memory else ("", "")
-        lines.append(f"| `{script}.py` | {kills} | {size} | {growth} | {cases} of {cases} |")
-    lines += ["", f"In all {sum(found['kills'].values())} kills, {sum(found['flag_cases'].values())} bad values and "
-              f"{found['folder_cases']} strange run folders. Commands: `{found['command_slow']}`, "
-              f"`{found['command_fast']}`."]  # fmt: skip
+        two = found["two_processes"].get(script)
+        two = f"{two:.0e}" if two else ""
+        lines.append(f"| `{script}.py` | {kills} | {two} | {size} | {growth} | {cases} of {cases} |")
+    lines += ["", f"In all {sum(found['kills'].values())} kills, {sum(found['flag_cases'].values())} bad values, "
+              f"{found['folder_cases']} strange run folders and {found['huge_cases']} values too large for any memory. "
+              "Differences are relative, in float64, the largest of a script's optimisers. Commands: "
+              f"`{found['command_slow']}`, `{found['command_fast']}`.",
+              "", "| Python | torch | `pytest` |", "|---|---|---|"]  # fmt: skip
+    lines += [f"| {v['python']} | {v['torch']} | {v['result']} |" for v in found["versions"]]
     return "\n".join(lines)
 
 
