@@ -110,13 +110,14 @@ def classify(theta: Parameters, images: torch.Tensor, s: Setting, num_support: i
     return F.linear(embed(theta, images, s, num_support), theta["head_weight"], theta["head_bias"])
 
 
-def proto_head(theta: Parameters, support: torch.Tensor, s: Setting) -> Parameters:
+def proto_head(support: torch.Tensor, s: Setting) -> Parameters:
     """The linear head that computes -||f - c||^2 up to a constant: w = 2c, b = -||c||^2 (Triantafillou, eq. 4).
 
+    support: features [N*K, D] in class order, of which c are the class means.
     head="one_step" is, without the step, what one inner step at the rate 2 N / sqrt(D) makes of a zero head:
     w = 2 (c - mean of all c) / sqrt(D), b = 0. The division keeps the softmax from saturating, as in attention.
     """
-    centres = prototypes(embed(theta, support, s, len(support))[None], s.num_classes)[0]  # [N, D]
+    centres = prototypes(support[None], s.num_classes)[0]  # [N, D]
     if s.head == "one_step":
         scale = 2 / centres.shape[1] ** 0.5
         return {"head_weight": scale * (centres - centres.mean(dim=0)), "head_bias": torch.zeros_like(centres[:, 0])}
@@ -130,7 +131,7 @@ def adapt(theta: Parameters, step_sizes: list[Parameters], support, labels, s: S
     gradient of a step is a constant.
     """
     if s.head != "linear":
-        theta = theta | proto_head(theta, support, s)
+        theta = theta | proto_head(embed(theta, support, s, len(support)), s)
     adapted = {"head_weight", "head_bias"} if s.freeze_body else set(theta)
     slow = {name: p for name, p in theta.items() if name not in adapted}
     fast = {name: p for name, p in theta.items() if name in adapted}
@@ -186,16 +187,28 @@ def each_task(function, *batch: torch.Tensor) -> list:
         torch.set_num_threads(workers)
 
 
+def warmup_loss(theta: Parameters, support, support_labels, query, query_labels, s: Setting) -> torch.Tensor:
+    """The loss of one task with one query a class and no inner step, in the warm-up.
+
+    The queries are asked of the head made of the support set; the same features then change places.
+    """
+    ordered = query_labels.argsort()
+    one, other = embed(theta, support, s, len(support)), embed(theta, query[ordered], s, len(query))
+    asked = F.linear(other, *proto_head(one, s).values()), F.linear(one, *proto_head(other, s).values())
+    return (F.cross_entropy(asked[0], query_labels[ordered]) + F.cross_entropy(asked[1], support_labels)) / 2
+
+
 def meta_gradient(learner: Learner, batch, s: Setting, weights: list[float], inner_steps: int) -> torch.Tensor:
     """Add the gradient of the mean outer loss over the tasks of a meta-batch to `.grad`; returns the loss.
 
+    Without `weights` it is that of the warm-up.
     On a GPU all tasks go through one `vmap`. On a CPU convolutions with different weights for every task are slow
     when batched, and each task goes by itself; its graph is freed before the next.
     """
     theta, step_sizes = learner.theta(), learner.step_sizes(inner_steps)
 
     def loss_of(*task):
-        return task_loss(theta, step_sizes, *task, s, weights)
+        return task_loss(theta, step_sizes, *task, s, weights) if weights else warmup_loss(theta, *task, s)
 
     if batch[0].is_cuda:
         s = s._replace(under_vmap=True)
@@ -366,7 +379,7 @@ def main(argv=None) -> dict:
         optimizer.zero_grad()
         if step <= args.warmup_steps:
             s_now = s._replace(head="proto" if args.head == "proto" else "one_step", num_classes=proto.N)
-            loss = meta_gradient(learner, proto.sample(), s_now, [1.0], inner_steps=0)
+            loss = meta_gradient(learner, proto.sample(), s_now, weights=[], inner_steps=0)
         else:
             loss = meta_gradient(learner, train.sample(), s._replace(num_classes=train.N), weights, args.inner_steps)
         experiment.average_gradients(learner)

@@ -56,6 +56,32 @@ def mann_table() -> str:
     )
 
 
+def mann_answers() -> str:
+    """The homework's questions on the MANN, answered by our runs."""
+    def figure(name: str, key: str = "test_accuracy") -> str:
+        return mean_of_seeds(load(f"mann/{name}"), key, key.replace("test_accuracy", "ci95"))
+
+    names = ("rate_1e-1", "rate_1e-3", "rate_1e-5", "memory_8", "memory_256", "gru", "3_layers")
+    swept = {name: figure(f"K1N3_{name}") for name in names if load(f"mann/K1N3_{name}")}
+    lines = [f"- **More classes?** Harder: {figure('K1N2')} with 2, {figure('K1N3')} with 3, {figure('K1N4')} with 4 "
+             "classes at one shot. There are more labels to tell apart and more images to keep in mind.",
+             f"- **More shots?** Easier: {figure('K2N2')} with 2 images of each of 2 classes, {figure('K1N2')} with "
+             "one. Asked alone, without the hint that the queries are one of each class, it is "
+             f"{figure('K2N2', 'test_accuracy_alone')} and {figure('K1N2', 'test_accuracy_alone')}."]  # fmt: skip
+    if len(swept) == 7:
+        run = load("mann/K1N3_rate_1e-3")[0]
+        lines += [
+            "- **Which learning rate?** 1-shot 3-way with the course's network and recipe, "
+            f"{run['steps']} steps: {swept['rate_1e-1']} at 1e-1, {swept['rate_1e-3']} at 1e-3, "
+            f"{swept['rate_1e-5']} at 1e-5, where guessing gives 33.3.",
+            f"- **How much memory?** The same with 8, 128 and 256 units: {swept['memory_8']}, {swept['rate_1e-3']} and "
+            f"{swept['memory_256']}.",
+            f"- **Which layers?** The same with two GRU layers: {swept['gru']}, with three LSTM layers: "
+            f"{swept['3_layers']}. Command of the first: `{run['command']}`.",
+        ]  # fmt: skip
+    return "\n".join(lines)
+
+
 def short_table(words: tuple[str, ...] = ("",), command: bool = False) -> str:
     """The measured lines of the results table whose name starts with one of `words`."""
     rows = [row for row in reproduce.claim_rows(RESULTS) if row["what"].startswith(words) and row["tasks"]]
@@ -329,7 +355,7 @@ def command_of(run: dict) -> str:
 def render(text: str) -> str:
     """README text with everything between its markers written anew."""
     tables = {
-        "results": short_table, "mann": mann_table, "memorisation": memorisation_text,
+        "results": short_table, "mann": mann_table, "mann_answers": mann_answers, "memorisation": memorisation_text,
         "protonet": lambda: short_table(("ProtoNet",), True), "transfer": lambda: short_table(("Fine-tuning",), True),
         "maml": lambda: short_table(("First-order MAML", "Proto-MAML", "MAML", "ANIL"), True),
         "meta_lstm": meta_lstm_table, "costs": costs_text, "features": features_text, "speed": speed_table,

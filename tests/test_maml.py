@@ -176,6 +176,19 @@ def test_the_warm_up_head_is_one_inner_step_from_zero():
         assert torch.allclose(after[name], made[name], atol=1e-12), name
 
 
+@pytest.mark.parametrize("head", ["proto", "one_step"])
+def test_the_warm_up_asks_in_both_directions(head):
+    """Its loss is the mean of the loss without inner steps of a task and of the task with exchanged roles."""
+    s, theta = Setting(N, head=head, dtype=torch.float64), learner("proto", 0).theta()
+    sampler = EpisodeSampler(known_dataset(), "train", N, 1, 1, 1, seed=4)
+    support, labels, query, query_labels = (x[0] for x in sampler.sample())
+    support, query = (x.double() + torch.rand_like(x, dtype=torch.float64) for x in (support, query))
+    forth = maml.task_loss(theta, [], support, labels, query, query_labels, s, [1.0])
+    back = maml.task_loss(theta, [], query[query_labels.argsort()], labels, support, labels, s, [1.0])
+    found = maml.warmup_loss(theta, support, labels, query, query_labels, s)
+    assert torch.allclose(found, (forth + back) / 2, atol=1e-12) and (forth - back).abs() > 1e-6
+
+
 def test_a_zero_head_is_adapted_but_not_meta_learned():
     s, tasks = Setting(N, dtype=torch.float64, first_order=True, strided=False), batch(2)
     model = Learner(Conv4(width=4), N, 2, 0.4, zero_head=True).double()
