@@ -84,11 +84,11 @@ CASES = [
     Case("comparison", "protonet_lake", "protonet.py", f"--num_test_tasks 2000 {LAKE}",
          "--train_steps 24000 --eval_freq 2400", "--train_steps 60000 --eval_freq 2000", 1, 20),
     Case("comparison", "fomaml", "maml.py", "--first_order --zero_head", "",
-         "--train_steps 60000 --eval_freq 1000", 3, 10),
+         "--train_steps 60000 --eval_freq 1000", 3, 9),
     Case("comparison", "protomaml", "maml.py", "--head proto --first_order --inner_lr 0.01", "",
-         "--train_steps 60000 --eval_freq 1000", 3, 15),
-    Case("comparison", "maml", "maml.py", "", "", "--train_steps 60000 --eval_freq 1000", 3, 20),
-    Case("comparison", "anil", "maml.py", "--freeze_body", "", "--train_steps 60000 --eval_freq 1000", 1, 12),
+         "--train_steps 60000 --eval_freq 1000", 3, 9),
+    Case("comparison", "maml", "maml.py", "", "", "--train_steps 60000 --eval_freq 1000", 3, 9),
+    Case("comparison", "anil", "maml.py", "--freeze_body", "", "--train_steps 60000 --eval_freq 1000", 1, 9),
     Case("costs", "costs", "profile_costs.py", "--sweep all --engine auto", "", "", 1, 5),
     Case("features", "features", "feature_weights.py", "--part all", "", "", 1, 2),
 ]  # fmt: skip
@@ -142,9 +142,12 @@ def code_version(script: str) -> str:
 def make_jobs(parts: list[str], scale: str, out: Path, device: str, dataset: str, only: str = "") -> list[Job]:
     jobs = []
     for case in CASES:
-        if case.part not in parts or only not in f"{case.part}_{case.name}":
+        if case.part not in parts:
             continue
         for seed in range(1, (1 if scale == "smoke" else case.seeds) + 1):
+            name = f"{case.part}_{case.name}_seed{seed}"
+            if not any(text in name for text in only.split(",")):
+                continue
             # At smoke scale the script's own --smoke decides on lengths and sizes.
             length = {"smoke": "--smoke", "cpu": case.cpu, "full": case.full}[scale]
             flags = shlex.split(f"{case.recipe} {length}")
@@ -156,7 +159,7 @@ def make_jobs(parts: list[str], scale: str, out: Path, device: str, dataset: str
                 flags += ["--dataset", dataset]
             flags += ["--random_seed", str(seed), "--device", device]
             key = hashlib.sha256(json.dumps([case.script, flags, code_version(case.script)]).encode()).hexdigest()[:16]
-            jobs.append(Job(f"{case.part}_{case.name}_seed{seed}", case, seed, flags, key))
+            jobs.append(Job(name, case, seed, flags, key))
     return jobs
 
 
@@ -268,8 +271,9 @@ def run_all(jobs: list[Job], out: Path, runs: Path, num_jobs: int) -> list[str]:
         bar.update(job.case.minutes)
         bar.write(f"{job.name}: {'failed' if why else 'done'} in {minutes:.1f} minutes")
 
+    order = lambda job: (job.seed, -job.case.minutes)  # a first seed of everything, long runs before short ones
     with ThreadPoolExecutor(num_jobs) as pool:
-        futures = [pool.submit(work, job) for job in sorted(todo, key=lambda job: -job.case.minutes)]
+        futures = [pool.submit(work, job) for job in sorted(todo, key=order)]
         try:
             for future in futures:
                 future.result()
@@ -478,7 +482,8 @@ def parse_args(argv=None):
     add("--jobs", type=whole(1), default=1, metavar="J", help="runs at a time; the CPU cores are shared among them")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of all runs")
     add("--dataset", choices=["auto", "omniglot", "glyphs"], default="auto", help="auto: Omniglot or glyphs")
-    add("--only", default="", metavar="TEXT", help="only runs whose name, part_case, holds this")
+    some = "only runs whose name, like comparison_maml_seed1, holds one of these texts, separated by commas"
+    add("--only", default="", metavar="TEXTS", help=some)
     add("--out", help="folder of the results (default: results, or runs/reproduce_smoke)")
     add("--draw_only", action="store_true", help="no runs: tables and figures from the result files that are there")
     args = parser.parse_args(argv)

@@ -88,6 +88,15 @@ def test_the_key_is_of_flags_and_code(monkeypatch, tmp_path):
     assert not set(keys()) & set(first)
 
 
+def test_only_chooses_runs_by_parts_of_their_names():
+    names = lambda only: {j.name for j in reproduce.make_jobs(["comparison"], "cpu", Path("o"), "cpu", "auto", only)}
+    assert names("anil,maml_seed2") == {"comparison_anil_seed1", *(f"comparison_{m}_seed2" for m in METHODS)}
+    assert len(names("")) > len(names("seed1")) > 5 and not names("nothing")
+
+
+METHODS = ("maml", "fomaml", "protomaml")
+
+
 def test_a_failure_is_named_and_the_others_run(monkeypatch, tmp_path, capsys):
     bad = reproduce.Case("mann", "bad", "hw1.py", "--learning_rate nan")
     good = reproduce.Case("mann", "good", "hw1.py", "--num_classes 2")
