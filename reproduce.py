@@ -314,7 +314,9 @@ def claim_rows(out: Path) -> list[dict[str, str]]:
         if runs := load(out, name):
             mean, half = mean_of_seeds(runs, key)
             seconds = [r["train_seconds"] for r in runs if "train_seconds" in r]
-            row |= {"ours": f"{mean:.1f} ± {half:.1f}", "seeds": ", ".join(f"{100 * r[key]:.1f}" for r in runs),
+            digits = 1 if half >= 0.15 else 2
+            row |= {"ours": f"{mean:.{digits}f} ± {half:.{digits}f}",
+                    "seeds": ", ".join(f"{100 * r[key]:.{digits}f}" for r in runs),
                     "tasks": str(runs[0]["num_test_tasks"]), "device": runs[0]["device"],
                     "minutes": f"{sum(seconds) / len(seconds) / 60:.1f}" if seconds else "-",
                     "command": f"`{runs[0]['command']}`"}  # fmt: skip

@@ -31,7 +31,8 @@ def mean_of_seeds(runs: list[dict], key: str, ci: str) -> str:
     """
     values, halves = [100 * r[key] for r in runs], [100 * r[ci] for r in runs]
     half = sum(halves) / len(runs)
-    return f"{sum(values) / len(values):.1f} ± {half:.1f}"
+    digits = 1 if half >= 0.15 else 2
+    return f"{sum(values) / len(values):.{digits}f} ± {half:.{digits}f}"
 
 
 def mann_table() -> str:
@@ -185,6 +186,9 @@ def faults_text() -> str:
               f"`{found['command_slow']}`, `{found['command_fast']}`.",
               "", "| Python | torch | `pytest` |", "|---|---|---|"]  # fmt: skip
     lines += [f"| {v['python']} | {v['torch']} | {v['result']} |" for v in found["versions"]]
+    lines += ["", "| training tasks a second on two cores | one process, one thread | one process, two threads "
+              "| two processes |", "|---|---|---|---|"]  # fmt: skip
+    lines += [f"| `{p['command']}` | {p['one']:g} | {p['threads']:g} | {p['two']:g} |" for p in found["processes"]]
     return "\n".join(lines)
 
 
