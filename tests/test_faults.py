@@ -125,7 +125,7 @@ NAMES = ["two words", "emoji \U0001f98a", "slash\u2215like", "x" * 200, "why?", 
 @pytest.mark.parametrize("size", [1, 28, 5000])
 def test_class_names_and_image_sizes_of_all_kinds_just_work(size, work, tmp_path):
     """A folder of classes with odd names and images of 1x1 to 5000x5000 trains, tests and predicts."""
-    names, bits = NAMES if size == 28 else ["a", "b"], np.random.default_rng(0)
+    names, bits = NAMES if size == 28 else ["a", "b", "c"], np.random.default_rng(0)
     for part in ("train", "val", "test") if size == 28 else ("train",):
         for name in names:
             folder = tmp_path / "data" / part / f"{name}"
@@ -134,7 +134,7 @@ def test_class_names_and_image_sizes_of_all_kinds_just_work(size, work, tmp_path
                 iio.imwrite(folder / f"{i}.png", bits.integers(0, 256, (size, size), np.uint8))
     if size != 28:
         data = load_dataset("folder", str(tmp_path / "data" / "train"))
-        assert data.images.shape == (4, 1, 28, 28)
+        assert data.images.shape == (6, 1, 28, 28)
         return
     flags = ["--smoke", "--dataset", "folder", "--data_folder", tmp_path / "data", "--num_classes", "3", "--width", "4",
              "--num_query", "1", "--train_classes", "3", "--train_steps", "2", "--num_test_tasks", "4",
