@@ -13,6 +13,7 @@ row for each claim of the documents.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import ctypes
 import fcntl
@@ -220,6 +221,8 @@ def collect(job: Job, folder: Path, out: Path) -> None:
     if job.case.part in ("costs", "features"):  # they write what they found themselves
         return
     metrics = json.loads((folder / "metrics.json").read_text()) | {"curves": read_curves(folder)}
+    if job.case.script == "protonet.py":
+        metrics["episode"] = embedded_episode(folder)
     target = out / job.case.part / f"{job.case.name}_seed{job.seed}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, lambda file: file.write((json.dumps(metrics) + "\n").encode()))
@@ -238,6 +241,32 @@ def read_curves(folder: Path, points: int = 40) -> dict:
             thin = max(1, len(values) // points)
             curves[tag] = values[::-1][::thin][::-1]  # the last one stays
     return curves
+
+
+def embedded_episode(folder: Path, num_query: int = 15) -> dict:
+    """The first 5-way 1-shot test task of a run of protonet.py in its two principal components.
+
+    support [5, 2] and query [75, 2] in the order of `labels` [75].
+    """
+    import torch
+
+    import protonet
+    from backbone import Conv4
+    from load_data import load_dataset
+
+    flags = argparse.Namespace(**json.loads((folder / "flags.json").read_text())["flags"])
+    flags.num_classes, flags.num_shot, flags.num_query = 5, 1, num_query
+    dataset = load_dataset(flags.dataset, flags.data_folder, flags.split, flags.image_size)
+    encoder = Conv4(dataset.images.shape[1], flags.width, flags.image_size)
+    experiment.load_best(folder, encoder)
+    test = experiment.fixed_tasks(dataset, "test", flags, torch.device("cpu"))
+    support, _, query, labels = (x[0] for x in test.sample())
+    with torch.no_grad():
+        features = protonet.embed(encoder, torch.cat([support, query])[None], torch.float32)[0]
+    centred = features - features.mean(dim=0)
+    plane = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
+    points = [[round(v, 3) for v in row] for row in plane.tolist()]
+    return {"support": points[: len(support)], "query": points[len(support) :], "labels": labels.tolist()}
 
 
 def run_all(jobs: list[Job], out: Path, runs: Path, num_jobs: int) -> list[str]:
@@ -463,12 +492,38 @@ def draw_comparison(out: Path) -> None:
         save(figure, out / "adaptation.png")
 
 
+def draw_protonet(out: Path) -> None:
+    """Accuracy while ProtoNet trains, and one embedded test task."""
+    runs = {name: found[0] for name in ("protonet", "protonet_long") if (found := load(out, f"comparison/{name}"))}
+    runs = {name: run for name, run in runs.items() if "episode" in run}
+    if not runs:
+        return
+    figure, ((left, right),) = new_figure(1, 2, (10, 4))
+    for run, colour in zip(runs.values(), ("#0072B2", "#D55E00"), strict=False):
+        label = f"{run['steps']:,} steps"
+        for tag, style in (("Accuracy/val", ":"), ("Accuracy/test", "-")):
+            steps, values = zip(*run["curves"][tag], strict=True)
+            left.plot(steps, [100 * v for v in values], style, color=colour, label=f"{label}, {tag.split('/')[1]}")
+    left.legend(frameon=False, fontsize=9)
+    left.set(title="5-way 1-shot, one view", xlabel="training step", ylabel="accuracy (%)")
+    episode, colours = list(runs.values())[-1]["episode"], ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]
+    for c, colour in enumerate(colours):
+        mine = [point for point, label in zip(episode["query"], episode["labels"], strict=True) if label == c]
+        right.plot(*zip(*mine, strict=True), ".", color=colour)
+        right.plot(*episode["support"][c], "*", color=colour, markersize=16, markeredgecolor="black")
+    right.set(title="a test task: prototypes (stars) and queries", xlabel="first principal component",
+              ylabel="second principal component")  # fmt: skip
+    right.set_aspect("equal", adjustable="datalim")
+    save(figure, out / "protonet.png")
+
+
 def write_everything(out: Path) -> None:
     """All tables and figures from the JSON files that are there."""
     for part in PARTS:
         write_csv(out, part)
     draw_mann(out)
     draw_comparison(out)
+    draw_protonet(out)
     write_atomically(out / "README.md", lambda file: file.write(page(out).encode()))
 
 

@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import REPO, one_line_error
 
+import protonet
 import reproduce
 from experiment import UserError
 
@@ -75,6 +77,21 @@ def test_interrupted_and_started_again_nothing_is_lost_or_twice(done, work, tmp_
     assert len(list(runs.glob("mann_K1N2*/metrics.json"))) == 1 and len(list((tmp_path / "mann").iterdir())) == 1
     assert result(tmp_path)["test_accuracy"] == result(done)["test_accuracy"]
     assert result(tmp_path)["curves"]["Accuracy/test"] == result(done)["curves"]["Accuracy/test"]
+
+
+def test_an_embedded_episode_is_drawn(tmp_path, capsys):
+    flags = ["--smoke", "--dataset", "glyphs", "--num_test_tasks", "4", "--num_val_tasks", "4", "--log_dir", tmp_path]
+    metrics = protonet.main([*map(str, flags), "--run_name", "a"])
+    episode = reproduce.embedded_episode(tmp_path / "a")
+    assert len(episode["support"]) == 5 and sorted(set(episode["labels"])) == [0, 1, 2, 3, 4]
+    points = torch.tensor(episode["support"] + episode["query"])
+    assert points.shape == (80, 2) and points.mean(dim=0).abs().max() < 1e-2  # centred
+    assert points[:, 0].std() >= points[:, 1].std() > 0  # the first component has more spread
+    (tmp_path / "comparison").mkdir()
+    found = metrics | {"episode": episode, "curves": reproduce.read_curves(tmp_path / "a")}
+    (tmp_path / "comparison" / "protonet_seed1.json").write_text(json.dumps(found))
+    reproduce.draw_protonet(tmp_path)
+    assert (tmp_path / "protonet.png").stat().st_size > 10_000
 
 
 def test_the_key_is_of_flags_and_code(monkeypatch, tmp_path):
