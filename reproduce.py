@@ -21,6 +21,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -334,6 +335,11 @@ def mean_of_seeds(runs: list[dict], key: str = "test_accuracy") -> tuple[float, 
     return tuple(100 * sum(r[k] for r in runs) / len(runs) for k in (key, ci))
 
 
+def plain_command(run: dict) -> str:
+    """A run's command without what does not change its figures: where it wrote, and defaults."""
+    return re.sub(r" --(log_dir|run_name) \S+| --(dataset|device) auto", "", run["command"])
+
+
 def claim_rows(out: Path) -> list[dict[str, str]]:
     """The cells of the results table: a row for each of CLAIMS, "not measured" where there is no result file."""
     rows = []
@@ -348,7 +354,7 @@ def claim_rows(out: Path) -> list[dict[str, str]]:
                     "seeds": ", ".join(f"{100 * r[key]:.{digits}f}" for r in runs),
                     "tasks": str(runs[0]["num_test_tasks"]), "device": runs[0]["device"],
                     "minutes": f"{sum(seconds) / len(seconds) / 60:.1f}" if seconds else "-",
-                    "command": f"`{runs[0]['command']}`"}  # fmt: skip
+                    "command": f"`{plain_command(runs[0])}`"}  # fmt: skip
         rows.append(row)
     return rows
 

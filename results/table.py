@@ -53,7 +53,7 @@ def mann_table() -> str:
         f"\n\nTest accuracy in per cent, mean of {len(runs)} seeds ± 95 % interval over "
         f"{runs[0]['num_test_tasks']} fixed tasks each; minutes of training on one of two CPU cores, both busy. "
         "Command of the first row:\n"
-        f"`{runs[0]['command']}`."
+        f"`{reproduce.plain_command(runs[0])}`."
     )
 
 
@@ -78,7 +78,7 @@ def mann_answers() -> str:
             f"- **How much memory?** The same with 8, 128 and 256 units: {swept['memory_8']}, {swept['rate_1e-3']} and "
             f"{swept['memory_256']}.",
             f"- **Which layers?** The same with two GRU layers: {swept['gru']}, with three LSTM layers: "
-            f"{swept['3_layers']}. Command of the first: `{run['command']}`.",
+            f"{swept['3_layers']}. Command of the first: `{reproduce.plain_command(run)}`.",
         ]  # fmt: skip
     return "\n".join(lines)
 
@@ -101,7 +101,7 @@ def memorisation_text() -> str:
         f"With `--fixed_labels` every training character keeps one label. The network then answers "
         f"{100 * run['train_accuracy']:.1f} % of the training tasks right, and {100 * run['test_accuracy']:.1f} ± "
         f"{100 * run['ci95']:.1f} % of the tasks with new characters, where guessing gives {100 / run['N']:.1f} %: it "
-        f"has memorised the characters and has not learned to learn.\n`{run['command']}`"
+        f"has memorised the characters and has not learned to learn.\n`{reproduce.plain_command(run)}`"
     )
 
 
@@ -124,7 +124,7 @@ def meta_lstm_table() -> str:
                 f"| {run['N']}-way {run['K']}-shot{remark} | {ours} | {sgd} (rate {run['sgd_rate']:g}) | {before} "
                 f"| {run['updates']} | {episodes:.0f} | {run['train_seconds'] / 60:.0f} |"
             )
-    commands = [f"`{run['command']}`" for setting in names for run in load(f"meta_lstm/{setting}")]
+    commands = [f"`{reproduce.plain_command(run)}`" for setting in names for run in load(f"meta_lstm/{setting}")]
     note = "Test accuracy in per cent ± 95 % interval on 600 fixed tasks with 15 queries a class; minutes of training."
     return "\n".join(rows) + f"\n\n{note}\n" + "\n".join(commands)
 
@@ -276,7 +276,7 @@ def training_text(names: dict) -> str:
     ]
     run = runs["maml"]
     return (
-        f"Trained (`{run['command']}`), mean squared error on {run['num_test_tasks']} test tasks after "
+        f"Trained (`{reproduce.plain_command(run)}`), mean squared error on {run['num_test_tasks']} test tasks after "
         f"{run['inner_steps']} inner steps: " + "; ".join(parts) + "."
     )
 
@@ -347,13 +347,8 @@ def features_text() -> str:
         f"\n\nSeed {e['seed']}, mean over {e['num_test_tasks']} test tasks ({random['num_test_tasks']} with random "
         f"points), ± 95 % interval; {seconds:.0f} seconds of meta-training in all for the parts on a grid "
         f"({e['device']}, busy).\nRandom points: "
-        f"`{command_of(random)}`."
+        f"`{reproduce.plain_command(random)}`."
     )
-
-
-def command_of(run: dict) -> str:
-    """The command without the folder of its runs."""
-    return re.sub(r" --log_dir \S+", "", run["command"])
 
 
 def render(text: str) -> str:
