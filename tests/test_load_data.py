@@ -191,6 +191,25 @@ def test_jitter_distorts_a_little_and_keeps_the_labels():
     assert torch.allclose(still.flatten(1), ink[0], atol=1e-5)
 
 
+def test_shift_moves_the_ink_within_its_limit():
+    """A dot in the middle: its centre moves evenly over the square of the limit, and nowhere without a shift."""
+    data = known_dataset()
+    images = np.zeros_like(data.images)
+    images[:, :, 13:15, 13:15] = 255
+    data = data._replace(images=images)
+    grid = torch.arange(28.0) - 13.5
+
+    def centres(**options):
+        _, _, query, _ = EpisodeSampler(data, "train", 5, 1, 15, 20, seed=1, **options).sample()
+        x = query.flatten(0, 2) / query.flatten(0, 2).sum(dim=(1, 2), keepdim=True)
+        return torch.stack([(x.sum(dim=1) * grid).sum(dim=1), (x.sum(dim=2) * grid).sum(dim=1)])
+
+    moved = centres(shift=0.2)  # of half the size: 2.8 pixels
+    assert moved.abs().max() < 2.8 + 1e-3 and moved.abs().max() > 2.6
+    assert abs(moved.std() - 2.8 / 3**0.5) < 0.1 and moved.mean(dim=1).abs().max() < 0.15
+    assert centres().abs().max() < 1e-4
+
+
 def test_more_classes_than_the_split_has():
     with pytest.raises(UserError, match="--num_classes 31 is more than the 30 classes"):
         EpisodeSampler(known_dataset(), "train", 31, 1, 1)
