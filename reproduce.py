@@ -479,7 +479,7 @@ def draw_comparison(out: Path) -> None:
                 ax.bar(i - 0.2, 100 * sum(on_val) / len(on_val), 0.38, color=COLOURS[name], alpha=0.4)
         low = min(mean_of_seeds(runs)[0] for runs in found.values())
         ax.set_ylim(max(0, low - 8), 100.9)
-        ax.set_xticks(range(len(found)), [TITLES[name] for name in found], fontsize=9)
+        ax.set_xticks(range(len(found)), [TITLES[name].replace(" ", "\n", 1) for name in found], fontsize=9)
         ax.set(title="Omniglot, 5-way 1-shot, new characters: validation (pale) and test", ylabel="accuracy (%)")
         save(figure, out / "comparison.png")
     adapted = {name: found[name] for name in ("fomaml", "protomaml", "maml", "anil") if name in found}
