@@ -244,7 +244,7 @@ def read_curves(folder: Path, points: int = 40) -> dict:
     return curves
 
 
-def embedded_episode(folder: Path, num_query: int = 15) -> dict:
+def embedded_episode(folder: Path) -> dict:
     """The first 5-way 1-shot test task of a run of protonet.py in its two principal components.
 
     support [5, 2] and query [75, 2] in the order of `labels` [75].
@@ -256,7 +256,7 @@ def embedded_episode(folder: Path, num_query: int = 15) -> dict:
     from load_data import load_dataset
 
     flags = argparse.Namespace(**json.loads((folder / "flags.json").read_text())["flags"])
-    flags.num_classes, flags.num_shot, flags.num_query = 5, 1, num_query
+    flags.num_classes, flags.num_shot, flags.num_query = 5, 1, 15
     dataset = load_dataset(flags.dataset, flags.data_folder, flags.split, flags.image_size)
     encoder = Conv4(dataset.images.shape[1], flags.width, flags.image_size)
     experiment.load_best(folder, encoder)
@@ -335,6 +335,17 @@ def mean_of_seeds(runs: list[dict], key: str = "test_accuracy") -> tuple[float, 
     return tuple(100 * sum(r[k] for r in runs) / len(runs) for k in (key, ci))
 
 
+def digits_of(half: float) -> int:
+    """Digits behind the point that a figure with an interval of this half-width deserves, in per cent."""
+    return 1 if half >= 0.15 else 2
+
+
+def with_interval(mean: float, half: float) -> str:
+    """Such as 98.7 ± 0.2, in per cent."""
+    digits = digits_of(half)
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
 def plain_command(run: dict) -> str:
     """A run's command without what does not change its figures: where it wrote, and defaults."""
     return re.sub(r" --(log_dir|run_name) \S+| --(dataset|device) auto", "", run["command"])
@@ -349,9 +360,8 @@ def claim_rows(out: Path) -> list[dict[str, str]]:
         if runs := load(out, name):
             mean, half = mean_of_seeds(runs, key)
             seconds = [r["train_seconds"] for r in runs if "train_seconds" in r]
-            digits = 1 if half >= 0.15 else 2
-            row |= {"ours": f"{mean:.{digits}f} ± {half:.{digits}f}",
-                    "seeds": ", ".join(f"{100 * r[key]:.{digits}f}" for r in runs),
+            digits = digits_of(half)
+            row |= {"ours": with_interval(mean, half), "seeds": ", ".join(f"{100 * r[key]:.{digits}f}" for r in runs),
                     "tasks": str(runs[0]["num_test_tasks"]), "device": runs[0]["device"],
                     "minutes": f"{sum(seconds) / len(seconds) / 60:.1f}" if seconds else "-",
                     "command": f"`{plain_command(runs[0])}`"}  # fmt: skip

@@ -24,15 +24,9 @@ def load(name: str) -> list[dict]:
     return reproduce.load(RESULTS, name)
 
 
-def mean_of_seeds(runs: list[dict], key: str, ci: str) -> str:
-    """Mean over seeds in per cent, with the 95 % interval over their test tasks.
-
-    The seeds share their test tasks, so their errors go together: the interval does not shrink with seeds.
-    """
-    values, halves = [100 * r[key] for r in runs], [100 * r[ci] for r in runs]
-    half = sum(halves) / len(runs)
-    digits = 1 if half >= 0.15 else 2
-    return f"{sum(values) / len(values):.{digits}f} ± {half:.{digits}f}"
+def of_seeds(runs: list[dict], key: str = "test_accuracy") -> str:
+    """Mean over seeds in per cent with its 95 % interval, as text."""
+    return reproduce.with_interval(*reproduce.mean_of_seeds(runs, key))
 
 
 def mann_table() -> str:
@@ -43,8 +37,8 @@ def mann_table() -> str:
             continue
         seeds = ", ".join(f"{100 * r['test_accuracy']:.1f}" for r in runs)
         minutes = sum(r["train_seconds"] for r in runs) / len(runs) / 60
-        ours = mean_of_seeds(runs, "test_accuracy", "ci95")
-        alone = mean_of_seeds(runs, "test_accuracy_alone", "ci95_alone")
+        ours = of_seeds(runs)
+        alone = of_seeds(runs, "test_accuracy_alone")
         first = runs[0]
         name = f"{first['K']}-shot {first['N']}-way" + (", conv encoder" if "conv" in setting else "")
         rows.append(f"| {name} | {course} | {ours} | {seeds} | {alone} | {minutes:.0f} |")
@@ -60,7 +54,7 @@ def mann_table() -> str:
 def mann_answers() -> str:
     """The homework's questions on the MANN, answered by our runs."""
     def figure(name: str, key: str = "test_accuracy") -> str:
-        return mean_of_seeds(load(f"mann/{name}"), key, key.replace("test_accuracy", "ci95"))
+        return of_seeds(load(f"mann/{name}"), key)
 
     names = ("rate_1e-1", "rate_1e-3", "rate_1e-5", "memory_8", "memory_256", "gru", "3_layers")
     swept = {name: figure(f"K1N3_{name}") for name in names if load(f"mann/K1N3_{name}")}

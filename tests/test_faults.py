@@ -122,26 +122,33 @@ def test_huge_values_get_one_line(flags, work, tmp_path, capsys):
 NAMES = ["two words", "emoji \U0001f98a", "slash\u2215like", "x" * 200, "why?", "per%cent", "日本", "$math$", "-dash"]
 
 
-@pytest.mark.parametrize("size", [1, 28, 5000])
-def test_class_names_and_image_sizes_of_all_kinds_just_work(size, work, tmp_path):
-    """A folder of classes with odd names and images of 1x1 to 5000x5000 trains, tests and predicts."""
-    names, bits = NAMES if size == 28 else ["a", "b", "c"], np.random.default_rng(0)
-    for part in ("train", "val", "test") if size == 28 else ("train",):
-        for name in names:
-            folder = tmp_path / "data" / part / f"{name}"
-            folder.mkdir(parents=True)
-            for i in range(2):
-                iio.imwrite(folder / f"{i}.png", bits.integers(0, 256, (size, size), np.uint8))
-    if size != 28:
-        data = load_dataset("folder", str(tmp_path / "data" / "train"))
-        assert data.images.shape == (6, 1, 28, 28)
-        return
+def draw_folder(folder, names, size):
+    """Two noise images of size x size in a folder for each name."""
+    bits = np.random.default_rng(0)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for i in range(2):
+            iio.imwrite(folder / name / f"{i}.png", bits.integers(0, 256, (size, size), np.uint8))
+
+
+@pytest.mark.parametrize("size", [1, 5000])
+def test_images_of_one_and_of_25_million_pixels_are_read(size, work, tmp_path):
+    draw_folder(tmp_path / "data", "abc", size)
+    assert load_dataset("folder", str(tmp_path / "data")).images.shape == (6, 1, 28, 28)
+
+
+def test_class_names_of_all_kinds_just_work(work, tmp_path):
+    """A folder of classes with odd names trains, tests and predicts, also pictures of 1x1 and 5000x5000."""
+    for part in ("train", "val", "test"):
+        draw_folder(tmp_path / "data" / part, NAMES, 28)
     flags = ["--smoke", "--dataset", "folder", "--data_folder", tmp_path / "data", "--num_classes", "3", "--width", "4",
              "--num_query", "1", "--train_classes", "3", "--train_steps", "2", "--num_test_tasks", "4",
              "--num_val_tasks", "4", "--log_dir", tmp_path / "runs", "--run_name", "a"]  # fmt: skip
     assert protonet.main(list(map(str, flags)))["num_test_tasks"] == 4
     (tmp_path / "asked").mkdir()
     (tmp_path / "data" / "test").rename(tmp_path / "asked" / "support")
+    for second in (tmp_path / "asked" / "support").glob("*/1.png"):
+        second.unlink()  # a query equal to the only support image is at distance 0
     query = tmp_path / "asked" / "query"
     query.mkdir()
     shutil.copy(tmp_path / "asked" / "support" / NAMES[0] / "0.png", query / f"{NAMES[1]}.png")
@@ -342,7 +349,7 @@ def test_two_processes_have_the_meta_gradient_of_one(script, work, tmp_path):
 
 
 def test_a_killed_worker_ends_the_whole_run_and_it_resumes(work, tmp_path):
-    """kill -9 of one of two processes: torchrun ends with an error, no process is left, --resume finishes the run."""
+    """kill -9 of one of two processes: torchrun ends with an error, no process is left, --resume goes on."""
     flags = flags_of("hw1", "--train_steps", "100000", "--eval_freq", "20", "--log_dir", tmp_path, "--run_name", "two")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     script, saved = REPO / "hw1.py", tmp_path / "two" / "checkpoint.pt"
@@ -362,11 +369,14 @@ def test_a_killed_worker_ends_the_whole_run_and_it_resumes(work, tmp_path):
     assert step >= 20 and not (tmp_path / "two" / "metrics.json").exists()
     resumed = subprocess.Popen([*TORCHRUN, script, "--resume", tmp_path / "two"], cwd=work, env=environment,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    while experiment.load_checkpoint(saved)["step"] <= step and resumed.poll() is None and time.time() < deadline + 60:
-        time.sleep(0.05)
-    assert resumed.poll() is None and experiment.load_checkpoint(saved)["step"] > step
-    resumed.terminate()
-    resumed.wait(timeout=60)
+    deadline = time.time() + 120
+    try:
+        while experiment.load_checkpoint(saved)["step"] <= step and resumed.poll() is None and time.time() < deadline:
+            time.sleep(0.05)
+        assert resumed.poll() is None and experiment.load_checkpoint(saved)["step"] > step
+    finally:
+        resumed.terminate()
+        resumed.wait(timeout=60)
 
 
 # ------------------------------------------------------------------------------------- slow
