@@ -6,7 +6,7 @@ every parameter's gradient and the loss, and decides how much of the parameter t
 go down the gradient. The rule and the parameters to start from are learned so that the learner does
 well on the queries. All parameters of all tasks of a meta-batch go through the cell together.
 
-    python meta_lstm.py                                    Omniglot, 5-way 1-shot, about 40 minutes on a CPU core
+    python meta_lstm.py                                    Omniglot, 5-way 1-shot, half an hour on a CPU core
     python meta_lstm.py --preset 5way5shot                 the paper's hyper-parameters, one episode a step
     python meta_lstm.py --smoke                            a complete run in seconds
     python meta_lstm.py --preset 5way1shot --dataset folder --data_folder miniImagenet --image_size 84
@@ -94,12 +94,15 @@ class Learner(NamedTuple):
         zeros = theta.new_zeros(len(theta) * FILTERS)
         return [torch.stack([zeros, zeros + 1]) for _ in range(4)]
 
-    def __call__(self, theta, images, statistics=None, momentum: float = 0.0, dtype=torch.float32) -> torch.Tensor:
+    def __call__(
+        self, theta, images, statistics=None, momentum: float = 0.0, dtype=torch.float32, num_support: int = 0
+    ) -> torch.Tensor:
         """Scores [B, n, N] of images [B, n, C, H, W] by the B networks with parameters theta [B, P].
 
         The tasks lie side by side as groups of channels, so that each operation handles all of them.
         Batch norm normalises with the images of the call; with statistics and momentum > 0 these also
-        enter the running averages, with momentum 0 the running averages normalise.
+        enter the running averages, with momentum 0 the running averages normalise. With num_support the first
+        so many images of the call normalise all of them, and their statistics have a gradient.
         """
         p, B = self.unpack(theta), len(theta)
         x = images.transpose(0, 1).flatten(1, 2).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -109,10 +112,21 @@ class Learner(NamedTuple):
             mean, var = (None, None) if statistics is None else statistics[i]
             use_batch = statistics is None or momentum > 0
             gamma, beta = p[f"gamma{i}"].flatten(), p[f"beta{i}"].flatten()
-            x = F.batch_norm(x, mean, var, gamma, beta, training=use_batch, momentum=momentum, eps=EPS)
-            x = F.relu(F.max_pool2d(x, 2))  # pooling first: the same values, a quarter of the work
+            if num_support:
+                x = support_norm(x, gamma, beta, num_support)
+            else:
+                x = F.batch_norm(x, mean, var, gamma, beta, training=use_batch, momentum=momentum, eps=EPS)
+            x = F.relu(F.max_pool2d(x, 2)).to(dtype)  # pooling first: the same values, a quarter of the work
         x = x.unflatten(1, (B, FILTERS)).transpose(0, 1).flatten(2).to(theta.dtype)
         return torch.baddbmm(p["head.bias"][:, None], x, p["head.weight"].transpose(1, 2))
+
+
+def support_norm(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, num_support: int) -> torch.Tensor:
+    """Batch norm of x [n, channels, H, W] with the statistics of its first `num_support` images."""
+    wide = x if x.dtype == torch.float64 else x.float()  # statistics in bfloat16 have two digits
+    var, mean = torch.var_mean(wide[:num_support], dim=(0, 2, 3), correction=0, keepdim=True)
+    scale = gamma.view(-1, 1, 1) * (var + EPS).rsqrt()
+    return (wide - mean) * scale + beta.view(-1, 1, 1)
 
 
 def task_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -329,12 +343,17 @@ def meta_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add the gradient of the mean query loss to rule's .grad; returns (loss, accuracy) of the meta-batch.
 
-    query_norm: the queries are normalised by themselves ("batch", the paper) or as in a test ("support").
+    query_norm: the queries are normalised by themselves ("batch", the paper) or by their support set ("support"), as
+    in a test, but with the gradient of its statistics: where they count as constants training gets worse.
     """
     B, loss, accuracy = len(episodes[0]), 0.0, 0.0
     for support, labels, query, query_labels in zip(*(x.split(tasks_at_once) for x in episodes), strict=True):
-        theta, statistics = adapt(rule, learner, support, labels, inner, second_order, dtype)
-        logits = ask(learner, theta, query, statistics if query_norm == "support" else None, dtype)
+        theta, _ = adapt(rule, learner, support, labels, inner, second_order, dtype)
+        if query_norm == "support":
+            n = support.shape[1]
+            logits = learner(theta, torch.cat([support, query], dim=1), dtype=dtype, num_support=n)[:, n:]
+        else:
+            logits = ask(learner, theta, query, None, dtype)
         part = task_losses(logits, query_labels).sum() / B
         part.backward()
         loss += part.detach()
@@ -408,7 +427,7 @@ def fixed_pool(dataset: Dataset, images: int, seed: int) -> Dataset:
 def parse_args(argv=None):
     """The flags; combinations that cannot work are refused here."""
     parser, groups = experiment.make_parser(
-        __doc__, meta_batch_size=8, train_steps=5000, eval_freq=500, rotations=True, num_val_tasks=100
+        __doc__, meta_batch_size=8, train_steps=6000, eval_freq=500, rotations=True, num_val_tasks=200
     )
     parser.prog = "meta_lstm.py"
     add = groups["data"].add_argument
@@ -420,7 +439,9 @@ def parse_args(argv=None):
     add("--inner_epochs", type=whole(1), default=5, help="passes over the support set")
     add("--inner_batch", type=whole(1), default=25, help="support images of one update")
     add("--bn_momentum", type=number(0, 1, above=True), default=0.95, help="weight of the newest batch statistics")
-    add("--query_norm", choices=["batch", "support"], default="batch", help="statistics for training queries")
+    add("--query_norm", choices=["batch", "support", "both"], default="both",
+        help="whose statistics normalise training queries: their own (the papers), their support set's, as in a test, "
+        "or their own in the first half of training and then the support set's")  # fmt: skip
     add("--second_order", action="store_true", help="gradients through the learner's gradients as well")
     add("--reset_theta0", action="store_true", help="with --test: fresh initial parameters, the learned rule")
     add = groups["optimisation"].add_argument
@@ -482,10 +503,13 @@ def main(argv=None) -> dict:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, falling if args.schedule == "cosine" else lambda step: 1.0)
     run = Run(args, "meta_lstm", dataset.name)
     run.track(model=rule, optimizer=optimizer, schedule=schedule, sampler=train)
-    for _ in run.steps():
+    for step in run.steps():
+        query_norm = args.query_norm
+        if query_norm == "both":
+            query_norm = "batch" if step <= args.train_steps // 2 else "support"
         optimizer.zero_grad()
         loss, accuracy = meta_gradient(
-            rule, learner, train.sample(), inner, dtype, args.tasks_at_once, args.query_norm, args.second_order
+            rule, learner, train.sample(), inner, dtype, args.tasks_at_once, query_norm, args.second_order
         )
         experiment.average_gradients(rule)
         norm = nn.utils.clip_grad_norm_(rule.parameters(), args.clip)

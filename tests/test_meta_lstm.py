@@ -251,6 +251,44 @@ def test_meta_gradient_adds_up_over_chunks_of_tasks():
     assert torch.allclose(grads[0], grads[1], atol=1e-9) and torch.allclose(grads[0], grads[2], atol=1e-9)
 
 
+def test_support_statistics_normalise_training_queries_with_their_gradient():
+    learner = Learner(1, 28, 3)
+    rule = doubles(learner)
+    tasks = episode()
+    meta_lstm.meta_gradient(rule, learner, tasks, Inner(2, 6, 0.9), f64, query_norm="support")
+
+    def plain_scores(theta, support, query):  # the learner of one task, every batch norm in full
+        p = {name: part[0] for name, part in learner.unpack(theta[None]).items()}
+        x = torch.cat([support, query])
+        for i in range(4):
+            x = F.conv2d(x, p[f"conv{i}.weight"], p[f"bias{i}"], padding=1)
+            of_support = x[: len(support)]
+            mean = of_support.mean(dim=(0, 2, 3), keepdim=True)
+            var = (of_support - mean).square().mean(dim=(0, 2, 3), keepdim=True)
+            x = (x - mean) / torch.sqrt(var + 1e-3) * p[f"gamma{i}"].view(-1, 1, 1) + p[f"beta{i}"].view(-1, 1, 1)
+            x = F.max_pool2d(F.relu(x), 2)
+        return F.linear(x.flatten(1), p["head.weight"], p["head.bias"])[len(support) :]
+
+    theta, _ = adapt(rule, learner, *tasks[:2], Inner(2, 6, 0.9), dtype=f64)
+    losses = [F.cross_entropy(plain_scores(t, s, q), y) for t, s, q, y in zip(theta, tasks[0], *tasks[2:], strict=True)]
+    expected = torch.autograd.grad(sum(losses) / 2, list(rule.parameters()))
+    for p, other in zip(rule.parameters(), expected, strict=True):
+        assert torch.allclose(p.grad, other, rtol=1e-5, atol=1e-7 * float(other.abs().max()) + 1e-10)
+
+
+def test_support_statistics_in_training_are_those_of_a_test():
+    learner = Learner(1, 28, 3)
+    theta = learner.initial().double().expand(2, -1)
+    support, _, query, _ = episode(K=5)
+    statistics = learner.fresh_statistics(theta)
+    learner(theta, support, statistics, 1.0, f64)  # gathered on the support set alone
+    in_test = ask(learner, theta, query, statistics, f64)
+    in_training = learner(theta, torch.cat([support, query], dim=1), dtype=f64, num_support=15)[:, 15:]
+    # Running variances are divided by n - 1, with n >= 15 * 9 values at the last layer.
+    assert torch.allclose(in_test, in_training, rtol=0.02, atol=0.02)
+    assert not torch.allclose(in_test, ask(learner, theta, query, None, f64), rtol=0.02, atol=0.02)
+
+
 def query_loss(rule, learner, tasks, second_order):
     theta, _ = adapt(rule, learner, *tasks[:2], Inner(2, 6, 0.9), second_order, f64)
     return task_losses(learner(theta, tasks[2], None, 0.0, f64), tasks[3]).sum()
