@@ -121,6 +121,11 @@ CLAIMS = [
     ("ANIL, 5-way 1-shot", "comparison/anil", "test_accuracy", "-", "-"),
     ("Meta-LSTM, 5-way 1-shot", "meta_lstm/5way1shot", "test_accuracy", "-", "none"),
     ("Meta-LSTM, 5-way 5-shot", "meta_lstm/5way5shot", "test_accuracy", "-", "none"),
+    ("Meta-LSTM, 10-way 10-shot, 500 episodes", "meta_lstm/10way10shot", "test_accuracy", "-", "none"),
+    ("Meta-LSTM, miniImageNet 5-way 1-shot", "meta_lstm/miniImagenet_5way1shot", "test_accuracy", "42.6", "43.4"),
+    ("Meta-LSTM, miniImageNet 5-way 5-shot", "meta_lstm/miniImagenet_5way5shot", "test_accuracy", "37.6", "60.6"),
+    ("Meta-LSTM, miniImageNet 10-way 10-shot", "meta_lstm/miniImagenet_10way10shot", "test_accuracy", "23.3", "-"),
+    ("Meta-LSTM, miniImageNet 10-way 20-shot", "meta_lstm/miniImagenet_10way20shot", "test_accuracy", "22.8", "-"),
 ]
 # Okabe and Ito's colours, which the colour-blind can tell apart; one for each method in every figure
 COLOURS = {"transfer": "#7f7f7f", "mann": "#CC79A7", "protonet": "#0072B2", "fomaml": "#E69F00", "protomaml": "#009E73",
@@ -146,11 +151,20 @@ def code_version(script: str) -> str:
     return hashlib.sha256(b"".join((HERE / file).read_bytes() for file in files)).hexdigest()[:12]
 
 
-def make_jobs(parts: list[str], scale: str, out: Path, device: str, dataset: str, only: str = "") -> list[Job]:
+def cases_of(what: str, mini_imagenet: str | None = None) -> list[Case]:
+    """The cases of a part or of "all"; the meta-LSTM's with those on the folder `mini_imagenet` where it is given."""
+    cases = list(CASES)
+    if mini_imagenet:
+        images = f"--image_size 84 --dataset folder --data_folder {shlex.quote(mini_imagenet)}"
+        cases += [Case("meta_lstm", f"miniImagenet_{preset}", "meta_lstm.py", f"--preset {preset} {images}",
+                       "--train_steps 500 --eval_freq 100", minutes=60)
+                  for preset in ("5way1shot", "5way5shot", "10way10shot", "10way20shot")]  # fmt: skip
+    return [case for case in cases if what in ("all", case.part)]
+
+
+def make_jobs(cases: list[Case], scale: str, out: Path, device: str, dataset: str, only: str = "") -> list[Job]:
     jobs = []
-    for case in CASES:
-        if case.part not in parts:
-            continue
+    for case in cases:
         for seed in range(1, (1 if scale == "smoke" else case.seeds) + 1):
             name = f"{case.part}_{case.name}_seed{seed}"
             if not any(text in name for text in only.split(",")):
@@ -162,7 +176,7 @@ def make_jobs(parts: list[str], scale: str, out: Path, device: str, dataset: str
                 flags += ["--out", str(out)]
             elif case.part == "features":
                 flags += ["--results_dir", str(out)]
-            else:
+            elif "--dataset" not in flags:
                 flags += ["--dataset", dataset]
             flags += ["--random_seed", str(seed), "--device", device]
             key = hashlib.sha256(json.dumps([case.script, flags, code_version(case.script)]).encode()).hexdigest()[:16]
@@ -374,6 +388,34 @@ def claim_rows(out: Path) -> list[dict[str, str]]:
     return rows
 
 
+def growth(f: dict, unit: str) -> str:
+    """A fit of costs.json in words: a line a + b x, or a power x^b."""
+    if f["form"] == "power":
+        return f"x^{f['b']:.2f}"
+    if abs(f["b"]) < 1e-9:
+        return f"{f['a']:.1f} {unit}, flat"
+    return f"{f['a']:.1f} {'+' if f['b'] > 0 else '-'} {abs(f['b']):.2f} x {unit}"
+
+
+def other_rows(out: Path) -> list[list[str]]:
+    """What the documents say about costs and feature weights beside what we measured: the cells of each row."""
+    rows = []
+    if (file := out / "costs.json").exists():
+        costs = json.loads(file.read_text())
+        found = {f["method"]: f for f in costs["fits"] if (f["sweep"], f["engine"]) == ("inner_steps", "vmap")}
+        for method, name, claim in (("maml", "MAML", "grows linearly"), ("es", "ES", "does not grow")):
+            ours = growth(found[method]["memory"], "MB")
+            rows.append([f"{name}, peak memory with x inner steps", claim, ours, f"`{plain_command(costs)}`"])
+    if (file := out / "features.json").exists():
+        run = json.loads(file.read_text())["closed_form"]
+        for what, weights, points, claim in (("weights 1", "ones", 32, "0.95"), ("oracle", "oracle", 32, "1e-30"),
+                                             ("meta-learned", "meta", 32, "0.31"), ("meta-learned", "meta", 31, "0.45"),
+                                             ("meta-learned", "meta", 33, "0.39")):  # fmt: skip
+            what = f"Feature weights, test error at {points} points, {what}"
+            rows.append([what, claim, f"{run[weights][str(points)]:.2g}", f"`{plain_command(run)}`"])
+    return rows
+
+
 def page(out: Path) -> str:
     """`<out>/README.md`: a row for each claim of the documents, the paired differences, the pictures."""
     lines = ["# Results", "", "Written by `python reproduce.py` from the JSON files beside it.",
@@ -383,6 +425,11 @@ def page(out: Path) -> str:
              "|---" * 9 + "|"]  # fmt: skip
     for row in claim_rows(out):
         lines.append("| " + " | ".join(row.values()) + " |")
+    command = "python reproduce.py meta_lstm --scale full --mini_imagenet DIR"
+    lines += ["", f"The miniImageNet rows need its images: `{command}`."]
+    if others := other_rows(out):
+        lines += ["", "| what | documents | ours | command |", "|---|---|---|---|"]
+        lines += [f"| {' | '.join(cells)} |" for cells in others]
     lines += ["", "MAML's figures normalise the queries with their own batch (transductive). Beside it the same",
               "networks with the statistics of the support set alone:", "",
               "| what | transductive | support |", "|---|---|---|"]
@@ -560,6 +607,8 @@ def parse_args(argv=None):
     add("--jobs", type=whole(1), default=1, metavar="J", help="runs at a time; the CPU cores are shared among them")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of all runs")
     add("--dataset", choices=["auto", "omniglot", "glyphs"], default="auto", help="auto: Omniglot or glyphs")
+    folder = "folder of miniImageNet with train/, val/ and test/: adds its four settings to meta_lstm"
+    add("--mini_imagenet", metavar="DIR", help=folder)
     some = "only runs whose name, like comparison_maml_seed1, holds one of these texts, separated by commas"
     add("--only", default="", metavar="TEXTS", help=some)
     add("--out", help="folder of the results (default: results, or runs/reproduce_smoke)")
@@ -568,6 +617,9 @@ def parse_args(argv=None):
     args.out = Path(args.out or ("runs/reproduce_smoke" if args.scale == "smoke" else HERE / "results"))
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is not a folder; name another")
+    if args.mini_imagenet and not (Path(args.mini_imagenet) / "train").is_dir():
+        raise UserError(f"--mini_imagenet {args.mini_imagenet} has no train/; name the folder that holds train/, val/ "
+                        "and test/")  # fmt: skip
     return args
 
 
@@ -576,8 +628,8 @@ def main(argv=None) -> list[str]:
     failures = []
     if not args.draw_only:
         runs = args.out / "runs" if args.scale == "smoke" else Path("runs") / f"reproduce_{args.scale}"
-        parts = list(PARTS) if args.what == "all" else [args.what]
-        jobs = make_jobs(parts, args.scale, args.out, args.device, args.dataset, args.only)
+        cases = cases_of(args.what, args.mini_imagenet)
+        jobs = make_jobs(cases, args.scale, args.out, args.device, args.dataset, args.only)
         if not jobs:
             raise UserError(f"--only {args.only}: no run of {args.what} has this in its name")
         failures = run_all(jobs, args.out, runs, args.jobs)

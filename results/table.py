@@ -106,7 +106,7 @@ def meta_lstm_table() -> str:
     ]
     rows.append("|---" * 7 + "|")
     names = {"5way1shot": "", "5way5shot": "", "5way1shot_short": ", short", "5way1shot_pool": ", short, fixed pool",
-             "5way1shot_second_order": ", short, second order"}  # fmt: skip
+             "5way1shot_second_order": ", short, second order", "10way10shot": ", short"}  # fmt: skip
     for setting, remark in names.items():
         for run in load(f"meta_lstm/{setting}"):
             figures = (
@@ -195,15 +195,6 @@ def speed_table() -> str:
     return "\n".join(rows)
 
 
-def growth(f: dict, unit: str) -> str:
-    """A fit of results/costs.json in words: a line a + b x, or a power x^b."""
-    if f["form"] == "power":
-        return f"x^{f['b']:.2f}"
-    if abs(f["b"]) < 1e-9:
-        return f"{f['a']:.1f} {unit}, flat"
-    return f"{f['a']:.1f} {'+' if f['b'] > 0 else '-'} {abs(f['b']):.2f} x {unit}"
-
-
 def costs_text() -> str:
     """How MAML's and ES's costs grow, where ES is the dearer one, and what its gradient is worth."""
     summary = json.loads((RESULTS / "costs.json").read_text())
@@ -216,8 +207,8 @@ def costs_text() -> str:
     for (sweep, method, engine), f in fits.items():
         if engine == "vmap":
             time, memory = f["runtime"], f["memory"]
-            lines.append(f"| {sweeps[sweep]} | {names[method]} | {growth(time, 'ms')} | {time['r2']:.3f} | "
-                         f"{growth(memory, 'MB')} | {memory['r2']:.3f} |")  # fmt: skip
+            lines.append(f"| {sweeps[sweep]} | {names[method]} | {reproduce.growth(time, 'ms')} | {time['r2']:.3f} | "
+                         f"{reproduce.growth(memory, 'MB')} | {memory['r2']:.3f} |")  # fmt: skip
     first = rows[0]
     lines += ["", f"Medians on {summary['device']}, {first['meta_batch_size']} tasks; ES compares "
               f"{first['num_perturbations']} perturbed networks, so both adapt the same number of them. With x^b "

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import imageio.v3 as imageio
+import numpy as np
 import pytest
 import torch
 from conftest import REPO, one_line_error
@@ -15,6 +17,7 @@ from conftest import REPO, one_line_error
 import protonet
 import reproduce
 from experiment import UserError
+from reproduce import cases_of
 
 SMOKE = ["mann", "--scale", "smoke", "--only", "K1N2", "--dataset", "glyphs", "--device", "cpu"]
 
@@ -96,7 +99,7 @@ def test_an_embedded_episode_is_drawn(tmp_path, capsys):
 
 def test_the_key_is_of_flags_and_code(monkeypatch, tmp_path):
     def keys(device="cpu"):
-        return [job.key for job in reproduce.make_jobs(["mann"], "cpu", tmp_path, device, "auto")]
+        return [job.key for job in reproduce.make_jobs(cases_of("mann"), "cpu", tmp_path, device, "auto")]
 
     first = keys()
     assert keys() == first and len(set(first)) == len(first) > 15
@@ -106,7 +109,9 @@ def test_the_key_is_of_flags_and_code(monkeypatch, tmp_path):
 
 
 def test_only_chooses_runs_by_parts_of_their_names():
-    names = lambda only: {j.name for j in reproduce.make_jobs(["comparison"], "cpu", Path("o"), "cpu", "auto", only)}
+    def names(only: str) -> set[str]:
+        return {job.name for job in reproduce.make_jobs(cases_of("comparison"), "cpu", Path("o"), "cpu", "auto", only)}
+
     assert names("anil,maml_seed2") == {"comparison_anil_seed1", *(f"comparison_{m}_seed2" for m in METHODS)}
     assert len(names("")) > len(names("seed1")) > 5 and not names("nothing")
 
@@ -127,13 +132,35 @@ def test_a_failure_is_named_and_the_others_run(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "mann" / "good_seed1.json").exists() and not (tmp_path / "mann" / "bad_seed1.json").exists()
 
 
-@pytest.mark.parametrize("job", reproduce.make_jobs(list(reproduce.PARTS), "cpu", Path("out"), "cpu", "auto")
-                         + reproduce.make_jobs(list(reproduce.PARTS), "full", Path("out"), "cpu", "auto"),
+ALL = cases_of("all", "mini imagenet")
+
+
+@pytest.mark.parametrize("job", reproduce.make_jobs(ALL, "cpu", Path("out"), "cpu", "auto")
+                         + reproduce.make_jobs(ALL, "full", Path("out"), "cpu", "auto"),
                          ids=lambda job: job.name)  # fmt: skip
 def test_every_command_parses(job):
     Path("out").mkdir(exist_ok=True)  # reproduce.py makes it first
     module = __import__(job.case.script.removesuffix(".py"))
     assert module.parse_args(job.flags).random_seed == job.seed
+
+
+def test_mini_imagenet_is_measured_where_its_folder_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for c in range(5):
+            folder = tmp_path / "mini" / split / f"class{c}"
+            folder.mkdir(parents=True)
+            for i in range(4):
+                imageio.imwrite(folder / f"{i}.png", rng.integers(0, 255, (84, 84, 3), dtype=np.uint8))
+    flags = ["--scale", "smoke", "--device", "cpu", "--out", str(tmp_path / "out"), "--only", "miniImagenet_5way1shot"]
+    reproduce.main(["meta_lstm", *flags, "--mini_imagenet", str(tmp_path / "mini")])
+    metrics = json.loads((tmp_path / "out" / "meta_lstm" / "miniImagenet_5way1shot_seed1.json").read_text())
+    assert metrics["parameters"] == 32901  # the learner's on 84 x 84 colour images
+    row = f"| Meta-LSTM, miniImageNet 5-way 1-shot | 42.6 | 43.4 | {100 * metrics['test_accuracy']:.1f} ±"
+    assert row in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(UserError, match="--mini_imagenet nowhere has no train/"):
+        reproduce.parse_args(["meta_lstm", "--mini_imagenet", "nowhere"])
 
 
 def test_the_committed_page_is_generated():
