@@ -416,6 +416,18 @@ def other_rows(out: Path) -> list[list[str]]:
     return rows
 
 
+def norm_lines(out: Path) -> list[str]:
+    """A table of MAML and its relatives with both kinds of batch norm."""
+    lines = ["MAML and its relatives with queries normalised by their own batch (transductive, the figures above) and by",
+             "the support set alone:", "", "| 5-way 1-shot | transductive | support |", "|---|---|---|"]  # fmt: skip
+    for name in ("fomaml", "protomaml", "maml", "anil"):
+        if runs := load(out, f"comparison/{name}"):
+            found = [mean_of_seeds(runs, f"test_accuracy_{mode}") for mode in ("transductive", "support")]
+            cells = " | ".join(with_interval(mean, half) for mean, half in found)
+            lines.append(f"| {TITLES[name]} | {cells} |")
+    return lines
+
+
 def page(out: Path) -> str:
     """`<out>/README.md`: a row for each claim of the documents, the paired differences, the pictures."""
     lines = ["# Results", "", "Written by `python reproduce.py` from the JSON files beside it.",
@@ -430,14 +442,7 @@ def page(out: Path) -> str:
     if others := other_rows(out):
         lines += ["", "| what | documents | ours | command |", "|---|---|---|---|"]
         lines += [f"| {' | '.join(cells)} |" for cells in others]
-    lines += ["", "MAML's figures normalise the queries with their own batch (transductive). Beside it the same",
-              "networks with the statistics of the support set alone:", "",
-              "| what | transductive | support |", "|---|---|---|"]
-    for name in ("fomaml", "protomaml", "maml", "anil"):
-        if runs := load(out, f"comparison/{name}"):
-            found = [mean_of_seeds(runs, f"test_accuracy_{mode}") for mode in ("transductive", "support")]
-            cells = " | ".join(f"{mean:.1f} ± {half:.1f}" for mean, half in found)
-            lines.append(f"| {TITLES[name]}, 5-way 1-shot | {cells} |")
+    lines += ["", *norm_lines(out)]
     if differences := paired(out):
         lines += ["", "Differences to ProtoNet on the same test tasks (points, 95 % interval of the difference):",
                   "", "| method | difference |", "|---|---|"]

@@ -89,6 +89,11 @@ def short_table(words: tuple[str, ...] = ("",), command: bool = False) -> str:
     return "\n".join(lines)
 
 
+def maml_table() -> str:
+    rows = short_table(("First-order MAML", "Proto-MAML", "MAML", "ANIL"), True)
+    return "\n".join([rows, "", *reproduce.norm_lines(RESULTS)])
+
+
 def memorisation_text() -> str:
     (run,) = load("mann/memorisation")
     return (
@@ -341,7 +346,7 @@ def render(text: str) -> str:
     tables = {
         "results": short_table, "mann": mann_table, "mann_answers": mann_answers, "memorisation": memorisation_text,
         "protonet": lambda: short_table(("ProtoNet",), True), "transfer": lambda: short_table(("Fine-tuning",), True),
-        "maml": lambda: short_table(("First-order MAML", "Proto-MAML", "MAML", "ANIL"), True),
+        "maml": maml_table,
         "meta_lstm": meta_lstm_table, "costs": costs_text, "features": features_text, "speed": speed_table,
         "faults": faults_text,
     }  # fmt: skip
