@@ -418,8 +418,8 @@ def other_rows(out: Path) -> list[list[str]]:
 
 def norm_lines(out: Path) -> list[str]:
     """A table of MAML and its relatives with both kinds of batch norm."""
-    lines = ["MAML and its relatives with queries normalised by their own batch (transductive, the figures above) and by",
-             "the support set alone:", "", "| 5-way 1-shot | transductive | support |", "|---|---|---|"]  # fmt: skip
+    lines = ["MAML and its relatives with queries normalised by their own batch (transductive, as above) and by the",
+             "support set alone:", "", "| 5-way 1-shot | transductive | support |", "|---|---|---|"]  # fmt: skip
     for name in ("fomaml", "protomaml", "maml", "anil"):
         if runs := load(out, f"comparison/{name}"):
             found = [mean_of_seeds(runs, f"test_accuracy_{mode}") for mode in ("transductive", "support")]
