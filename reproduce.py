@@ -447,6 +447,10 @@ def page(out: Path) -> str:
         lines += ["", "Differences to ProtoNet on the same test tasks (points, 95 % interval of the difference):",
                   "", "| method | difference |", "|---|---|"]
         lines += [f"| {TITLES[name]} | {mean:+.1f} ± {half:.1f} |" for name, (mean, half) in differences.items()]
+    if (file := out / "reproduce.json").exists():
+        minutes = sum(entry["minutes"] for entry in json.loads(file.read_text()).values())
+        lines += ["", f"The runs in `reproduce.json` took {minutes:.0f} minutes in all, each on one core: "
+                  f"{minutes / 120:.1f} hours of two cores."]  # fmt: skip
     for picture in sorted(out.glob("*.png")):
         if picture.stem not in ("glyphs", "tensorboard"):
             lines += ["", f"![{picture.stem.replace('_', ' ')}]({picture.name})"]
