@@ -80,8 +80,8 @@ CASES = [
          "--train_steps 30000", 1, 25),
     Case("meta_lstm", "10way10shot", "meta_lstm.py", "--preset 10way10shot",
          "--train_steps 250 --eval_freq 125 --num_query 5 --num_val_tasks 40", "", 1, 15),
-    *[Case("meta_lstm", f"5way1shot_{name}", "meta_lstm.py", recipe, "--train_steps 600 --eval_freq 200", "--train_steps 6000",
-           minutes=minutes)
+    *[Case("meta_lstm", f"5way1shot_{name}", "meta_lstm.py", recipe, "--train_steps 600 --eval_freq 200",
+           "--train_steps 6000", minutes=minutes)
       for name, recipe, minutes in (("short", "", 3), ("pool", "--fixed_pool 6", 3),
                                     ("second_order", "--second_order --trained_share 1", 11))],
     Case("comparison", "transfer", "transfer.py", "", "", "--train_steps 16000 --finetune_steps 6000", 3, 5),
