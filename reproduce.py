@@ -544,7 +544,7 @@ def draw_comparison(out: Path) -> None:
         for i, (name, runs) in enumerate(found.items()):
             mean, half = mean_of_seeds(runs)
             ax.bar(i + 0.2, mean, 0.38, color=COLOURS[name], yerr=half, capsize=3)
-            ax.text(i + 0.2, mean + half + 0.3, f"{mean:.1f}", ha="center", fontsize=9)
+            ax.text(i + 0.2, mean + half + 0.3, f"{mean:.{digits_of(half)}f}", ha="center", fontsize=9)
             on_val = [r["val_accuracy"] for r in runs if r.get("val_accuracy")]  # fine-tuning chooses nothing by it
             if on_val:
                 ax.bar(i - 0.2, 100 * sum(on_val) / len(on_val), 0.38, color=COLOURS[name], alpha=0.4)
