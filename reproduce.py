@@ -122,7 +122,7 @@ CLAIMS = [
     ("ANIL, 5-way 1-shot", "comparison/anil", "test_accuracy", "-", "-"),
     ("Meta-LSTM, 5-way 1-shot", "meta_lstm/5way1shot", "test_accuracy", "-", "none"),
     ("Meta-LSTM, 5-way 5-shot", "meta_lstm/5way5shot", "test_accuracy", "-", "none"),
-    ("Meta-LSTM, 10-way 10-shot, 250 episodes", "meta_lstm/10way10shot", "test_accuracy", "-", "none"),
+    ("Meta-LSTM, 10-way 10-shot, the paper's flags", "meta_lstm/10way10shot", "test_accuracy", "-", "none"),
     ("Meta-LSTM, miniImageNet 5-way 1-shot", "meta_lstm/miniImagenet_5way1shot", "test_accuracy", "42.6", "43.4"),
     ("Meta-LSTM, miniImageNet 5-way 5-shot", "meta_lstm/miniImagenet_5way5shot", "test_accuracy", "37.6", "60.6"),
     ("Meta-LSTM, miniImageNet 10-way 10-shot", "meta_lstm/miniImagenet_10way10shot", "test_accuracy", "23.3", "-"),

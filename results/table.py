@@ -106,26 +106,28 @@ def memorisation_text() -> str:
 
 def meta_lstm_table() -> str:
     """The LSTM meta-learner: the learned rule, the same start before adaptation and with gradient descent."""
-    rows = [
-        "| meta-LSTM, course split | learned rule | tuned gradient descent | before | updates | episodes | minutes |"
-    ]
-    rows.append("|---" * 7 + "|")
+    titles = "meta-LSTM, course split | learned rule | tuned gradient descent | before"
+    rows = [f"| {titles} | queries | updates | episodes | minutes |", "|---" * 8 + "|"]
     names = {"5way1shot": "", "5way5shot": "", "5way1shot_short": ", short", "5way1shot_pool": ", short, fixed pool",
-             "5way1shot_second_order": ", short, second order", "10way10shot": ", short"}  # fmt: skip
+             "5way1shot_second_order": ", short, second order", "10way10shot": ", the paper's, short"}  # fmt: skip
     for setting, remark in names.items():
         for run in load(f"meta_lstm/{setting}"):
             figures = (
                 f"{100 * run[f'test_accuracy{k}']:.1f} ± {100 * run[f'ci95{k}']:.1f}" for k in ("", "_sgd", "_before")
             )
             ours, sgd, before = figures
-            episodes = round(run["train_seconds"] * run["tasks_per_second"], -2)
+            episodes = run["steps"] * tasks_a_step(run)
             rows.append(
                 f"| {run['N']}-way {run['K']}-shot{remark} | {ours} | {sgd} (rate {run['sgd_rate']:g}) | {before} "
-                f"| {run['updates']} | {episodes:.0f} | {run['train_seconds'] / 60:.0f} |"
+                f"| {run['Q']} | {run['updates']} | {episodes} | {run['train_seconds'] / 60:.0f} |"
             )
     commands = [f"`{reproduce.plain_command(run)}`" for setting in names for run in load(f"meta_lstm/{setting}")]
-    note = "Test accuracy in per cent ± 95 % interval on 600 fixed tasks with 15 queries a class; minutes of training."
+    note = "Test accuracy in per cent ± 95 % interval on 600 fixed tasks; queries of each class; minutes of training."
     return "\n".join(rows) + f"\n\n{note}\n" + "\n".join(commands)
+
+
+def tasks_a_step(run: dict) -> int:
+    return round(run["train_seconds"] * run["tasks_per_second"] / run["steps"])
 
 
 def meta_lstm_figure() -> None:
@@ -138,7 +140,7 @@ def meta_lstm_figure() -> None:
     for setting, colour in colours.items():
         for run in load(f"meta_lstm/{setting}")[:1]:
             name = f"{run['N']}-way {run['K']}-shot"
-            B = round(run["train_seconds"] * run["tasks_per_second"] / run["steps"])
+            B = tasks_a_step(run)
             steps, accuracy = zip(*run["curves"]["Accuracy/val"], strict=True)
             left.plot([B * s / 1000 for s in steps], [100 * a for a in accuracy], "o-", ms=3, color=colour)
             left.annotate(name, (B * steps[-1] / 1000, 100 * accuracy[-1]), (0, -30), textcoords="offset points",
