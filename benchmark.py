@@ -354,7 +354,7 @@ def bench_costs(args, device: torch.device, dataset: Dataset | None) -> dict:
 # --------------------------------------------------------------------------------------- maml
 
 
-def plain_maml_step(theta: dict, tasks, inner_lr: float, steps: int, first_order: bool, strided: bool) -> None:
+def plain_maml_step(theta: dict, tasks, inner_lr: float, steps: int, first_order, strided, sphere=False) -> None:
     """One task after another, create_graph for the second order, in the usual way; adds to the gradients of theta."""
 
     def network(p, images):
@@ -364,6 +364,9 @@ def plain_maml_step(theta: dict, tasks, inner_lr: float, steps: int, first_order
             x = F.relu(F.batch_norm(x, None, None, p[f"gamma{i}"], p[f"beta{i}"], training=True))
             x = x if strided else F.max_pool2d(x, 2)
         x = x.mean(dim=(2, 3)) if strided else x.flatten(1)
+        if sphere:
+            x = x - x.mean(dim=0)
+            x = x / (x.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
         return F.linear(x, p["head_weight"], p["head_bias"])
 
     total = 0

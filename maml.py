@@ -5,7 +5,7 @@ loop takes L gradient steps on a task's support loss, starting from theta; the o
 loss of the queries after these steps falls. The gradient goes through the inner steps exactly (second order),
 or treats their gradients as constants (`--first_order`).
 
-    python maml.py --num_classes 5 --num_shot 1                MAML, ten minutes of training on two CPU cores
+    python maml.py --num_classes 5 --num_shot 1                MAML, seven minutes of training on a CPU core
     python maml.py --first_order --zero_head                   first-order MAML
     python maml.py --head proto --first_order --inner_lr 0.01  Proto-MAML: the head starts from the prototypes
     python maml.py --freeze_body                               ANIL: only the head is adapted
@@ -13,10 +13,11 @@ or treats their gradients as constants (`--first_order`).
 
 The paper's 5-way and 20-way recipes:
 
-    python maml.py --encoder strided --warmup_steps 0 --head_lr 0.4 --meta_batch_size 32 --train_query 15 \\
-        --train_steps 60000 --schedule constant --outer_lr 1e-3
-    python maml.py --num_classes 20 --encoder strided --warmup_steps 0 --head_lr 0.1 --inner_lr 0.1 --inner_steps 5 \\
-        --meta_batch_size 16 --train_query 15 --train_steps 60000 --schedule constant --outer_lr 1e-3
+    python maml.py --encoder strided --features plain --warmup_steps 0 --head_lr 0.4 --meta_batch_size 32 \\
+        --train_query 15 --train_steps 60000 --schedule constant --outer_lr 1e-3
+    python maml.py --num_classes 20 --encoder strided --features plain --warmup_steps 0 --head_lr 0.1 \\
+        --inner_lr 0.1 --inner_steps 5 --meta_batch_size 16 --train_query 15 --train_steps 60000 \\
+        --schedule constant --outer_lr 1e-3
 
 Sources beside it: Antoniou et al. 2019 (MAML++: learned inner rates, multi-step loss, cosine schedule),
 Raghu et al. 2020 (ANIL), Triantafillou et al. 2020 (Proto-MAML), Kao et al. 2022 (zeroing the head). Measured results:
@@ -38,7 +39,7 @@ from torch import nn
 from torch.func import grad, vmap
 
 import experiment
-from backbone import Conv4, conv4, fast_dtype, prototypes
+from backbone import EPS, Conv4, conv4, fast_dtype, prototypes
 from experiment import Run, UserError, number, whole
 from load_data import EpisodeSampler, episode_figure, load_dataset
 
@@ -88,13 +89,16 @@ class Setting(NamedTuple):
     first_order: bool = False
     batch_norm: str = "transductive"
     dtype: torch.dtype = torch.float32
+    sphere: bool = False
     under_vmap: bool = False  # there the second derivative of F.batch_norm is wrong (torch 2.13): spell it out
 
 
 def embed(theta: Parameters, images: torch.Tensor, s: Setting, num_support: int) -> torch.Tensor:
     """Features [n, D] of one task's images [n, C, H, W], of which the first `num_support` are its support set.
 
-    batch_norm="transductive" normalises with all images of the call, "support" with the support set alone.
+    batch_norm="transductive" normalises with all images of the call, "support" with the support set alone. With
+    `sphere` the features are centred by the mean of the same images and stretched to length sqrt(D). A linear head
+    whose weights are class means then compares distances: ||f - c||^2 = 2 D - 2 <f, c>.
     """
     with torch.autocast(images.device.type, s.dtype, enabled=s.dtype not in (torch.float32, torch.float64)):
         n = len(images) if s.batch_norm == "transductive" else num_support  # images that give the statistics
@@ -102,7 +106,11 @@ def embed(theta: Parameters, images: torch.Tensor, s: Setting, num_support: int)
             features = conv4(theta, images, "batch", strided=s.strided)
         else:
             features = conv4(theta, images[None], "support", None, n, strided=s.strided)[0]
-    return features if features.dtype == torch.float64 else features.float()
+    features = features if features.dtype == torch.float64 else features.float()
+    if s.sphere:
+        centred = features - features[:n].mean(dim=0)
+        features = centred * (centred.square().mean(dim=-1, keepdim=True) + EPS).rsqrt()
+    return features
 
 
 def classify(theta: Parameters, images: torch.Tensor, s: Setting, num_support: int) -> torch.Tensor:
@@ -114,13 +122,13 @@ def proto_head(support: torch.Tensor, s: Setting) -> Parameters:
     """The linear head that computes -||f - c||^2 up to a constant: w = 2c, b = -||c||^2 (Triantafillou, eq. 4).
 
     support: features [N*K, D] in class order, of which c are the class means.
-    head="one_step" is, without the step, what one inner step at the rate 2 N / sqrt(D) makes of a zero head:
-    w = 2 (c - mean of all c) / sqrt(D), b = 0. The division keeps the softmax from saturating, as in attention.
+    head="one_step" is, without the step, what one inner step at the rate N / sqrt(D) makes of a zero head:
+    w = (c - mean of all c) / sqrt(D), b = 0. The division keeps the softmax from saturating, as in attention.
     """
     centres = prototypes(support[None], s.num_classes)[0]  # [N, D]
     if s.head == "one_step":
-        scale = 2 / centres.shape[1] ** 0.5
-        return {"head_weight": scale * (centres - centres.mean(dim=0)), "head_bias": torch.zeros_like(centres[:, 0])}
+        weight = (centres - centres.mean(dim=0)) / centres.shape[1] ** 0.5
+        return {"head_weight": weight, "head_bias": torch.zeros_like(centres[:, 0])}
     return {"head_weight": 2 * centres, "head_bias": -centres.square().sum(-1)}
 
 
@@ -291,7 +299,7 @@ def share(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def parse_args(argv=None):
     """The flags; combinations that cannot work are refused here."""
     parser, groups = experiment.make_parser(
-        __doc__, meta_batch_size=4, train_steps=7500, eval_freq=1500, rotations=True, num_val_tasks=200
+        __doc__, meta_batch_size=4, train_steps=5000, eval_freq=1000, rotations=True, num_val_tasks=200
     )
     parser.prog = "maml.py"
     add = groups["data"].add_argument
@@ -302,6 +310,8 @@ def parse_args(argv=None):
     add = groups["model"].add_argument
     add("--encoder", choices=["strided", "pooled"], default="pooled", help="Conv4-64, or the paper's for Omniglot")
     add("--width", type=whole(1), default=64, help="filters of each convolution")
+    add("--features", choices=["auto", "sphere", "plain"], default="auto",
+        help="sphere: centred and stretched to one length before the head; auto: before a linear head")  # fmt: skip
     add("--head", choices=["linear", "proto"], default="linear", help="proto: Proto-MAML, started from the prototypes")
     add("--zero_head", action="store_true", help="every task starts from a head of zeros that is not meta-learned")
     add("--freeze_body", action="store_true", help="ANIL: the inner loop adapts the head alone")
@@ -310,10 +320,10 @@ def parse_args(argv=None):
     add = groups["optimisation"].add_argument
     add("--inner_steps", type=whole(0), default=1, help="gradient steps on a support set in training")
     add("--inner_lr", type=number(), default=0.4, help="rate of the inner steps, or where the learned rates start")
-    add("--head_lr", type=number(), default=0.0, help="the same for a linear head; 0: 2 N / sqrt(features)")
+    add("--head_lr", type=number(), default=0.0, help="the same for a linear head; 0: N / sqrt(features)")
     add("--learn_inner_lrs", action="store_true", help="learn a rate per tensor and step")
-    add("--warmup_steps", type=whole(0), default=6000,
-        help="first training steps, with a head made of prototypes and no inner step; the papers: 0")  # fmt: skip
+    add("--warmup_steps", type=whole(0), default=4000,
+        help="first training steps, one-shot, with a head of prototypes and no inner step; the papers: 0")  # fmt: skip
     add("--first_order", action="store_true", help="drop the second derivative")
     add("--multi_step_loss", action="store_true", help="early in training count the loss after every inner step")
     add("--outer_lr", type=number(above=True), default=2e-3, help="of Adam, at its start")
@@ -339,13 +349,14 @@ def main(argv=None) -> dict:
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
     strided = args.encoder == "strided"
     encoder = Conv4(dataset.images.shape[1], args.width, args.image_size, strided)
-    head_lr = (args.head_lr or 2 * args.num_classes / encoder.out_features**0.5) if args.head == "linear" else None
+    head_lr = (args.head_lr or args.num_classes / encoder.out_features**0.5) if args.head == "linear" else None
     learner = Learner(
         encoder, args.num_classes, args.inner_steps, args.inner_lr, args.head, args.learn_inner_lrs, head_lr,
         args.zero_head,
     ).to(device)
     dtype = fast_dtype(args.dtype, device)
-    s = Setting(args.num_classes, strided, args.head, args.freeze_body, args.first_order, args.batch_norm, dtype)
+    s = Setting(args.num_classes, strided, args.head, args.freeze_body, args.first_order, args.batch_norm, dtype,
+                sphere=args.features == "sphere" or (args.features == "auto" and args.head == "linear"))  # fmt: skip
 
     test = experiment.fixed_tasks(dataset, "test", args, device)
     if args.test:
@@ -355,31 +366,33 @@ def main(argv=None) -> dict:
 
     val = experiment.fixed_tasks(dataset, "val", args, device)
 
-    def training_tasks(N: int, Q: int, B: int, seed: int) -> EpisodeSampler:
-        return EpisodeSampler(dataset, "train", N, args.num_shot, Q, B, seed, device, rotations=args.rotations,
+    def training_tasks(N: int, K: int, Q: int, B: int, seed: int) -> EpisodeSampler:
+        return EpisodeSampler(dataset, "train", N, K, Q, B, seed, device, rotations=args.rotations,
                               jitter=args.jitter, shift=args.shift, shard=experiment.shard())  # fmt: skip
 
     # Prototypes make a head for any number of classes; harder tasks teach the encoder faster.
-    proto = training_tasks(
-        args.train_classes, 1, max(experiment.shard()[1], args.meta_batch_size // 4), args.random_seed + 1
-    )
-    train = proto
+    N, B = args.train_classes, max(experiment.shard()[1], args.meta_batch_size // 4)
+    warmup = training_tasks(N, 1, 1, B, args.random_seed + 1)
     if args.head == "linear":
-        train = training_tasks(args.num_classes, args.train_query, args.meta_batch_size, args.random_seed)
+        train = training_tasks(
+            args.num_classes, args.num_shot, args.train_query, args.meta_batch_size, args.random_seed
+        )
+    else:
+        train = training_tasks(N, args.num_shot, 1, B, args.random_seed)
     trained = [p for p in learner.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, args.outer_lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: rate_factor(done, args.warmup_steps, args.train_steps, args.schedule)
     )
     run = Run(args, "maml", dataset.name)
-    run.track(model=learner, optimizer=optimizer, schedule=schedule, proto=proto, sampler=train)
+    run.track(model=learner, optimizer=optimizer, schedule=schedule, warmup=warmup, sampler=train)
     for step in run.steps():
         progress = step / args.train_steps
         weights = multi_step_weights(args.inner_steps, progress) if args.multi_step_loss else [1.0]
         optimizer.zero_grad()
         if step <= args.warmup_steps:
-            s_now = s._replace(head="proto" if args.head == "proto" else "one_step", num_classes=proto.N)
-            loss = meta_gradient(learner, proto.sample(), s_now, weights=[], inner_steps=0)
+            s_now = s._replace(head="proto" if args.head == "proto" else "one_step", num_classes=warmup.N)
+            loss = meta_gradient(learner, warmup.sample(), s_now, weights=[], inner_steps=0)
         else:
             loss = meta_gradient(learner, train.sample(), s._replace(num_classes=train.N), weights, args.inner_steps)
         experiment.average_gradients(learner)

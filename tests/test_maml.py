@@ -58,6 +58,7 @@ def gradients(model, tasks, s, weights=(1.0,), steps=None):
 CASES = [
     (1, "linear", {}), (3, "linear", {}), (1, "proto", {}), (3, "proto", {}),
     (2, "linear", {"batch_norm": "support"}), (2, "proto", {"freeze_body": True}), (2, "linear", {"strided": False}),
+    (2, "linear", {"sphere": True}), (2, "linear", {"sphere": True, "batch_norm": "support"}),
 ]  # fmt: skip
 
 
@@ -87,14 +88,14 @@ def test_the_meta_gradient_equals_finite_differences(steps, head, options):
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("first_order", [False, True])
-@pytest.mark.parametrize("strided", [True, False])
-def test_equals_the_plain_loop(steps, first_order, strided):
+@pytest.mark.parametrize("strided, sphere", [(True, False), (False, False), (False, True)])
+def test_equals_the_plain_loop(steps, first_order, strided, sphere):
     """benchmark.py's loop over tasks, written the usual way with create_graph, gives the same gradient to 1e-10."""
-    s = Setting(N, strided=strided, first_order=first_order, dtype=torch.float64)
+    s = Setting(N, strided=strided, first_order=first_order, dtype=torch.float64, sphere=sphere)
     model, tasks = learner(steps=steps, strided=strided, learn=False), batch(3)
     ours = gradients(model, tasks, s)
     model.zero_grad()
-    plain_maml_step(model.theta(), tasks, model.rates[0, 0].item(), steps, first_order, strided)
+    plain_maml_step(model.theta(), tasks, model.rates[0, 0].item(), steps, first_order, strided, sphere)
     for name, p in model.named_parameters():
         if p.requires_grad:
             assert torch.allclose(ours[name], p.grad, rtol=0, atol=1e-10), name
@@ -103,7 +104,8 @@ def test_equals_the_plain_loop(steps, first_order, strided):
 
 def test_one_vmap_equals_the_tasks_one_by_one():
     """The two ways in which meta_gradient goes over tasks: the GPU's and the CPU's, with any number of threads."""
-    for options in ({}, {"first_order": True}, {"head": "proto", "strided": False}, {"batch_norm": "support"}):
+    others = {"head": "proto", "strided": False}, {"batch_norm": "support"}, {"sphere": True}
+    for options in ({}, {"first_order": True}, *others):
         s = Setting(N, dtype=torch.float64, **options)
         model, tasks = learner(s.head, 2, strided=s.strided), batch(3)
         one_by_one = gradients(model, tasks, s)
@@ -161,10 +163,11 @@ def test_without_inner_steps_proto_maml_is_protonet(batch_norm):
     assert difference.std() > 0  # it is a constant of the query, not zero
 
 
-def test_the_warm_up_head_is_one_inner_step_from_zero():
-    """At a rate of 2 N / sqrt(D) for the weights; the bias and the body do not move from a zero head."""
-    s, model = Setting(N, dtype=torch.float64), Learner(Conv4(width=4), N, 1, 0.4, head_lr=2 * N / 4**0.5).double()
-    s = s._replace(strided=False)
+@pytest.mark.parametrize("sphere", [False, True])
+def test_the_warm_up_head_is_one_inner_step_from_zero(sphere):
+    """At a rate of N / sqrt(D) for the weights; the bias and the body do not move from a zero head."""
+    s = Setting(N, strided=False, dtype=torch.float64, sphere=sphere)
+    model = Learner(Conv4(width=4), N, 1, 0.4, head_lr=N / 4**0.5).double()
     support, labels, _, _ = (x[0] for x in batch(1))
     after = adapt(model.theta(), model.step_sizes(1), support, labels, s)[-1]
     (made,) = adapt(model.theta(), [], support, labels, s._replace(head="one_step"))
@@ -186,6 +189,27 @@ def test_the_warm_up_asks_in_both_directions(head):
     assert torch.allclose(found, (forth + back) / 2, atol=1e-12) and (forth - back).abs() > 1e-6
 
 
+@pytest.mark.parametrize("batch_norm", ["transductive", "support"])
+def test_on_the_sphere_one_step_from_a_zero_head_compares_distances(batch_norm):
+    """With one shot: its logits are those of distances to the prototypes, up to scale and a constant of each query."""
+    s = Setting(N, strided=False, dtype=torch.float64, sphere=True, batch_norm=batch_norm)
+    model = Learner(Conv4(width=4), N, 1, 0.4, head_lr=N / 4**0.5).double()
+    support, _, query, _ = (x[0] for x in batch(1))
+    support, labels = support[::K], torch.arange(N)
+    theta = adapt(model.theta(), model.step_sizes(1), support, labels, s)[-1]
+    logits = query_logits(theta, support, query, s)
+    if batch_norm == "support":
+        both = maml.embed(theta, torch.cat([support, query]), s, N)
+        centres, features = both[:N], both[N:]
+    else:
+        centres, features = (maml.embed(theta, x, s, len(x)) for x in (support, query))
+    assert torch.allclose(centres.square().sum(-1), torch.tensor(4.0, dtype=torch.float64), rtol=1e-2)
+    assert batch_norm == "support" or features.mean(dim=0).abs().max() < 1  # centred before they were stretched
+    difference = logits + torch.cdist(features, centres).square() / 2 / 4**0.5
+    assert torch.allclose(difference, difference[:, :1].expand_as(difference), atol=1e-2)
+    assert difference.std() > 0
+
+
 def test_a_zero_head_is_adapted_but_not_meta_learned():
     s, tasks = Setting(N, dtype=torch.float64, first_order=True, strided=False), batch(2)
     model = Learner(Conv4(width=4), N, 2, 0.4, zero_head=True).double()
@@ -204,13 +228,14 @@ def test_anil_adapts_the_head_alone_and_maml_everything():
             assert torch.equal(before[name], after[name]) == (freeze_body and not name.startswith("head")), name
 
 
-def test_queries_influence_each_other_only_in_the_transductive_mode():
+@pytest.mark.parametrize("sphere", [False, True])
+def test_queries_influence_each_other_only_in_the_transductive_mode(sphere):
     model, tasks = learner(), batch(1)
     support, labels, query, _ = (x[0] for x in tasks)
     changed = query.clone()
     changed[-1] = 1 - changed[-1]
     for mode, same in (("support", True), ("transductive", False)):
-        s = Setting(N, batch_norm=mode, dtype=torch.float64)
+        s = Setting(N, batch_norm=mode, dtype=torch.float64, sphere=sphere)
         theta = adapt(model.theta(), model.step_sizes(1), support, labels, s)[-1]
         a, b = (query_logits(theta, support, x, s)[:-1] for x in (query, changed))
         assert torch.allclose(a, b, atol=1e-12) == same
@@ -247,8 +272,9 @@ def test_evaluation_keeps_no_graph_and_later_steps_repeat_the_last_rate():
 
 @pytest.mark.parametrize("flags", [
     ["--first_order", "--head", "proto", "--inner_steps", "0", "--jitter", "0", "--test_inner_steps", "2",
-     "--schedule", "constant", "--train_classes", "7"],
-    ["--freeze_body", "--learn_inner_lrs", "--inner_steps", "2", "--multi_step_loss", "--num_classes", "3"],
+     "--schedule", "constant", "--train_classes", "7", "--features", "sphere"],
+    ["--freeze_body", "--learn_inner_lrs", "--inner_steps", "2", "--multi_step_loss", "--num_classes", "3",
+     "--features", "plain"],
     ["--batch_norm", "support", "--encoder", "pooled", "--clip", "0", "--num_shot", "2", "--dtype", "float32"],
     ["--inner_lr", "0.1", "--outer_lr", "1e-2", "--train_query", "1", "--num_query", "4", "--no-rotations"],
     ["--split", "lake", "--first_order", "--zero_head", "--num_test_tasks", "2",
@@ -306,8 +332,12 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch):
 
 
 def test_a_diverging_inner_loop_ends_with_one_line(run_script, tmp_path):
-    """1e6 at the first step: nothing is saved. Resuming is the user's way on where something was."""
+    """1e6 at the first step: nothing is saved. Resuming is the user's way on where something was.
+
+    Features on the sphere stay finite at any rate, so that nothing overflows there.
+    """
     flags = ["--warmup_steps", "0", "--inner_lr", "1e6", "--head_lr", "1e6", "--inner_steps", "5"]
+    flags += ["--features", "plain"]
     result = run_script("maml.py", *SMOKE, *flags, "--log_dir", tmp_path)
     assert result.returncode == 1, result.stderr
     (line,) = result.stderr.strip().splitlines()
