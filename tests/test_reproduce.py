@@ -118,6 +118,16 @@ def test_only_chooses_runs_by_parts_of_their_names():
     assert len(names("")) > len(names("seed1")) > 5 and not names("nothing")
 
 
+def test_what_three_hours_cannot_hold_waits_to_be_named():
+    def names(scale: str, only: str = "") -> set[str]:
+        return {job.name for job in reproduce.make_jobs(cases_of("all"), scale, Path("o"), "cpu", "auto", only)}
+
+    beyond = {"comparison_maml_20way1shot_seed1", "comparison_maml_20way5shot_seed1"}
+    assert not beyond & names("cpu") and beyond < names("full") and beyond < names("smoke")
+    assert names("cpu", "maml_20way") == beyond
+    assert sum(case.minutes * case.seeds for case in cases_of("all") if not case.beyond) <= 2 * 180
+
+
 def test_a_failure_is_named_and_the_others_run(monkeypatch, tmp_path, capsys):
     bad = reproduce.Case("mann", "bad", "hw1.py", "--learning_rate nan")
     good = reproduce.Case("mann", "good", "hw1.py", "--num_classes 2")
