@@ -592,7 +592,7 @@ def draw_comparison(out: Path) -> None:
                 ax.set_xticks(list(steps))
         axes[0].axhline(20, color="0.5", linestyle=":", label="guessing")
         axes[1].axhline(20, color="0.5", linestyle=":")
-        axes[0].legend(frameon=False, fontsize=9)
+        axes[0].legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.08))  # clear of the line
         save(figure, out / "adaptation.png")
 
 
