@@ -39,6 +39,7 @@ import experiment
 from experiment import UserError, whole, write_atomically, write_json
 
 HERE = Path(__file__).resolve().parent
+WRITERS = {"costs": "--out", "features": "--results_dir"}  # these write their results themselves, where told
 PARTS = ("mann", "meta_lstm", "comparison", "costs", "features")
 COURSE = "--head recurrent --logit_scale 1 --forget_bias 0 --no-rotations --schedule constant --clip 0"
 LAKE = "--split lake --num_classes 20 --within_alphabet"
@@ -173,7 +174,7 @@ def cases_of(what: str, mini_imagenet: str | None = None) -> list[Case]:
     return [case for case in cases if what in ("all", case.part)]
 
 
-def make_jobs(cases: list[Case], scale: str, out: Path, device: str, dataset: str, only: str = "") -> list[Job]:
+def make_jobs(cases: list[Case], scale: str, device: str, dataset: str, only: str = "") -> list[Job]:
     jobs = []
     for case in cases:
         for seed in range(1, (1 if scale == "smoke" else case.seeds) + 1):
@@ -185,11 +186,7 @@ def make_jobs(cases: list[Case], scale: str, out: Path, device: str, dataset: st
             # At smoke scale the script's own --smoke decides on lengths and sizes.
             length = {"smoke": "--smoke", "cpu": case.cpu, "full": case.full}[scale]
             flags = shlex.split(f"{case.recipe} {length}")
-            if case.part == "costs":
-                flags += ["--out", str(out)]
-            elif case.part == "features":
-                flags += ["--results_dir", str(out)]
-            elif "--dataset" not in flags:
+            if case.part not in WRITERS and "--dataset" not in flags:
                 flags += ["--dataset", dataset]
             flags += ["--random_seed", str(seed), "--device", device]
             key = hashlib.sha256(json.dumps([case.script, flags, code_version(case.script)]).encode()).hexdigest()[:16]
@@ -231,10 +228,10 @@ def run_job(job: Job, out: Path, runs: Path, threads: int, lock_file, children: 
     else:
         shutil.rmtree(folder, ignore_errors=True)  # it had saved nothing
         command += job.flags
-        if job.case.part not in ("costs", "features"):  # those name their own
-            command += ["--log_dir", str(runs), "--run_name", folder.name]
+        if job.case.part in WRITERS:  # and name their own run
+            command += ["--log_dir", str(runs), WRITERS[job.case.part], str(out)]
         else:
-            command += ["--log_dir", str(runs)]
+            command += ["--log_dir", str(runs), "--run_name", folder.name]
     threads = min(threads, int(os.environ.get("OMP_NUM_THREADS", threads)))
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(runs / f"{job.name}.log", "ab") as log:
@@ -255,7 +252,7 @@ def collected(job: Job, out: Path) -> Path:
 
 def collect(job: Job, folder: Path, out: Path) -> None:
     """Copy a run's metrics, with its curves, to `<out>/<part>/<name>_seed<S>.json`."""
-    if job.case.part in ("costs", "features"):  # they write what they found themselves
+    if job.case.part in WRITERS:
         return
     metrics = json.loads((folder / "metrics.json").read_text()) | {"curves": read_curves(folder)}
     if job.case.script == "protonet.py":
@@ -390,7 +387,7 @@ def with_interval(mean: float, half: float) -> str:
 
 def plain_command(run: dict) -> str:
     """A run's command without what does not change its figures: where it wrote, and defaults."""
-    return re.sub(r" --(log_dir|run_name) \S+| --(dataset|device) auto", "", run["command"])
+    return re.sub(r" --(log_dir|run_name|out|results_dir) \S+| --(dataset|device) auto", "", run["command"])
 
 
 def claim_rows(out: Path) -> list[dict[str, str]]:
@@ -665,7 +662,7 @@ def main(argv=None) -> list[str]:
     if not args.draw_only:
         runs = args.out / "runs" if args.scale == "smoke" else Path("runs") / f"reproduce_{args.scale}"
         cases = cases_of(args.what, args.mini_imagenet)
-        jobs = make_jobs(cases, args.scale, args.out, args.device, args.dataset, args.only)
+        jobs = make_jobs(cases, args.scale, args.device, args.dataset, args.only)
         if not jobs:
             raise UserError(f"--only {args.only}: no run of {args.what} has this in its name")
         failures = run_all(jobs, args.out, runs, args.jobs)

@@ -338,7 +338,7 @@ def features_text() -> str:
     return "\n".join(lines) + (
         f"\n\nSeed {e['seed']}, mean over {e['num_test_tasks']} test tasks ({random['num_test_tasks']} with random "
         f"points), ± 95 % interval; {seconds:.0f} seconds of meta-training in all for the parts on a grid "
-        f"({e['device']}, busy).\nRandom points: "
+        f"({e['device']}).\nRandom points: "
         f"`{reproduce.plain_command(random)}`."
     )
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
@@ -101,7 +100,7 @@ def test_an_embedded_episode_is_drawn(tmp_path, capsys):
 
 def test_the_key_is_of_flags_and_code(monkeypatch, tmp_path):
     def keys(device="cpu"):
-        return [job.key for job in reproduce.make_jobs(cases_of("mann"), "cpu", tmp_path, device, "auto")]
+        return [job.key for job in reproduce.make_jobs(cases_of("mann"), "cpu", device, "auto")]
 
     first = keys()
     assert keys() == first and len(set(first)) == len(first) > 15
@@ -112,7 +111,7 @@ def test_the_key_is_of_flags_and_code(monkeypatch, tmp_path):
 
 def test_only_chooses_runs_by_parts_of_their_names():
     def names(only: str) -> set[str]:
-        return {job.name for job in reproduce.make_jobs(cases_of("comparison"), "cpu", Path("o"), "cpu", "auto", only)}
+        return {job.name for job in reproduce.make_jobs(cases_of("comparison"), "cpu", "cpu", "auto", only)}
 
     assert names("anil,maml_seed1") == {f"comparison_{m}_seed1" for m in ("anil", "maml", "fomaml", "protomaml")}
     assert len(names("")) > len(names("seed1")) > 5 and not names("nothing")
@@ -120,7 +119,7 @@ def test_only_chooses_runs_by_parts_of_their_names():
 
 def test_what_three_hours_cannot_hold_waits_to_be_named():
     def names(scale: str, only: str = "") -> set[str]:
-        return {job.name for job in reproduce.make_jobs(cases_of("all"), scale, Path("o"), "cpu", "auto", only)}
+        return {job.name for job in reproduce.make_jobs(cases_of("all"), scale, "cpu", "auto", only)}
 
     beyond = {"comparison_maml_20way1shot_seed1", "comparison_maml_20way5shot_seed1"}
     assert not beyond & names("cpu") and beyond < names("full") and beyond < names("smoke")
@@ -144,11 +143,10 @@ def test_a_failure_is_named_and_the_others_run(monkeypatch, tmp_path, capsys):
 ALL = cases_of("all", "mini imagenet")
 
 
-@pytest.mark.parametrize("job", reproduce.make_jobs(ALL, "cpu", Path("out"), "cpu", "auto")
-                         + reproduce.make_jobs(ALL, "full", Path("out"), "cpu", "auto"),
+@pytest.mark.parametrize("job", reproduce.make_jobs(ALL, "cpu", "cpu", "auto")
+                         + reproduce.make_jobs(ALL, "full", "cpu", "auto"),
                          ids=lambda job: job.name)  # fmt: skip
 def test_every_command_parses(job):
-    Path("out").mkdir(exist_ok=True)  # reproduce.py makes it first
     module = __import__(job.case.script.removesuffix(".py"))
     args = module.parse_args(job.flags)
     assert args.random_seed == job.seed
