@@ -218,8 +218,8 @@ def costs_text() -> str:
                          f"{reproduce.growth(memory, 'MB')} | {memory['r2']:.3f} |")  # fmt: skip
     first = rows[0]
     lines += ["", f"Medians on {summary['device']}, {first['meta_batch_size']} tasks; ES compares "
-              f"{first['num_perturbations']} perturbed networks, so both adapt the same number of them. With x^b "
-              f"twice the units cost 2^b times as much. Command: `{reproduce.plain_command(summary)}`.", ""]  # fmt: skip
+              f"{first['num_perturbations']} perturbed networks, so both adapt the same number of them. With x^b twice "
+              f"the units cost 2^b times as much. Command: `{reproduce.plain_command(summary)}`.", ""]  # fmt: skip
     lines += ["| at 512 units | engine | ms | MB |", "|---|---|---|---|"]
     for row in rows:
         if row["sweep"] == "hidden_size" and row["hidden_size"] == "512" and row["method"] in ("maml", "es"):
