@@ -39,7 +39,7 @@ import experiment
 from experiment import UserError, whole, write_atomically, write_json
 
 HERE = Path(__file__).resolve().parent
-WRITERS = {"costs": "--out", "features": "--results_dir"}  # these write their results themselves, where told
+WRITERS = {"costs": "--out", "features": "--results_dir"}  # they write their results themselves, to this folder
 PARTS = ("mann", "meta_lstm", "comparison", "costs", "features")
 COURSE = "--head recurrent --logit_scale 1 --forget_bias 0 --no-rotations --schedule constant --clip 0"
 LAKE = "--split lake --num_classes 20 --within_alphabet"
@@ -474,7 +474,7 @@ def page(out: Path) -> str:
         minutes = sum(run["minutes"] for run in runs.values()) - more
         lines += ["", f"The runs in `reproduce.json` took {minutes:.0f} minutes in all, each on one core: "
                   f"{minutes / 120:.1f} hours of two cores."]  # fmt: skip
-        lines[-1] += f" Those that only `--only` starts took {more:.0f} more." if more else ""
+        lines[-1] += f" Those that wait for `--only` took {more:.0f} minutes more." if more else ""
     for picture in sorted(out.glob("*.png")):
         if picture.stem not in ("glyphs", "tensorboard"):
             lines += ["", f"![{picture.stem.replace('_', ' ')}]({picture.name})"]

@@ -109,7 +109,7 @@ def meta_lstm_table() -> str:
     titles = "meta-LSTM, course split | learned rule | tuned gradient descent | before"
     rows = [f"| {titles} | queries | updates | episodes | minutes |", "|---" * 8 + "|"]
     names = {"5way1shot": "", "5way5shot": "", "5way1shot_short": ", short", "5way1shot_pool": ", short, fixed pool",
-             "5way1shot_second_order": ", short, second order", "10way10shot": ", the paper's, short"}  # fmt: skip
+             "5way1shot_second_order": ", short, second order", "10way10shot": ", paper's flags, short"}  # fmt: skip
     for setting, remark in names.items():
         for run in load(f"meta_lstm/{setting}"):
             figures = (
