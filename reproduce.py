@@ -88,9 +88,10 @@ CASES = [
       for name, recipe, minutes in (("short", "", 3), ("pool", "--fixed_pool 6", 3),
                                     ("second_order", "--second_order --trained_share 1", 11))],
     Case("comparison", "transfer", "transfer.py", "", "", "--train_steps 16000 --finetune_steps 6000", 1, 5),
-    Case("comparison", "protonet", "protonet.py", "--num_test_tasks 2000", "", "", 3, 4),
-    Case("comparison", "protonet_long", "protonet.py", "--num_test_tasks 2000", "--train_steps 24000 --eval_freq 2400",
-         "--train_steps 60000 --eval_freq 2000", 3, 20),
+    Case("comparison", "protonet", "protonet.py", "--num_test_tasks 2000", "", "", 3, 2),
+    *[Case("comparison", f"protonet_{name}", "protonet.py", f"--num_test_tasks 2000 {flags}",
+           "--train_steps 15000 --eval_freq 1500", "--train_steps 60000 --eval_freq 2000", 3, minutes)
+      for name, flags, minutes in (("long", "", 10), ("32_pixels", "--image_size 32", 13))],
     Case("comparison", "protonet_lake", "protonet.py", f"--num_test_tasks 2000 {LAKE}",
          "--train_steps 24000 --eval_freq 2400", "--train_steps 60000 --eval_freq 2000", 1, 20),
     Case("comparison", "fomaml", "maml.py", "--first_order --zero_head", "",
