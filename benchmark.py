@@ -3,6 +3,7 @@
     python benchmark.py episodes --num_classes 5     sampling a meta-batch for the MANN
     python benchmark.py mann --num_classes 5         one training step of the MANN
     python benchmark.py protonet --repeats 10        one training step of prototypical networks
+    python benchmark.py protonet --seeds 3           also the seconds of training to 98.8 %, of three seeds
     python benchmark.py costs --hidden_dim 128       one outer step of MAML and of Evolution Strategies on sinusoids
     python benchmark.py maml --repeats 5             one meta-gradient of MAML
     python benchmark.py meta_lstm --repeats 10       one training step of the LSTM meta-learner
@@ -13,6 +14,8 @@ run, after a warm-up; the figures are medians, with the 10th to 90th percentile.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -31,11 +34,13 @@ from tqdm import tqdm
 import experiment
 import meta_lstm
 import profile_costs
+import protonet
 from backbone import Conv4
 from hw1 import MANN
 from load_data import Dataset, EpisodeSampler, load_dataset
 from maml import Learner, Setting, meta_gradient
 from protonet import episode_loss
+from reproduce import read_curves
 
 
 def race(contestants: dict, repeats: int, warmup: int = 5) -> dict[str, np.ndarray]:
@@ -253,7 +258,34 @@ def bench_protonet(args, device: torch.device, dataset: Dataset) -> dict:
                 adam.step()
 
             contestants[f"together, {str(dtype).removeprefix('torch.')}"] = our_step
-        return print_race(f"protonet, B {B}, K {K}, N {N}, Q {Q}", race(contestants, args.repeats, warmup=2), device)
+        result = print_race(f"protonet, B {B}, K {K}, N {N}, Q {Q}", race(contestants, args.repeats, warmup=2), device)
+    if args.seeds:
+        result |= {"to_accuracy": seconds_to_accuracy(args, 0.988)}
+    return result
+
+
+def seconds_to_accuracy(args, target: float) -> dict:
+    """Seconds of training from scratch until protonet.py's validation accuracy (5-way 1-shot) first passes `target`.
+
+    Its default command, validated every 100 steps on 2,000 tasks; the time of evaluations does not count.
+    """
+    found = {"target": target, "seconds": [], "test_accuracy": []}
+    for seed in range(1, args.seeds + 1):
+        with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(io.StringIO()):
+            metrics = protonet.main([
+                "--random_seed", str(seed), "--eval_freq", "100", "--num_val_tasks", "2000", "--log_dir", root,
+                "--run_name", "run", "--device", args.device, "--dtype", args.dtype, "--dataset", args.dataset,
+                *(["--data_folder", args.data_folder] if args.data_folder else []),
+                *(["--smoke"] if args.smoke else []),
+            ])  # fmt: skip
+            validation = read_curves(Path(root) / "run")["Accuracy/val"]
+        passed = [step for step, accuracy in validation if accuracy > target]
+        each = metrics["train_seconds"] / metrics["steps"]
+        found["seconds"].append(round(passed[0] * each, 1) if passed else None)
+        found["test_accuracy"].append(round(metrics["test_accuracy"], 4))
+    print(f"seconds of training to {target:.1%} on validation tasks, by seed: {found['seconds']}")
+    print(json.dumps(found))
+    return found
 
 
 # -------------------------------------------------------------------------------------- costs
@@ -545,6 +577,8 @@ def main(argv=None) -> dict:
     groups["run"].add_argument("--repeats", type=experiment.whole(3), default=100, help="timed turns")
     once = "for meta_lstm: episodes that go through the cell together"
     groups["run"].add_argument("--tasks_at_once", type=experiment.whole(1), default=4, help=once)
+    seeds = "for protonet: trainings that are timed until validation passes 98.8 %"
+    groups["run"].add_argument("--seeds", type=experiment.whole(0), default=0, help=seeds)
     named = argv or sys.argv
     parser.set_defaults(meta_batch_size=128 if {"episodes", "mann"} & set(named) else 4 if "meta_lstm" in named else 16)
     args = experiment.parse(parser, argv, smoke={"repeats": 3})

@@ -1,10 +1,21 @@
 """The plain references of benchmark.py compute what the fast paths compute."""
 
+from argparse import Namespace
+
+import pytest
 import torch
 from conftest import known_dataset
 
 from backbone import Conv4
-from benchmark import CourseMANN, ListSampler, PlainConv4, course_step, our_step, plain_protonet_step
+from benchmark import (
+    CourseMANN,
+    ListSampler,
+    PlainConv4,
+    course_step,
+    our_step,
+    plain_protonet_step,
+    seconds_to_accuracy,
+)
 from hw1 import MANN
 from load_data import EpisodeSampler
 from protonet import proto_logits
@@ -39,6 +50,15 @@ def test_plain_protonet_step_is_ours_for_one_task():
     features = [ours(x[0], norm="batch")[None] for x in (support, query)]
     expected = torch.nn.functional.cross_entropy(proto_logits(*features, 4)[0], query_labels[0])
     assert abs(loss - expected.item()) < 1e-3 * expected.item()
+
+
+@pytest.mark.parametrize(("target", "reached"), [(0.25, True), (1.0, False)])
+def test_seconds_to_an_accuracy(target, reached, work, monkeypatch):
+    monkeypatch.chdir(work)
+    flags = Namespace(seeds=2, device="cpu", dtype="float32", dataset="glyphs", data_folder=None, smoke=True)
+    found = seconds_to_accuracy(flags, target)
+    assert len(found["seconds"]) == 2
+    assert all(0 < seconds < 60 for seconds in found["seconds"]) if reached else found["seconds"] == [None, None]
 
 
 def test_list_sampler_draws_proper_episodes(tmp_path):
