@@ -92,8 +92,8 @@ CASES = [
     *[Case("comparison", f"protonet_{name}", "protonet.py", f"--num_test_tasks 2000 {flags}",
            "--train_steps 15000 --eval_freq 1500", "--train_steps 60000 --eval_freq 2000", 3, minutes)
       for name, flags, minutes in (("long", "", 10), ("32_pixels", "--image_size 32", 13))],
-    Case("comparison", "protonet_lake", "protonet.py", f"--num_test_tasks 2000 {LAKE}",
-         "--train_steps 24000 --eval_freq 2400", "--train_steps 60000 --eval_freq 2000", 1, 20),
+    Case("comparison", "protonet_lake", "protonet.py", f"--num_test_tasks 2000 {LAKE} --image_size 32",
+         "--train_steps 15000 --eval_freq 1500", "--train_steps 60000 --eval_freq 2000", 1, 13),
     Case("comparison", "fomaml", "maml.py", "--first_order --zero_head", "",
          "--train_steps 60000 --eval_freq 1000", 3, 7),
     Case("comparison", "protomaml", "maml.py", "--head proto --first_order --inner_lr 0.01", "",
@@ -104,9 +104,8 @@ CASES = [
            "--num_val_tasks 100", "--train_steps 60000 --eval_freq 1000", 1, minutes, beyond=True)
       for N, K, minutes in ((5, 5, 10), (20, 1, 20), (20, 5, 25))],
     *[Case("comparison", f"maml_{N}way5shot_32_pixels", "maml.py", f"--num_classes {N} --num_shot 5 --image_size 32",
-           "--num_val_tasks 100 --warmup_steps 16000 --train_steps 17000", "--train_steps 60000 --eval_freq 1000", 1,
-           minutes, beyond=True)
-      for N, minutes in ((5, 30), (20, 60))],
+           "--num_val_tasks 100", "--train_steps 60000 --eval_freq 1000", 1, minutes, beyond=True)
+      for N, minutes in ((5, 15), (20, 45))],
     Case("comparison", "maml_plain", "maml.py", "--features plain", "", "--train_steps 60000 --eval_freq 1000", 1, 8,
          beyond=True),
     Case("costs", "costs", "profile_costs.py", "--sweep all --engine auto", "", "", 1, 5),
@@ -129,7 +128,7 @@ CLAIMS = [
     ("ProtoNet, 5-way 5-shot, 32 x 32 pixels", "comparison/protonet_32_pixels", "test_accuracy_5way5shot", "-", "-"),
     ("ProtoNet, 20-way 1-shot, 32 x 32 pixels", "comparison/protonet_32_pixels", "test_accuracy_20way1shot", "-", "-"),
     ("ProtoNet, 20-way 5-shot, 32 x 32 pixels", "comparison/protonet_32_pixels", "test_accuracy_20way5shot", "-", "-"),
-    ("ProtoNet, 20-way 1-shot within an alphabet (Lake)", "comparison/protonet_lake", "test_accuracy", "-", "86"),
+    ("ProtoNet, 20-way 1-shot within an alphabet (Lake), 32 x 32", "comparison/protonet_lake", "test_accuracy", "-", "86"),
     ("Fine-tuning, 423-way", "comparison/transfer", "finetuned_accuracy", "78.5", "-"),
     ("Fine-tuning, 5-way 1-shot", "comparison/transfer", "test_accuracy", "-", "-"),
     ("First-order MAML, 5-way 1-shot", "comparison/fomaml", "test_accuracy", "81.5", "98.3"),
