@@ -128,7 +128,7 @@ CLAIMS = [
     ("ProtoNet, 5-way 5-shot, 32 x 32 pixels", "comparison/protonet_32_pixels", "test_accuracy_5way5shot", "-", "-"),
     ("ProtoNet, 20-way 1-shot, 32 x 32 pixels", "comparison/protonet_32_pixels", "test_accuracy_20way1shot", "-", "-"),
     ("ProtoNet, 20-way 5-shot, 32 x 32 pixels", "comparison/protonet_32_pixels", "test_accuracy_20way5shot", "-", "-"),
-    ("ProtoNet, 20-way 1-shot within an alphabet (Lake), 32 x 32", "comparison/protonet_lake", "test_accuracy", "-", "86"),
+    ("ProtoNet, 20-way 1-shot in one alphabet (Lake), 32 x 32", "comparison/protonet_lake", "test_accuracy", "-", "86"),
     ("Fine-tuning, 423-way", "comparison/transfer", "finetuned_accuracy", "78.5", "-"),
     ("Fine-tuning, 5-way 1-shot", "comparison/transfer", "test_accuracy", "-", "-"),
     ("First-order MAML, 5-way 1-shot", "comparison/fomaml", "test_accuracy", "81.5", "98.3"),
