@@ -202,11 +202,12 @@ def speed_table() -> str:
             if isinstance(value, dict) and "ms" in value:
                 rows.append(f"| {race['title']} | {name} | {value['ms']:.2f} | {value['ratio']:.2f}x |")
     for reached in (race["to_accuracy"] for race in races if "to_accuracy" in race):
-        seconds, final = sorted(reached["seconds"]), ", ".join(f"{100 * a:.1f}" for a in reached["test_accuracy"])
-        n, each = len(seconds), ", ".join(f"{s:.0f}" for s in seconds)
-        rows += ["", f"`protonet.py` first passed {reached['target']:.1%} on validation tasks (5-way 1-shot) after {each} "
-                 f"seconds of training, median {statistics.median(seconds):.0f} (`python benchmark.py protonet --seeds {n}`, "
-                 f"evaluations not counted); in the end the test accuracies were {final} %."]  # fmt: skip
+        seconds, n = sorted(reached["seconds"]), len(reached["seconds"])
+        median, final = statistics.median(seconds), ", ".join(f"{100 * a:.1f}" for a in reached["test_accuracy"])
+        rows += ["", f"`protonet.py` first passed {reached['target']:.1%} on validation tasks (5-way 1-shot) after "
+                 f"{', '.join(f'{s:.0f}' for s in seconds)} seconds of training, median {median:.0f}\n"
+                 f"(`python benchmark.py protonet --seeds {n}`, evaluations not counted); in the end the test "
+                 f"accuracies were {final} %."]  # fmt: skip
     return "\n".join(rows)
 
 
