@@ -201,13 +201,12 @@ def speed_table() -> str:
         for name, value in race.items():
             if isinstance(value, dict) and "ms" in value:
                 rows.append(f"| {race['title']} | {name} | {value['ms']:.2f} | {value['ratio']:.2f}x |")
-    for reached in (race["to_accuracy"] for race in races if "to_accuracy" in race):
-        seconds, n = sorted(reached["seconds"]), len(reached["seconds"])
-        median, final = statistics.median(seconds), ", ".join(f"{100 * a:.1f}" for a in reached["test_accuracy"])
-        rows += ["", f"`protonet.py` first passed {reached['target']:.1%} on validation tasks (5-way 1-shot) after "
-                 f"{', '.join(f'{s:.0f}' for s in seconds)} seconds of training, median {median:.0f}\n"
-                 f"(`python benchmark.py protonet --seeds {n}`, evaluations not counted); in the end the test "
-                 f"accuracies were {final} %."]  # fmt: skip
+    for reached in (reached for race in races for reached in race.get("to_accuracy", [])):
+        command, median = f"protonet.py {reached['recipe']}".strip(), statistics.median(reached["seconds"])
+        each, final = (", ".join(map(str, reached[key])) for key in ("seconds", "test_accuracy"))
+        rows += ["", f"`{command}` first passed {reached['target']:.1%} on 5-way 1-shot validation tasks after {each} "
+                 f"seconds of training\n(seeds 1 to {len(reached['seconds'])}; median {median:.0f}); test accuracy in "
+                 f"the end {final}."]  # fmt: skip
     return "\n".join(rows)
 
 
