@@ -275,8 +275,8 @@ def seconds_to_accuracy(args, target: float, recipe: str = "") -> dict:
         with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(io.StringIO()):
             metrics = protonet.main([
                 *recipe.split(), "--random_seed", str(seed), "--eval_freq", "100", "--num_val_tasks", "2000",
-                "--log_dir", root, "--run_name", "run", "--device", args.device, "--dtype", args.dtype, "--dataset", args.dataset,
-                *(["--data_folder", args.data_folder] if args.data_folder else []),
+                "--log_dir", root, "--run_name", "run", "--device", args.device, "--dtype", args.dtype,
+                "--dataset", args.dataset, *(["--data_folder", args.data_folder] if args.data_folder else []),
                 *(["--smoke"] if args.smoke else []),
             ])  # fmt: skip
             validation = read_curves(Path(root) / "run")["Accuracy/val"]
