@@ -129,7 +129,7 @@ def test_what_three_hours_cannot_hold_waits_to_be_named():
     def names(scale: str, only: str = "") -> set[str]:
         return {job.name for job in reproduce.make_jobs(cases_of("all"), scale, "cpu", "auto", only)}
 
-    beyond = {"comparison_maml_20way1shot_seed1", "comparison_maml_20way5shot_seed1"}
+    beyond = {f"comparison_maml_20way{case}_seed1" for case in ("1shot", "5shot", "5shot_32_pixels")}
     assert not beyond & names("cpu") and beyond < names("full") and beyond < names("smoke")
     assert names("cpu", "maml_20way") == beyond
     assert sum(case.minutes * case.seeds for case in cases_of("all") if not case.beyond) <= 2 * 180
