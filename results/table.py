@@ -204,8 +204,8 @@ def speed_table() -> str:
     for reached in (reached for race in races for reached in race.get("to_accuracy", [])):
         command, median = f"protonet.py {reached['recipe']}".strip(), statistics.median(reached["seconds"])
         each, final = (", ".join(map(str, reached[key])) for key in ("seconds", "test_accuracy"))
-        rows += ["", f"`{command}` first passed {reached['target']:.1%} on 5-way 1-shot validation tasks after {each} "
-                 f"seconds of training\n(seeds 1 to {len(reached['seconds'])}; median {median:.0f}); test accuracy in "
+        rows += ["", f"`{command}` first passed {reached['target']:.1%} on 5-way 1-shot validation tasks\nafter {each} "
+                 f"seconds of training (seeds 1 to {len(reached['seconds'])}; median {median:.0f}); test accuracy in "
                  f"the end {final}."]  # fmt: skip
     return "\n".join(rows)
 
