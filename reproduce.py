@@ -450,11 +450,13 @@ def norm_lines(out: Path) -> list[str]:
     """A table of MAML and its relatives with both kinds of batch norm."""
     lines = ["MAML and its relatives with queries normalised by their own batch (transductive, as above) and by the",
              "support set alone:", "", "| test accuracy in % | transductive | support |", "|---|---|---|"]  # fmt: skip
-    for name in ("fomaml", "protomaml", "maml", "anil", "maml_5way5shot", "maml_20way1shot", "maml_20way5shot"):
+    for name in ("fomaml", "protomaml", "maml", "anil", "maml_5way5shot", "maml_20way1shot", "maml_20way5shot",
+                 "maml_5way5shot_32_pixels", "maml_20way5shot_32_pixels"):  # fmt: skip
         if runs := load(out, f"comparison/{name}"):
             found = [mean_of_seeds(runs, f"test_accuracy_{mode}") for mode in ("transductive", "support")]
             cells = " | ".join(with_interval(mean, half) for mean, half in found)
-            lines.append(f"| {TITLES[name.split('_')[0]]}, {runs[0]['N']}-way {runs[0]['K']}-shot | {cells} |")
+            size = ", 32 x 32 pixels" if name.endswith("32_pixels") else ""
+            lines.append(f"| {TITLES[name.split('_')[0]]}, {runs[0]['N']}-way {runs[0]['K']}-shot{size} | {cells} |")
     return lines
 
 
