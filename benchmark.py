@@ -39,7 +39,6 @@ from backbone import Conv4
 from hw1 import MANN
 from load_data import Dataset, EpisodeSampler, load_dataset
 from maml import Learner, Setting, meta_gradient
-from protonet import episode_loss
 from reproduce import read_curves
 
 
@@ -252,7 +251,7 @@ def bench_protonet(args, device: torch.device, dataset: Dataset) -> dict:
             sampler = EpisodeSampler(dataset, "train", N, K, Q, B, args.random_seed, device)
 
             def our_step(encoder=encoder, adam=adam, sampler=sampler, dtype=dtype) -> None:
-                loss = episode_loss(encoder, sampler.sample(), N, dtype)
+                loss = protonet.episode_loss(encoder, sampler.sample(), N, dtype)
                 adam.zero_grad()
                 loss.backward()
                 adam.step()
@@ -261,7 +260,7 @@ def bench_protonet(args, device: torch.device, dataset: Dataset) -> dict:
         result = print_race(f"protonet, B {B}, K {K}, N {N}, Q {Q}", race(contestants, args.repeats, warmup=2), device)
     if args.seeds:
         recipes = ["", "--image_size 32 --train_steps 1500"]
-        result |= {"to_accuracy": [seconds_to_accuracy(args, 0.988, recipe) for recipe in recipes]}
+        result["to_accuracy"] = [seconds_to_accuracy(args, 0.988, recipe) for recipe in recipes]
     return result
 
 

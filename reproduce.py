@@ -104,7 +104,7 @@ CASES = [
            "--num_val_tasks 100", "--train_steps 60000 --eval_freq 1000", 1, minutes, beyond=True)
       for N, K, minutes in ((5, 5, 10), (20, 1, 20), (20, 5, 25))],
     *[Case("comparison", f"maml_{N}way5shot_32_pixels", "maml.py", f"--num_classes {N} --num_shot 5 --image_size 32",
-           f"--num_val_tasks 100 {steps}".strip(), "--train_steps 60000 --eval_freq 1000", 1, minutes, beyond=True)
+           f"--num_val_tasks 100 {steps}", "--train_steps 60000 --eval_freq 1000", 1, minutes, beyond=True)
       for N, steps, minutes in ((5, "", 15), (20, "--warmup_steps 12000 --train_steps 12500 --eval_freq 6250", 40))],
     Case("comparison", "maml_plain", "maml.py", "--features plain", "", "--train_steps 60000 --eval_freq 1000", 1, 8,
          beyond=True),
