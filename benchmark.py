@@ -38,7 +38,7 @@ import protonet
 from backbone import Conv4
 from hw1 import MANN
 from load_data import Dataset, EpisodeSampler, load_dataset
-from maml import Learner, Setting, meta_gradient
+from maml import Learner, Setting, embed, meta_gradient
 from reproduce import read_curves
 
 
@@ -179,6 +179,34 @@ def our_step(model: MANN, optimizer, images: torch.Tensor, labels: torch.Tensor,
     optimizer.step()
 
 
+def products_of_a_step(course: CourseMANN, images: torch.Tensor, labels: torch.Tensor):
+    """The matrix products that no step of this network can do without, on numbers of the right shapes, as a function.
+
+    For each layer: the input's and the state's share of the gates, forward and backward. The gradient of the pixels,
+    which oneDNN's LSTM also computes, is not among them.
+    """
+    B, T = len(images), images.shape[1] * images.shape[2]
+    work = []
+    for layer, x in ((course.layer1, torch.cat([images, labels], dim=-1)), (course.layer2, None)):
+        into, back = layer.weight_ih_l0.detach(), layer.weight_hh_l0.detach()  # [4 H, inputs], [4 H, H]
+        x = torch.randn(B * T, into.shape[1], device=into.device) if x is None else x.reshape(B * T, -1)
+        states, gates = (torch.randn(B * T, n, device=into.device) for n in back.T.shape)
+        work.append((x, into, back, states, gates, layer is course.layer2))
+
+    def products() -> None:
+        for x, into, back, states, gates, inputs_need_gradients in work:
+            x @ into.T
+            for _ in range(T):  # one step of the sequence waits for the one before
+                states[:B] @ back.T
+                gates[:B] @ back
+            gates.T @ x
+            gates.T @ states
+            if inputs_need_gradients:
+                gates @ into
+
+    return products
+
+
 def bench_mann(args, device: torch.device, dataset: Dataset) -> dict:
     sampler = EpisodeSampler(
         dataset, "train", args.num_classes, args.num_shot, 1, args.meta_batch_size, args.random_seed, device
@@ -193,6 +221,7 @@ def bench_mann(args, device: torch.device, dataset: Dataset) -> dict:
         contestants[f"our step, {dtype}"] = lambda ours=ours, adam=adam, dtype=dtype: our_step(
             ours, adam, images, labels, dtype
         )
+    contestants["the step's matrix products alone, float32"] = products_of_a_step(course, images, labels)
     title = f"mann, B {args.meta_batch_size}, K {args.num_shot}, N {args.num_classes}, hidden {args.hidden_dim}"
     return print_race(title, race(contestants, args.repeats), device)
 
@@ -437,6 +466,12 @@ def bench_maml(args, device: torch.device, dataset: Dataset) -> dict:
                         meta_gradient(learner, tasks, s, [1.0], steps)
 
                     contestants[f"maml.py, {name}"] = ours
+
+                    def shared(learner=learner, s=s):
+                        support, _, query, _ = tasks
+                        embed(learner.theta(), torch.cat([support, query], dim=1).flatten(0, 1), s, 0).sum().backward()
+
+                    contestants[f"all images through one network, {name}"] = shared
                 network, order = "strided" if strided else "pooled", "first" if first_order else "second"
                 title = f"maml, {network}, {steps} steps, {order} order, B {B}, N {N}, K {K}, Q {Q}"
                 result[title] = print_race(title, race(contestants, args.repeats, warmup=1), device)

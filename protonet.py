@@ -6,6 +6,7 @@ Euclidean distances to the prototypes labels the queries. Nothing is adapted at 
 norm uses running averages, so no query influences another (non-transductive).
 
     python protonet.py --num_classes 5 --num_shot 1            a minute of training on two CPU cores
+    python protonet.py --encoder residual --image_size 32      a deeper encoder, at twice the time a step
     python protonet.py --smoke                                 a complete run in seconds
     python protonet.py --test --checkpoint RUN_DIR --num_classes 20 --num_shot 5
     python protonet.py --predict DIR --checkpoint RUN_DIR      label your own pictures: DIR/support/CLASS/*.png
@@ -20,11 +21,12 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 import experiment
-from backbone import Conv4, fast_dtype, prototypes
+from backbone import EPS, Conv4, fast_dtype, norm_of_all, prototypes
 from experiment import Run, UserError, number, whole
 from load_data import (
     IMAGE_SUFFIXES,
@@ -88,6 +90,51 @@ def episode_loss(encoder: nn.Module, episode, num_classes: int, dtype: torch.dty
     return loss
 
 
+class Residual(Conv4):
+    """A deeper encoder of the same size: a pair of convolutions behind each block of a Conv4 adds to its output.
+
+    He et al. 2016. The last batch norm of a pair starts at scale zero: at first the network is a Conv4.
+    """
+
+    def __init__(self, channels: int = 1, width: int = 64, image_size: int = 28):
+        super().__init__(channels, width, image_size)
+        for name in (f"{i}{which}" for i in range(4) for which in "ab"):
+            weight = torch.empty(width, width, 3, 3)
+            nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+            self.register_parameter(f"weight{name}", nn.Parameter(weight))
+            self.register_parameter(f"gamma{name}", nn.Parameter(torch.full((width,), float("a" in name))))
+            self.register_parameter(f"beta{name}", nn.Parameter(torch.zeros(width)))
+            self.register_buffer(f"mean{name}", torch.zeros(width))
+            self.register_buffer(f"var{name}", torch.ones(width))
+
+    def forward(self, images, norm: str = "running", momentum: float = 0.0):
+        """Features [n, out_features] of images [n, C, H, W]; norm and momentum as Conv4's, "running" or "batch"."""
+        x = images
+        for i in range(4):
+            x = F.relu(F.max_pool2d(self.convolve(x, f"{i}", norm, momentum), 2))
+            inside = F.relu(self.convolve(x, f"{i}a", norm, momentum))
+            x = F.relu(x + self.convolve(inside, f"{i}b", norm, momentum))
+        return x.flatten(1)
+
+    def convolve(self, x: torch.Tensor, name: str, norm: str, momentum: float) -> torch.Tensor:
+        """The convolution `name` and its batch norm."""
+        if norm not in ("running", "batch"):
+            raise ValueError(f"norm {norm!r} is unknown here; use running or batch")
+        of = {kind: getattr(self, kind + name) for kind in ("weight", "gamma", "beta", "mean", "var")}
+        x = F.conv2d(x, of["weight"], padding=1)
+        averages, affine = (of["mean"], of["var"]), (of["gamma"], of["beta"])
+        if norm == "batch" and momentum > 0 and dist.is_initialized() and dist.get_world_size() > 1:
+            return norm_of_all(x, *averages, *affine, momentum)
+        if norm == "batch" and momentum == 0:
+            averages = (None, None)
+        return F.batch_norm(x, *averages, *affine, training=norm == "batch", momentum=momentum, eps=EPS)
+
+
+def make_encoder(args, channels: int) -> Conv4:
+    """The encoder that --encoder, --width and --image_size describe."""
+    return (Residual if args.encoder == "residual" else Conv4)(channels, args.width, args.image_size)
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose every step is orthogonal (Jordan et al. 2024, "Muon"; torch.optim.Muon takes matrices only).
 
@@ -103,9 +150,10 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
-                average = self.state[p].setdefault("average", torch.zeros_like(p))
-                average.mul_(group["momentum"]).add_(p.grad)
-                ahead = p.grad + group["momentum"] * average  # Nesterov's
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].mul_(group["momentum"]).add_(p.grad)
+                ahead = p.grad + group["momentum"] * momentum  # Nesterov's
                 step = orthogonal(ahead.flatten(1)) if p.ndim > 1 else ahead / (ahead.norm() + 1e-7)
                 p.sub_(step.view_as(p), alpha=group["lr"])
 
@@ -161,6 +209,19 @@ def evaluate(features: torch.Tensor, sampler: EpisodeSampler, num_tasks: int):
         right = (logits.argmax(dim=-1) == labels).float().mean(dim=1)
         correct.append(right[: num_tasks - done].cpu())
     return torch.cat(correct), sum(losses) / len(losses)
+
+
+class OneDrawer(EpisodeSampler):
+    """Tasks whose K support images of every class are by the same K people, the queries by others.
+
+    So are the one-shot trials of Lake et al. 2015. Image d of each character of an alphabet is by its drawer d; all
+    characters need as many images.
+    """
+
+    def draw(self, batch_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, order = super().draw(batch_size)  # [B, N, K + Q]
+        drawers = rows % self.same_count
+        return rows - drawers + drawers[:, :1], order  # those that the first class has drawn
 
 
 @torch.no_grad()
@@ -300,6 +361,7 @@ def parse_args(argv=None):
     add("--predict", metavar="DIR", help="label DIR/query/* by DIR/support/CLASS/*, with --checkpoint")
     add("--ink", choices=["auto", "dark", "bright"], default="auto", help="for --predict: strokes against the paper")
     add = groups["model"].add_argument
+    add("--encoder", choices=["conv4", "residual"], default="conv4", help="residual: twelve convolutions, not four")
     add("--width", type=whole(1), default=64, help="filters of each convolution")
     add = groups["optimisation"].add_argument
     add("--learning_rate", type=number(above=True), default=0.1, help="of Muon, at its peak")
@@ -307,7 +369,7 @@ def parse_args(argv=None):
     groups["evaluation"].add_argument("--views", type=whole(1), default=8, help=views)
     smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "train_classes": 10,
              "width": 16, "views": 2}  # fmt: skip
-    args = experiment.parse(parser, argv, smoke, fixed=("width", "image_size"))
+    args = experiment.parse(parser, argv, smoke, fixed=("encoder", "width", "image_size"))
     if args.predict and not args.checkpoint:
         raise UserError("--predict needs --checkpoint RUN_DIR, the trained run")
     return args
@@ -319,13 +381,12 @@ def main(argv=None) -> dict | list[dict]:
     dtype = fast_dtype(args.dtype, device)
     if args.predict:
         weight = experiment.load_checkpoint(Path(args.checkpoint) / "best.pt")["model"]["weight0"]
-        encoder = Conv4(weight.shape[1], args.width, args.image_size).to(device)
+        encoder = make_encoder(args, weight.shape[1]).to(device)
         experiment.load_best(args.checkpoint, encoder)
         return predict(args, encoder, weight.shape[1], dtype, device)
 
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
-    encoder = Conv4(dataset.images.shape[1], args.width, args.image_size)
-    encoder = encoder.to(device, memory_format=torch.channels_last)
+    encoder = make_encoder(args, dataset.images.shape[1]).to(device, memory_format=torch.channels_last)
 
     if args.test:
         step = experiment.load_best(args.checkpoint, encoder)
@@ -373,7 +434,8 @@ def main(argv=None) -> dict | list[dict]:
 def test_report(args, encoder: nn.Module, dataset: Dataset, dtype: torch.dtype, device: torch.device) -> dict:
     """Accuracy on the fixed test tasks: of features averaged over views, of the images alone, and transductive.
 
-    The same network is also tested at the four usual N and K, where the images suffice.
+    The same network is also tested at the four usual N and K, where the images suffice; with --within_alphabet on
+    tasks whose support set is by one drawer.
     """
     test = experiment.fixed_tasks(dataset, "test", args, device, within_alphabet=args.within_alphabet)
     features = embed_split(encoder, test, dtype, args.views, (args.jitter, args.shift))
@@ -382,6 +444,9 @@ def test_report(args, encoder: nn.Module, dataset: Dataset, dtype: torch.dtype, 
     some = min(args.num_test_tasks, 600)
     metrics = {"num_test_tasks": args.num_test_tasks, "accuracies": [round(a, 4) for a in accuracies.tolist()]}
     named = {"": accuracies, "_one_view": alone, "_transductive": evaluate_transductive(encoder, test, some, dtype)}
+    if args.within_alphabet and test.same_count:
+        lake = OneDrawer(dataset, "test", test.N, test.K, test.Q, test.B, test.seed, device, within_alphabet=True)
+        named["_one_drawer"] = evaluate(features, lake, args.num_test_tasks)[0]
     for N, K in ((5, 1), (5, 5), (20, 1), (20, 5)):
         if N <= test.num_available and K + args.num_query <= int(test.counts.min()) and not args.within_alphabet:
             setting = Namespace(num_classes=N, num_shot=K, num_query=args.num_query)

@@ -43,6 +43,7 @@ WRITERS = {"costs": "--out", "features": "--results_dir"}  # they write their re
 PARTS = ("mann", "meta_lstm", "comparison", "costs", "features")
 COURSE = "--head recurrent --logit_scale 1 --forget_bias 0 --no-rotations --schedule constant --clip 0"
 LAKE = "--split lake --num_classes 20 --within_alphabet"
+RESIDUAL = "--encoder residual --image_size 32"
 LONG = "--jitter 0.1 --train_steps 12000 --eval_freq 500 --dtype bfloat16"
 
 
@@ -89,11 +90,11 @@ CASES = [
                                     ("second_order", "--second_order --trained_share 1", 11))],
     Case("comparison", "transfer", "transfer.py", "", "", "--train_steps 16000 --finetune_steps 6000", 1, 5),
     Case("comparison", "protonet", "protonet.py", "--num_test_tasks 2000", "", "", 3, 2),
-    *[Case("comparison", f"protonet_{name}", "protonet.py", f"--num_test_tasks 2000 {flags}",
-           "--train_steps 15000 --eval_freq 1500", "--train_steps 60000 --eval_freq 2000", 3, minutes)
-      for name, flags, minutes in (("long", "", 10), ("32_pixels", "--image_size 32", 13))],
-    Case("comparison", "protonet_lake", "protonet.py", f"--num_test_tasks 2000 {LAKE} --image_size 32",
-         "--train_steps 15000 --eval_freq 1500", "--train_steps 60000 --eval_freq 2000", 1, 13),
+    Case("comparison", "protonet_long", "protonet.py", "--num_test_tasks 2000", "--train_steps 15000 --eval_freq 1500",
+         "--train_steps 60000 --eval_freq 2000", 3, 10),
+    *[Case("comparison", f"protonet_{name}", "protonet.py", f"--num_test_tasks 2000 {flags}{RESIDUAL}",
+           "--train_steps 8000 --eval_freq 1000", "--train_steps 30000 --eval_freq 2000", seeds, 15)
+      for name, flags, seeds in (("residual", "", 3), ("lake", f"{LAKE} ", 1))],
     Case("comparison", "fomaml", "maml.py", "--first_order --zero_head", "",
          "--train_steps 60000 --eval_freq 1000", 3, 7),
     Case("comparison", "protomaml", "maml.py", "--head proto --first_order --inner_lr 0.01", "",
@@ -124,11 +125,12 @@ CLAIMS = [
     ("ProtoNet, 5-way 5-shot, long", "comparison/protonet_long", "test_accuracy_5way5shot", "-", "99.7"),
     ("ProtoNet, 20-way 1-shot, long", "comparison/protonet_long", "test_accuracy_20way1shot", "-", "96.0"),
     ("ProtoNet, 20-way 5-shot, long", "comparison/protonet_long", "test_accuracy_20way5shot", "-", "98.9"),
-    ("ProtoNet, 5-way 1-shot, 32 x 32 pixels", "comparison/protonet_32_pixels", "test_accuracy_5way1shot", "-", "-"),
-    ("ProtoNet, 5-way 5-shot, 32 x 32 pixels", "comparison/protonet_32_pixels", "test_accuracy_5way5shot", "-", "-"),
-    ("ProtoNet, 20-way 1-shot, 32 x 32 pixels", "comparison/protonet_32_pixels", "test_accuracy_20way1shot", "-", "-"),
-    ("ProtoNet, 20-way 5-shot, 32 x 32 pixels", "comparison/protonet_32_pixels", "test_accuracy_20way5shot", "-", "-"),
-    ("ProtoNet, 20-way 1-shot in one alphabet (Lake), 32 x 32", "comparison/protonet_lake", "test_accuracy", "-", "86"),
+    ("ProtoNet, 5-way 1-shot, residual", "comparison/protonet_residual", "test_accuracy_5way1shot", "-", "-"),
+    ("ProtoNet, 5-way 5-shot, residual", "comparison/protonet_residual", "test_accuracy_5way5shot", "-", "-"),
+    ("ProtoNet, 20-way 1-shot, residual", "comparison/protonet_residual", "test_accuracy_20way1shot", "-", "-"),
+    ("ProtoNet, 20-way 5-shot, residual", "comparison/protonet_residual", "test_accuracy_20way5shot", "-", "-"),
+    ("ProtoNet, 20-way 1-shot in one alphabet, residual", "comparison/protonet_lake", "test_accuracy", "-", "-"),
+    ("ProtoNet, the same, of one drawer (Lake)", "comparison/protonet_lake", "test_accuracy_one_drawer", "-", "86"),
     ("Fine-tuning, 423-way", "comparison/transfer", "finetuned_accuracy", "78.5", "-"),
     ("Fine-tuning, 5-way 1-shot", "comparison/transfer", "test_accuracy", "-", "-"),
     ("First-order MAML, 5-way 1-shot", "comparison/fomaml", "test_accuracy", "81.5", "98.3"),
@@ -301,13 +303,12 @@ def embedded_episode(folder: Path) -> dict:
     import torch
 
     import protonet
-    from backbone import Conv4
     from load_data import load_dataset
 
     flags = argparse.Namespace(**json.loads((folder / "flags.json").read_text())["flags"])
     flags.num_classes, flags.num_shot, flags.num_query = 5, 1, 15
     dataset = load_dataset(flags.dataset, flags.data_folder, flags.split, flags.image_size)
-    encoder = Conv4(dataset.images.shape[1], flags.width, flags.image_size)
+    encoder = protonet.make_encoder(flags, dataset.images.shape[1])
     experiment.load_best(folder, encoder)
     test = experiment.fixed_tasks(dataset, "test", flags, torch.device("cpu"))
     support, _, query, labels = (x[0] for x in test.sample())

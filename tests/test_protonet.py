@@ -14,7 +14,18 @@ import load_data
 import protonet
 from backbone import Conv4, prototypes
 from load_data import EpisodeSampler
-from protonet import Muon, embed, embed_split, episode_loss, evaluate, orthogonal, proto_logits, squared_distances
+from protonet import (
+    Muon,
+    OneDrawer,
+    Residual,
+    embed,
+    embed_split,
+    episode_loss,
+    evaluate,
+    orthogonal,
+    proto_logits,
+    squared_distances,
+)
 
 SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]
 
@@ -101,6 +112,65 @@ def test_swapped_roles_equal_the_swapped_task():
     cross = lambda a, b: nn.functional.cross_entropy(proto_logits(a, b, 5).flatten(0, 1), labels.flatten())
     both = [cross(s, q), cross(q, s)]
     assert torch.allclose(loss, sum(both) / 2, atol=1e-5)
+
+
+def test_tasks_of_one_drawer():
+    """One person draws the support set of all classes, K people with K shots, and none of the queries.
+
+    The classes, the query order and the first class are those of the ordinary tasks; all drawers come up.
+    """
+    dataset, options = known_dataset(), {"within_alphabet": True}
+    lake, plain = (kind(dataset, "test", 4, 2, 3, 500, seed=1, **options) for kind in (OneDrawer, EpisodeSampler))
+    each = plain.same_count
+    (rows, order), (plain_rows, plain_order) = lake.draw(), plain.draw()
+    drawers = rows % each
+    assert torch.equal(drawers, drawers[:, :1].expand_as(drawers)) and torch.equal(order, plain_order)
+    assert torch.equal(rows // each, plain_rows // each) and torch.equal(rows[:, 0], plain_rows[:, 0])
+    assert drawers[:, 0].sort().values.diff().all(), "a drawer twice in a task"
+    assert len(drawers[:, 0, 0].unique()) == each
+    support, _, query, query_labels = lake.sample()
+    kind = lambda images: (images[:, :, 0, 0, 0] * 255).round()
+    assert torch.equal(kind(support)[:, ::2].gather(1, query_labels), kind(query))
+    accuracy, _ = evaluate(embed_split(Corner(), lake, torch.float32), lake, 10)
+    assert accuracy.tolist() == [1.0] * 10
+
+
+def plain_residual(encoder, images, training):
+    """`Residual` of torch's own layers."""
+
+    def layers(name):
+        weight, mean, var = (getattr(encoder, kind + name) for kind in ("weight", "mean", "var"))
+        convolution = nn.Conv2d(*weight.shape[1::-1], 3, padding=1, bias=False).double()
+        norm = nn.BatchNorm2d(len(weight), momentum=0.1).double().train(training)
+        convolution.weight, norm.weight, norm.bias = (getattr(encoder, k + name) for k in ("weight", "gamma", "beta"))
+        norm.running_mean, norm.running_var = mean.clone(), var.clone()
+        return nn.Sequential(convolution, norm)
+
+    x = images
+    for i in range(4):
+        x = nn.functional.max_pool2d(layers(f"{i}")(x).relu(), 2)
+        x = (x + layers(f"{i}b")(layers(f"{i}a")(x).relu())).relu()
+    return x.flatten(1)
+
+
+def test_residual_equals_torch_layers_and_starts_as_conv4():
+    torch.manual_seed(0)
+    encoder, plain = Residual(1, 6, 32).double(), Conv4(1, 6, 32).double()
+    images = torch.rand(5, 1, 32, 32, dtype=torch.float64)
+    plain.load_state_dict({name: value for name, value in encoder.state_dict().items() if name in plain.state_dict()})
+    for norm in ("running", "batch"):
+        assert torch.allclose(encoder(images, norm), plain(images, norm), atol=1e-12)
+    for p in encoder.parameters():
+        nn.init.normal_(p, 0.5, 0.5)
+    assert not torch.allclose(encoder(images), plain(images), atol=0.1)
+    reference = plain_residual(encoder, images, True)
+    assert torch.allclose(encoder(images, "batch"), reference, atol=1e-10)
+    assert not any(getattr(encoder, f"mean{i}b").any() for i in range(4))  # with momentum 0 they stay
+    assert torch.allclose(encoder(images, "batch", momentum=0.1), reference, atol=1e-10)
+    assert all(getattr(encoder, f"mean{i}{k}").any() for i in range(4) for k in ("", "a", "b"))
+    assert torch.allclose(encoder(images), plain_residual(encoder, images, False), atol=1e-10)
+    with pytest.raises(ValueError, match="support"):
+        encoder(images, "support")
 
 
 @pytest.mark.parametrize("shape", [(64, 576), (64, 9), (3, 5), (4, 4)])
@@ -191,7 +261,7 @@ def test_float32_and_bfloat16_agree(trained):
      "--shift", "0.2", "--views", "3"],
     ["--dtype", "float32", "--learning_rate", "1e-2", "--split", "lake", "--image_size", "32"],
     ["--dtype", "bfloat16", "--num_query", "3", "--num_shot", "2", "--patience", "1", "--within_alphabet",
-     "--train_within_alphabet"],
+     "--train_within_alphabet", "--encoder", "residual"],
 ])  # fmt: skip
 def test_every_flag_in_a_smoke_run(flags, tmp_path):
     metrics = protonet.main([*SMOKE, "--log_dir", str(tmp_path), *flags])
