@@ -179,30 +179,27 @@ def our_step(model: MANN, optimizer, images: torch.Tensor, labels: torch.Tensor,
     optimizer.step()
 
 
-def products_of_a_step(course: CourseMANN, images: torch.Tensor, labels: torch.Tensor):
-    """The matrix products that no step of this network can do without, on numbers of the right shapes, as a function.
+def products_of_a_step(course: CourseMANN, B: int, T: int):
+    """A function that does the matrix products that no step on B sequences of length T can do without, and no more.
 
-    For each layer: the input's and the state's share of the gates, forward and backward. The gradient of the pixels,
-    which oneDNN's LSTM also computes, is not among them.
+    For each layer: the input's and the state's share of the gates, forward and backward, on numbers of the right
+    shapes. The gradient of the pixels, which oneDNN's LSTM also computes, is not among them.
     """
-    B, T = len(images), images.shape[1] * images.shape[2]
-    work = []
-    for layer, x in ((course.layer1, torch.cat([images, labels], dim=-1)), (course.layer2, None)):
+    layers = []
+    for layer in (course.layer1, course.layer2):
         into, back = layer.weight_ih_l0.detach(), layer.weight_hh_l0.detach()  # [4 H, inputs], [4 H, H]
-        x = torch.randn(B * T, into.shape[1], device=into.device) if x is None else x.reshape(B * T, -1)
-        states, gates = (torch.randn(B * T, n, device=into.device) for n in back.T.shape)
-        work.append((x, into, back, states, gates, layer is course.layer2))
+        sizes = (into.shape[1], *back.T.shape)
+        layers.append((into, back, *(torch.randn(B * T, n, device=into.device) for n in sizes)))
 
     def products() -> None:
-        for x, into, back, states, gates, inputs_need_gradients in work:
-            x @ into.T
+        for into, back, inputs, states, gates in layers:
+            inputs @ into.T
             for _ in range(T):  # one step of the sequence waits for the one before
                 states[:B] @ back.T
                 gates[:B] @ back
-            gates.T @ x
+            gates.T @ inputs
             gates.T @ states
-            if inputs_need_gradients:
-                gates @ into
+        gates @ into  # of the last layer: what the layer before it learns from
 
     return products
 
@@ -221,7 +218,9 @@ def bench_mann(args, device: torch.device, dataset: Dataset) -> dict:
         contestants[f"our step, {dtype}"] = lambda ours=ours, adam=adam, dtype=dtype: our_step(
             ours, adam, images, labels, dtype
         )
-    contestants["the step's matrix products alone, float32"] = products_of_a_step(course, images, labels)
+    contestants["the step's matrix products alone, float32"] = products_of_a_step(
+        course, len(images), images.shape[1] * images.shape[2]
+    )
     title = f"mann, B {args.meta_batch_size}, K {args.num_shot}, N {args.num_classes}, hidden {args.hidden_dim}"
     return print_race(title, race(contestants, args.repeats), device)
 
