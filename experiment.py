@@ -39,10 +39,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from load_data import Dataset, EpisodeSampler, UserError
-
 VAL_SEED, TEST_SEED = 1_000_001, 1_000_002  # of the fixed tasks, the same for every method and seed
 RUN_FLAGS = {"resume", "checkpoint", "test", "device", "num_test_tasks"}  # may differ when a run continues
+
+
+class UserError(Exception):
+    """Something the user can mend; scripts print it as one line and exit with code 2."""
 
 
 class Diverged(Exception):
@@ -257,16 +259,6 @@ def mean_and_ci95(per_task) -> tuple[float, float]:
     """Mean of the tasks' accuracies and the half-width of its 95 % interval (normal, 1.96 standard errors)."""
     values = torch.as_tensor(per_task, dtype=torch.float64)
     return values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
-
-
-def fixed_tasks(dataset: Dataset, part: str, args, device: torch.device, **options) -> EpisodeSampler:
-    """The tasks of validation or test (`part`): the same for every method, seed and processor.
-
-    The size of its meta-batches is part of the stream; it depends on the setting alone: about 2000 images.
-    """
-    N, K, Q = args.num_classes, args.num_shot, args.num_query
-    seed = {"val": VAL_SEED, "test": TEST_SEED}[part]
-    return EpisodeSampler(dataset, part, N, K, Q, max(1, 2000 // (N * (K + Q))), seed, device, **options)
 
 
 # ----------------------------------------------------------------------------- the run folder

@@ -35,6 +35,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from experiment import TEST_SEED, VAL_SEED, UserError
+
 # The two official archives: classes, and the SHA-256 of their pixels (packbits of each 105x105
 # image, True is paper, in sorted path order). An archive is trusted by what it decodes to.
 ARCHIVES = {
@@ -55,10 +57,6 @@ EVALUATION_ALPHABETS = set(
 CACHE_FOLDER = Path("data")  # in the working directory; the only place this file writes to
 CACHE_VERSION = 1  # raise it when the packing changes
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-
-
-class UserError(Exception):
-    """Something the user can mend; scripts print it as one line and exit with code 2."""
 
 
 class Dataset(NamedTuple):
@@ -660,6 +658,16 @@ class EpisodeSampler:
         labels = torch.cat([self.labels.expand(B, K, N), order[:, None]], dim=1)
         one_hot = self.one_hot.index_select(0, labels.reshape(-1)).view(B, K + 1, N, N)
         return self.gather(rows).flatten(3), one_hot
+
+
+def fixed_tasks(dataset: Dataset, part: str, args, device: torch.device, **options) -> EpisodeSampler:
+    """The tasks of validation or test (`part`): the same for every method, seed and processor.
+
+    The size of its meta-batches is part of the stream; it depends on the setting alone: about 2000 images.
+    """
+    N, K, Q = args.num_classes, args.num_shot, args.num_query
+    seed = {"val": VAL_SEED, "test": TEST_SEED}[part]
+    return EpisodeSampler(dataset, part, N, K, Q, max(1, 2000 // (N * (K + Q))), seed, device, **options)
 
 
 class DataGenerator(torch.utils.data.IterableDataset):

@@ -41,7 +41,7 @@ from torch.func import grad, vmap
 import experiment
 from backbone import EPS, Conv4, conv4, fast_dtype, prototypes
 from experiment import Run, UserError, number, whole
-from load_data import EpisodeSampler, episode_figure, load_dataset
+from load_data import EpisodeSampler, episode_figure, fixed_tasks, load_dataset
 
 Parameters = dict[str, torch.Tensor]
 
@@ -358,13 +358,13 @@ def main(argv=None) -> dict:
     s = Setting(args.num_classes, strided, args.head, args.freeze_body, args.first_order, args.batch_norm, dtype,
                 sphere=args.features == "sphere" or (args.features == "auto" and args.head == "linear"))  # fmt: skip
 
-    test = experiment.fixed_tasks(dataset, "test", args, device)
+    test = fixed_tasks(dataset, "test", args, device)
     if args.test:
         step = experiment.load_best(args.checkpoint, learner)
         metrics = {"best_step": step} | test_report(args, learner, test, s, device)
         return experiment.report(args, "maml", dataset.name, metrics)
 
-    val = experiment.fixed_tasks(dataset, "val", args, device)
+    val = fixed_tasks(dataset, "val", args, device)
 
     def training_tasks(N: int, K: int, Q: int, B: int, seed: int) -> EpisodeSampler:
         return EpisodeSampler(dataset, "train", N, K, Q, B, seed, device, rotations=args.rotations,

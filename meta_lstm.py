@@ -29,7 +29,7 @@ from tqdm import tqdm
 import experiment
 from backbone import fast_dtype
 from experiment import Run, UserError, number, whole
-from load_data import Dataset, EpisodeSampler, episode_figure, load_dataset
+from load_data import Dataset, EpisodeSampler, episode_figure, fixed_tasks, load_dataset
 
 FILTERS, EPS = 32, 1e-3  # of the learner's convolutions and batch norms
 HIDDEN = 20  # units of the meta-learner's first layer
@@ -484,7 +484,7 @@ def main(argv=None) -> dict:
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
     learner = Learner(dataset.images.shape[1], args.image_size, args.num_classes)
     rule = MetaLSTM(learner.initial(), args.trained_share).to(device)
-    val, test = (experiment.fixed_tasks(dataset, part, args, device) for part in ("val", "test"))
+    val, test = (fixed_tasks(dataset, part, args, device) for part in ("val", "test"))
     if args.test:
         step = load_rule(args, rule)
         metrics = {"best_step": step} | test_report(args, rule, learner, val, test, inner, dtype, device)

@@ -34,6 +34,7 @@ from load_data import (
     EpisodeSampler,
     distort,
     episode_figure,
+    fixed_tasks,
     load_dataset,
     read_image,
     resize,
@@ -393,9 +394,9 @@ def main(argv=None) -> dict | list[dict]:
         metrics = {"best_step": step} | test_report(args, encoder, dataset, dtype, device)
         return experiment.report(args, "protonet", dataset.name, metrics)
 
-    test = experiment.fixed_tasks(dataset, "test", args, device, within_alphabet=args.within_alphabet)
+    test = fixed_tasks(dataset, "test", args, device, within_alphabet=args.within_alphabet)
     # Of any alphabets: the 100 characters of validation are too few of one.
-    val = experiment.fixed_tasks(dataset, "val", args, device)
+    val = fixed_tasks(dataset, "val", args, device)
     N = args.train_classes
     train = EpisodeSampler(
         dataset, "train", N, args.train_shot, args.train_query, args.meta_batch_size, args.random_seed, device,
@@ -437,7 +438,7 @@ def test_report(args, encoder: nn.Module, dataset: Dataset, dtype: torch.dtype, 
     The same network is also tested at the four usual N and K, where the images suffice; with --within_alphabet on
     tasks whose support set is by one drawer.
     """
-    test = experiment.fixed_tasks(dataset, "test", args, device, within_alphabet=args.within_alphabet)
+    test = fixed_tasks(dataset, "test", args, device, within_alphabet=args.within_alphabet)
     features = embed_split(encoder, test, dtype, args.views, (args.jitter, args.shift))
     accuracies = evaluate(features, test, args.num_test_tasks)[0]
     alone = evaluate(embed_split(encoder, test, dtype), test, args.num_test_tasks)[0]
@@ -450,7 +451,7 @@ def test_report(args, encoder: nn.Module, dataset: Dataset, dtype: torch.dtype, 
     for N, K in ((5, 1), (5, 5), (20, 1), (20, 5)):
         if N <= test.num_available and K + args.num_query <= int(test.counts.min()) and not args.within_alphabet:
             setting = Namespace(num_classes=N, num_shot=K, num_query=args.num_query)
-            tasks = experiment.fixed_tasks(dataset, "test", setting, device)
+            tasks = fixed_tasks(dataset, "test", setting, device)
             named[f"_{N}way{K}shot"] = evaluate(features, tasks, args.num_test_tasks)[0]
     for name, values in named.items():
         metrics[f"test_accuracy{name}"], metrics[f"ci95{name}"] = experiment.mean_and_ci95(values)

@@ -305,14 +305,14 @@ def embedded_episode(folder: Path) -> dict:
     import torch
 
     import protonet
-    from load_data import load_dataset
+    from load_data import fixed_tasks, load_dataset
 
     flags = argparse.Namespace(**json.loads((folder / "flags.json").read_text())["flags"])
     flags.num_classes, flags.num_shot, flags.num_query = 5, 1, 15
     dataset = load_dataset(flags.dataset, flags.data_folder, flags.split, flags.image_size)
     encoder = protonet.make_encoder(flags, dataset.images.shape[1])
     experiment.load_best(folder, encoder)
-    test = experiment.fixed_tasks(dataset, "test", flags, torch.device("cpu"))
+    test = fixed_tasks(dataset, "test", flags, torch.device("cpu"))
     support, _, query, labels = (x[0] for x in test.sample())
     with torch.no_grad():
         features = protonet.embed(encoder, torch.cat([support, query])[None], torch.float32)[0]

@@ -21,7 +21,7 @@ from torch import nn
 import experiment
 from backbone import Conv4, fast_dtype
 from experiment import Run, UserError, number, whole
-from load_data import Dataset, EpisodeSampler, distort, load_dataset
+from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_dataset
 
 
 class Drawings:
@@ -194,7 +194,7 @@ def main(argv=None) -> dict:
         "pretrained": Classifier(Conv4(channels, args.width, args.image_size), len(known)),
         "finetuned": Classifier(Conv4(channels, args.width, args.image_size), len(splits["test"])),
     }).to(device, memory_format=torch.channels_last)  # fmt: skip
-    tasks = experiment.fixed_tasks(dataset, "test", args, device)
+    tasks = fixed_tasks(dataset, "test", args, device)
     if args.test:
         step = experiment.load_best(args.checkpoint, model)
         metrics = {"best_step": step} | report(args, model, first, second, tasks, dtype, device)
