@@ -130,6 +130,12 @@ class MANN(nn.Module):
         return F.cross_entropy(preds[:, -1].flatten(0, 1), labels[:, -1].flatten(0, 1).argmax(dim=-1))
 
 
+def learn_a_little(recurrent: str, device: torch.device) -> None:
+    """One forward and backward pass of a small recurrent layer: not every processor has these kernels in bfloat16."""
+    states, _ = CELLS[recurrent](8, 8, batch_first=True).to(device)(torch.zeros(2, 3, 8, device=device))
+    states.sum().backward()
+
+
 def deal_tasks(features: torch.Tensor, labels: torch.Tensor, B: int, N: int, g: torch.Generator):
     """Deal B tasks of N classes from one large episode, so that each of its images is encoded only once.
 
@@ -229,6 +235,7 @@ def parse_args(argv=None):
 def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)
+    dtype = experiment.precision(args, device, probe=lambda: learn_a_little(args.recurrent, device))
     if args.shared_classes and experiment.shard()[1] > 1:
         raise UserError("--shared_classes cannot be split over processes; drop it or run without torchrun")
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
@@ -246,19 +253,19 @@ def main(argv=None) -> dict:
     ).to(device, memory_format=torch.channels_last)  # fmt: skip
     if args.test:
         step = experiment.load_best(args.checkpoint, model)
-        metrics = {"best_step": step} | test_report(args, model, test, device)
-        return experiment.report(args, "hw1", dataset.name, metrics)
+        metrics = {"best_step": step} | test_report(args, model, test, dtype, device)
+        return experiment.report(args, "hw1", dataset.name, metrics, digest=dataset.digest)
 
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
     linear = args.schedule == "linear"
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: min(1.0, 2 * (1 - done / args.train_steps)) if linear else 1.0
     )
-    run = Run(args, "hw1", dataset.name)
+    run = Run(args, "hw1", dataset.name, dataset.digest)
     run.track(model=model, optimizer=optimizer, schedule=schedule, sampler=train)
     for _ in run.steps():
         images, labels = train.sample_rows()  # [B, K+1, N, 784], [B, K+1, N, N]; or one task of P classes
-        with experiment.autocast(args, device):
+        with experiment.autocast(device, dtype):
             features = model.encode(images)
             if P:
                 features, labels = deal_tasks(features, labels, B, N, train.generator)
@@ -285,20 +292,23 @@ def main(argv=None) -> dict:
             })  # fmt: skip
     run.load_best(model)
     log_episode(run, model, test)
-    metrics = test_report(args, model, test, device)
+    metrics = test_report(args, model, test, dtype, device)
     if args.fixed_labels:
         metrics["train_accuracy"] = evaluate(model, train, args.num_val_tasks)[0].mean().item()
     return run.finish(metrics)
 
 
-def test_report(args, model: MANN, test: EpisodeSampler, device: torch.device) -> dict:
+def test_report(args, model: MANN, test: EpisodeSampler, dtype: torch.dtype, device: torch.device) -> dict:
     """Accuracy on the fixed test tasks, queries asked together (the course's way) and alone."""
-    accuracy, ci95 = experiment.mean_and_ci95(evaluate(model, test, args.num_test_tasks)[0])
+    accuracies = evaluate(model, test, args.num_test_tasks)[0]
+    accuracy, ci95 = experiment.mean_and_ci95(accuracies)
     alone, alone_ci95 = experiment.mean_and_ci95(evaluate(model, test, args.num_test_tasks, alone=True)[0])
     return {
         "test_accuracy": accuracy, "ci95": ci95, "num_test_tasks": args.num_test_tasks,
         "test_accuracy_alone": alone, "ci95_alone": alone_ci95,
-        "device": experiment.device_name(device), "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "accuracies": [round(a, 4) for a in accuracies.tolist()],
     }  # fmt: skip
 
 

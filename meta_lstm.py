@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 import experiment
-from backbone import fast_dtype
+from backbone import batch_norm
 from experiment import Run, UserError, number, whole
 from load_data import Dataset, EpisodeSampler, episode_figure, fixed_tasks, load_dataset
 
@@ -109,24 +109,16 @@ class Learner(NamedTuple):
         for i in range(4):  # x: [n, B * channels, side, side]
             weight, bias = p[f"conv{i}.weight"].flatten(0, 1).to(dtype), p[f"bias{i}"].flatten().to(dtype)
             x = F.conv2d(x, weight, bias, padding=1, groups=B)
-            mean, var = (None, None) if statistics is None else statistics[i]
-            use_batch = statistics is None or momentum > 0
+            averages = None if statistics is None else tuple(statistics[i])
             gamma, beta = p[f"gamma{i}"].flatten(), p[f"beta{i}"].flatten()
             if num_support:
-                x = support_norm(x, gamma, beta, num_support)
+                x = batch_norm(x[None], gamma, beta, "support", num_support=num_support, eps=EPS)[0]
             else:
-                x = F.batch_norm(x, mean, var, gamma, beta, training=use_batch, momentum=momentum, eps=EPS)
+                norm = "batch" if statistics is None or momentum > 0 else "running"
+                x = batch_norm(x, gamma, beta, norm, averages, momentum=momentum, eps=EPS)
             x = F.relu(F.max_pool2d(x, 2)).to(dtype)  # pooling first: the same values, a quarter of the work
         x = x.unflatten(1, (B, FILTERS)).transpose(0, 1).flatten(2).to(theta.dtype)
         return torch.baddbmm(p["head.bias"][:, None], x, p["head.weight"].transpose(1, 2))
-
-
-def support_norm(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, num_support: int) -> torch.Tensor:
-    """Batch norm of x [n, channels, H, W] with the statistics of its first `num_support` images."""
-    wide = x if x.dtype == torch.float64 else x.float()  # statistics in bfloat16 have two digits
-    var, mean = torch.var_mean(wide[:num_support], dim=(0, 2, 3), correction=0, keepdim=True)
-    scale = gamma.view(-1, 1, 1) * (var + EPS).rsqrt()
-    return (wide - mean) * scale + beta.view(-1, 1, 1)
 
 
 def task_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -479,7 +471,7 @@ def chosen_preset(argv) -> str | None:
 def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)
-    dtype = fast_dtype(args.dtype, device)
+    dtype = experiment.precision(args, device)
     inner = Inner(args.inner_epochs, args.inner_batch, args.bn_momentum)
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
     learner = Learner(dataset.images.shape[1], args.image_size, args.num_classes)
@@ -488,7 +480,7 @@ def main(argv=None) -> dict:
     if args.test:
         step = load_rule(args, rule)
         metrics = {"best_step": step} | test_report(args, rule, learner, val, test, inner, dtype, device)
-        return experiment.report(args, "meta_lstm", dataset.name, metrics)
+        return experiment.report(args, "meta_lstm", dataset.name, metrics, digest=dataset.digest)
 
     offered = fixed_pool(dataset, args.fixed_pool, args.random_seed) if args.fixed_pool else dataset
     train = EpisodeSampler(
@@ -501,7 +493,7 @@ def main(argv=None) -> dict:
     )
     falling = lambda step: 0.5 + 0.5 * math.cos(math.pi * step / args.train_steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, falling if args.schedule == "cosine" else lambda step: 1.0)
-    run = Run(args, "meta_lstm", dataset.name)
+    run = Run(args, "meta_lstm", dataset.name, dataset.digest)
     run.track(model=rule, optimizer=optimizer, schedule=schedule, sampler=train)
     for step in run.steps():
         query_norm = args.query_norm
@@ -531,7 +523,7 @@ def main(argv=None) -> dict:
             })  # fmt: skip
     run.load_best(rule)
     log_episode(run, rule, learner, test, inner, dtype)
-    return run.finish(test_report(args, rule, learner, val, test, inner, dtype, device) | {"curves": curves(run)})
+    return run.finish(test_report(args, rule, learner, val, test, inner, dtype, device))
 
 
 def updates_of(args) -> int:
@@ -566,9 +558,8 @@ def test_report(args, rule, learner, val, test, inner: Inner, dtype, device) -> 
     """
     theta0 = rule.theta0.detach()
     watch, sgd_watch = (Watch(learner, updates_of(args)) for _ in range(2))
-    accuracy, ci95 = experiment.mean_and_ci95(
-        evaluate(rule, learner, test, args.num_test_tasks, inner, dtype, watch)[0]
-    )
+    accuracies = evaluate(rule, learner, test, args.num_test_tasks, inner, dtype, watch)[0]
+    accuracy, ci95 = experiment.mean_and_ci95(accuracies)
     # No update, but the batch-norm statistics of the support set.
     still, once = GradientDescent(theta0, 0.0), Inner(1, args.num_classes * args.num_shot, 1.0)
     before, before_ci95 = experiment.mean_and_ci95(evaluate(still, learner, test, args.num_test_tasks, once, dtype)[0])
@@ -588,6 +579,7 @@ def test_report(args, rule, learner, val, test, inner: Inner, dtype, device) -> 
         "second_order": args.second_order, "fixed_pool": args.fixed_pool, "reset_theta0": args.reset_theta0,
         "dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device),
         "parameters": len(theta0), "parameters_of_rule": sum(p.numel() for p in rule.parameters()) - len(theta0),
+        "accuracies": [round(a, 4) for a in accuracies.tolist()],
     }  # fmt: skip
 
 
@@ -601,18 +593,6 @@ def log_rule(run: Run, means: dict[str, list]) -> None:
         for t, row in enumerate(means[gate], start=1):
             for layer, value in zip(LAYERS, row, strict=True):
                 run.writer.add_scalar(f"Gate_{gate}/{layer}_update{t:02d}", value, run.step)
-
-
-def curves(run: Run) -> dict[str, list]:
-    """The accuracies of the training so far as TensorBoard has them: name -> [[step, accuracy], ...]."""
-    if not run.writes:
-        return {}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run.writer.flush()
-    events = EventAccumulator(str(run.folder)).Reload()
-    tags = [tag for tag in ("Accuracy/val", "Accuracy/test") if tag in events.Tags()["scalars"]]
-    return {tag: [[e.step, round(e.value, 4)] for e in events.Scalars(tag)] for tag in tags}
 
 
 def log_episode(run: Run, rule, learner, test: EpisodeSampler, inner: Inner, dtype) -> None:

@@ -629,7 +629,7 @@ def train(args, method: str, device: torch.device) -> tuple[Initialisation, dict
     run.writer.add_figure("adapted", figure, run.step)
     loss, ci95 = experiment.mean_and_ci95(after)
     return model, run.finish({
-        "val_accuracy": None, "method": method, "engine": args.engine, "test_loss": loss, "ci95": ci95,
+        "method": method, "engine": args.engine, "test_loss": loss, "ci95": ci95,
         "test_loss_before": before.mean().item(), "num_test_tasks": args.num_test_tasks,
         "learning_rate": args.learning_rate, "inner_steps": args.inner_steps, "parameters": model.theta.numel(),
         "device": experiment.device_name(device),

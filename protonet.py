@@ -21,12 +21,11 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 import experiment
-from backbone import EPS, Conv4, fast_dtype, norm_of_all, prototypes
+from backbone import Conv4, Residual, prototypes
 from experiment import Run, UserError, number, whole
 from load_data import (
     IMAGE_SUFFIXES,
@@ -67,7 +66,7 @@ def embed(encoder: nn.Module, images: torch.Tensor, dtype: torch.dtype, **norm) 
     """Features [B, n, D] in float32 of images [B, n, C, H, W]: all tasks in one call of the encoder."""
     B, n = images.shape[:2]
     flat = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+    with experiment.autocast(images.device, dtype):
         features = encoder(flat, **norm)
     return temper(features.float()).view(B, n, -1)
 
@@ -89,46 +88,6 @@ def episode_loss(encoder: nn.Module, episode, num_classes: int, dtype: torch.dty
         swapped = proto_logits(query, support, num_classes).flatten(0, 1)
         loss = (loss + F.cross_entropy(swapped, support_labels.flatten())) / 2
     return loss
-
-
-class Residual(Conv4):
-    """A deeper encoder of the same size: a pair of convolutions behind each block of a Conv4 adds to its output.
-
-    He et al. 2016. The last batch norm of a pair starts at scale zero: at first the network is a Conv4.
-    """
-
-    def __init__(self, channels: int = 1, width: int = 64, image_size: int = 28):
-        super().__init__(channels, width, image_size)
-        for name in (f"{i}{which}" for i in range(4) for which in "ab"):
-            weight = torch.empty(width, width, 3, 3)
-            nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
-            self.register_parameter(f"weight{name}", nn.Parameter(weight))
-            self.register_parameter(f"gamma{name}", nn.Parameter(torch.full((width,), float("a" in name))))
-            self.register_parameter(f"beta{name}", nn.Parameter(torch.zeros(width)))
-            self.register_buffer(f"mean{name}", torch.zeros(width))
-            self.register_buffer(f"var{name}", torch.ones(width))
-
-    def forward(self, images, norm: str = "running", momentum: float = 0.0):
-        """Features [n, out_features] of images [n, C, H, W]; norm and momentum as Conv4's, "running" or "batch"."""
-        x = images
-        for i in range(4):
-            x = F.relu(F.max_pool2d(self.convolve(x, f"{i}", norm, momentum), 2))
-            inside = F.relu(self.convolve(x, f"{i}a", norm, momentum))
-            x = F.relu(x + self.convolve(inside, f"{i}b", norm, momentum))
-        return x.flatten(1)
-
-    def convolve(self, x: torch.Tensor, name: str, norm: str, momentum: float) -> torch.Tensor:
-        """The convolution `name` and its batch norm."""
-        if norm not in ("running", "batch"):
-            raise ValueError(f"norm {norm!r} is unknown here; use running or batch")
-        of = {kind: getattr(self, kind + name) for kind in ("weight", "gamma", "beta", "mean", "var")}
-        x = F.conv2d(x, of["weight"], padding=1)
-        averages, affine = (of["mean"], of["var"]), (of["gamma"], of["beta"])
-        if norm == "batch" and momentum > 0 and dist.is_initialized() and dist.get_world_size() > 1:
-            return norm_of_all(x, *averages, *affine, momentum)
-        if norm == "batch" and momentum == 0:
-            averages = (None, None)
-        return F.batch_norm(x, *averages, *affine, training=norm == "batch", momentum=momentum, eps=EPS)
 
 
 def make_encoder(args, channels: int) -> Conv4:
@@ -379,7 +338,7 @@ def parse_args(argv=None):
 def main(argv=None) -> dict | list[dict]:
     args = parse_args(argv)
     device = experiment.setup(args)
-    dtype = fast_dtype(args.dtype, device)
+    dtype = experiment.precision(args, device)
     if args.predict:
         weight = experiment.load_checkpoint(Path(args.checkpoint) / "best.pt")["model"]["weight0"]
         encoder = make_encoder(args, weight.shape[1]).to(device)
@@ -392,7 +351,7 @@ def main(argv=None) -> dict | list[dict]:
     if args.test:
         step = experiment.load_best(args.checkpoint, encoder)
         metrics = {"best_step": step} | test_report(args, encoder, dataset, dtype, device)
-        return experiment.report(args, "protonet", dataset.name, metrics)
+        return experiment.report(args, "protonet", dataset.name, metrics, digest=dataset.digest)
 
     test = fixed_tasks(dataset, "test", args, device, within_alphabet=args.within_alphabet)
     # Of any alphabets: the 100 characters of validation are too few of one.
@@ -407,7 +366,7 @@ def main(argv=None) -> dict | list[dict]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(  # fewer than 20 steps it cannot divide into phases
         optimizer, args.learning_rate, max(20, args.train_steps + 1), pct_start=0.2, cycle_momentum=False
     )
-    run = Run(args, "protonet", dataset.name)
+    run = Run(args, "protonet", dataset.name, dataset.digest)
     run.track(model=encoder, optimizer=optimizer, schedule=schedule, sampler=train)
     for _ in run.steps():
         loss = episode_loss(encoder, train.sample(), N, dtype)
