@@ -41,7 +41,7 @@ from torch.func import grad, vmap
 import experiment
 from backbone import EPS, Conv4, conv4, prototypes
 from experiment import Run, UserError, number, whole
-from load_data import EpisodeSampler, episode_figure, fixed_tasks, load_dataset
+from load_data import EpisodeSampler, fixed_tasks, load_dataset, log_episode
 
 Parameters = dict[str, torch.Tensor]
 
@@ -265,7 +265,6 @@ def evaluate(learner: Learner, sampler: EpisodeSampler, num_tasks: int, s: Setti
 
     Returns query and support [num_tasks, steps + 1], and the mean query loss. No graph is kept.
     """
-    sampler.reset()
     s = s._replace(first_order=True)  # the same steps; nothing is differentiated through them
     theta, step_sizes = learner.theta(), learner.step_sizes(steps)
 
@@ -279,14 +278,13 @@ def evaluate(learner: Learner, sampler: EpisodeSampler, num_tasks: int, s: Setti
         return torch.stack(right, dim=1), loss  # [2, steps + 1]
 
     accuracies, losses = [], []
-    while len(losses) * sampler.B < num_tasks:
-        batch = sampler.sample()
+    for batch in sampler.first(num_tasks):
         together = vmap(learn)(*batch) if batch[0].is_cuda else zip(*each_task(learn, *batch), strict=True)
         accuracy, loss = (x if isinstance(x, torch.Tensor) else torch.stack(x) for x in together)
         accuracies.append(accuracy.cpu())
-        losses.append(loss.mean().item())
-    accuracy = torch.cat(accuracies)[:num_tasks]
-    return {"query": accuracy[:, 0], "support": accuracy[:, 1], "loss": sum(losses) / len(losses)}
+        losses.append(loss.sum().item())
+    accuracy = torch.cat(accuracies)
+    return {"query": accuracy[:, 0], "support": accuracy[:, 1], "loss": sum(losses) / num_tasks}
 
 
 def share(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -412,7 +410,7 @@ def main(argv=None) -> dict:
             accuracy = on_val["query"][:, -1].mean().item()
             run.evaluated(accuracy, curves(learner, on_val, on_test, norm, args), choose=step > args.warmup_steps)
     run.load_best(learner)
-    log_episode(run, learner, test, s, args.test_inner_steps)
+    log_episode(run, test, lambda *task: guess(learner, s, args.test_inner_steps, *task))
     return run.finish(test_report(args, learner, test, s, device))
 
 
@@ -462,18 +460,11 @@ def test_report(args, learner: Learner, test: EpisodeSampler, s: Setting, device
     }  # fmt: skip
 
 
-@torch.no_grad()
-def log_episode(run: Run, learner: Learner, test: EpisodeSampler, s: Setting, steps: int) -> None:
-    """Send one test episode with the predictions after adaptation to TensorBoard."""
-    if not run.writes:
-        return
-    test.reset()
-    support, support_labels, query, query_labels = (x[0] for x in test.sample())
-    path = adapt(learner.theta(), learner.step_sizes(steps), support, support_labels, s._replace(first_order=True))
-    guesses = query_logits(path[-1], support, query, s).argmax(dim=-1)
-    shown = 3 * test.N
-    figure = episode_figure(support, support_labels, query[:shown], query_labels[:shown], guesses[:shown])
-    run.writer.add_figure("episode", figure, run.step)
+def guess(learner: Learner, s: Setting, steps: int, support, support_labels, query) -> torch.Tensor:
+    """The classes [N*Q] of the queries of one task after adaptation."""
+    s = s._replace(first_order=True)
+    path = adapt(learner.theta(), learner.step_sizes(steps), support[0], support_labels[0], s)
+    return query_logits(path[-1], support[0], query[0], s).argmax(dim=-1)
 
 
 if __name__ == "__main__":

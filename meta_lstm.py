@@ -29,7 +29,7 @@ from tqdm import tqdm
 import experiment
 from backbone import batch_norm
 from experiment import Run, UserError, number, whole
-from load_data import Dataset, EpisodeSampler, episode_figure, fixed_tasks, load_dataset
+from load_data import Dataset, EpisodeSampler, fixed_tasks, load_dataset, log_episode
 
 FILTERS, EPS = 32, 1e-3  # of the learner's convolutions and batch norms
 HIDDEN = 20  # units of the meta-learner's first layer
@@ -359,18 +359,15 @@ def evaluate(rule, learner: Learner, sampler: EpisodeSampler, num_tasks: int, in
 
     The queries are normalised by the running statistics of their task's support set (non-transductive).
     """
-    sampler.reset()
-    correct, losses, done = [], [], 0
+    correct, losses = [], []
     bar = tqdm(total=num_tasks, desc="evaluation", unit="task", leave=False, disable=None)
-    while done < num_tasks:
-        tasks = [x[: num_tasks - done] for x in sampler.sample()]
+    for tasks in sampler.first(num_tasks):
         for support, support_labels, query, labels in zip(*(x.split(EVALUATED_AT_ONCE) for x in tasks), strict=True):
             theta, statistics = adapt(rule, learner, support, support_labels, inner, dtype=dtype, watch=watch)
             logits = ask(learner, theta, query, statistics, dtype)
             losses.append(task_losses(logits, labels).cpu())
             correct.append((logits.argmax(dim=-1) == labels).float().mean(dim=1).cpu())
             bar.update(len(labels))
-            done += len(labels)
     bar.close()
     return torch.cat(correct), torch.cat(losses).mean().item()
 
@@ -522,7 +519,7 @@ def main(argv=None) -> dict:
                 "Accuracy/train": float(accuracy), "Gradient/meta_norm": float(norm),
             })  # fmt: skip
     run.load_best(rule)
-    log_episode(run, rule, learner, test, inner, dtype)
+    log_episode(run, test, lambda *task: guess(rule, learner, inner, dtype, *task))
     return run.finish(test_report(args, rule, learner, val, test, inner, dtype, device))
 
 
@@ -595,18 +592,10 @@ def log_rule(run: Run, means: dict[str, list]) -> None:
                 run.writer.add_scalar(f"Gate_{gate}/{layer}_update{t:02d}", value, run.step)
 
 
-def log_episode(run: Run, rule, learner, test: EpisodeSampler, inner: Inner, dtype) -> None:
-    """A picture of one test episode with predictions for TensorBoard."""
-    if not run.writes:
-        return
-    test.reset()
-    support, support_labels, query, query_labels = (x[:1] for x in test.sample())
-    with torch.no_grad():
-        theta, statistics = adapt(rule, learner, support, support_labels, inner, dtype=dtype)
-        guesses = ask(learner, theta, query, statistics, dtype)[0].argmax(dim=-1)
-    shown = 3 * test.N
-    figure = episode_figure(support[0], support_labels[0], query[0, :shown], query_labels[0, :shown], guesses[:shown])
-    run.writer.add_figure("episode", figure, run.step)
+def guess(rule, learner, inner: Inner, dtype, support, support_labels, query) -> torch.Tensor:
+    """The classes [N*Q] of the queries of one task after adaptation."""
+    theta, statistics = adapt(rule, learner, support, support_labels, inner, dtype=dtype)
+    return ask(learner, theta, query, statistics, dtype)[0].argmax(dim=-1)
 
 
 if __name__ == "__main__":

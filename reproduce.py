@@ -173,7 +173,7 @@ class Job(NamedTuple):
 
 def code_version(script: str) -> str:
     """A digest of the code that a run of `script` executes."""
-    files = [script, "load_data.py", "backbone.py", "experiment.py"]
+    files = [script, "load_data.py", "omniglot.py", "glyphs.py", "backbone.py", "experiment.py"]
     return hashlib.sha256(b"".join((HERE / file).read_bytes() for file in files)).hexdigest()[:12]
 
 

@@ -104,10 +104,8 @@ def fit_heads(features: torch.Tensor, labels: torch.Tensor, N: int, steps: int, 
 
 def few_shot(args, encoder: Conv4, sampler: EpisodeSampler, dtype: torch.dtype) -> torch.Tensor:
     """Accuracy of each of `--num_test_tasks` test tasks: a fresh head (or network) for every support set."""
-    sampler.reset()
     N, correct = sampler.N, []
-    while (done := sum(map(len, correct))) < args.num_test_tasks:
-        support, support_labels, query, query_labels = sampler.sample()
+    for support, support_labels, query, query_labels in sampler.first(args.num_test_tasks):
         if args.adapt == "all":
             logits = torch.stack([
                 adapt_network(args, encoder, s, y, q, dtype)
@@ -125,8 +123,7 @@ def few_shot(args, encoder: Conv4, sampler: EpisodeSampler, dtype: torch.dtype) 
                 features[:, :n], support_labels, N, args.head_steps, args.head_rate, args.head_decay
             )
             logits = features[:, n:] @ weight + bias
-        right = (logits.argmax(dim=-1) == query_labels).float().mean(dim=1)
-        correct.append(right[: args.num_test_tasks - done].cpu())
+        correct.append((logits.argmax(dim=-1) == query_labels).float().mean(dim=1).cpu())
     return torch.cat(correct)
 
 

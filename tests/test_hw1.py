@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import hw1
 from hw1 import MANN, evaluate
-from load_data import DataGenerator, EpisodeSampler
+from load_data import DataGenerator, EpisodeSampler, deal_tasks
 
 SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]
 
@@ -125,7 +125,7 @@ def test_untrained_or_label_blind_model_scores_one_in_n(N, blind):
 def test_dealt_tasks_are_proper_episodes():
     images, labels = EpisodeSampler(known_dataset(), "train", 12, 2, 1, 1, seed=5).sample_rows()
     B, N = 3000, 4
-    dealt, one_hot = hw1.deal_tasks(images, labels, B, N, torch.Generator().manual_seed(1))
+    dealt, one_hot = deal_tasks(images, labels, B, N, torch.Generator().manual_seed(1))
     assert dealt.shape == (B, 3, N, 784) and one_hot.shape == (B, 3, N, N)
     assert torch.equal(one_hot[:, :2], torch.eye(N).expand(B, 2, N, N))
     classes, drawings = ((dealt[..., i] * 255).round().long() for i in (0, 1))
