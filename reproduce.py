@@ -1,4 +1,4 @@
-"""Every table and figure of the source documents by one command, from runs of this package.
+"""The runs behind every table and figure of the source documents by one command; report.py writes those.
 
     python reproduce.py all --scale smoke          everything in its smallest form, to see that it works
     python reproduce.py all --scale cpu --jobs 2   what two CPU cores can do in some hours
@@ -7,21 +7,18 @@
 
 Each run is a script of this package in a process of its own, `--jobs` at a time. What is done, by the same flags and
 the same code, is skipped; what was interrupted is resumed; what fails is named and makes the exit code 1. Results go to
-`--out` (results/, or a folder of runs/ for smoke): a JSON file a run, a CSV file a part, figures, and README.md with a
-row for each claim of the documents.
+`--out` (results/, or a folder of runs/ for smoke): a JSON file a run. `python report.py` then writes the tables, pictures
+and documents.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import fcntl
 import hashlib
-import io
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -114,51 +111,6 @@ CASES = [
     Case("costs", "costs", "profile_costs.py", "--sweep all --engine auto", "", "", 1, 5),
     Case("features", "features", "feature_weights.py", "--part all", "", "", 1, 2),
 ]  # fmt: skip
-
-# (line of the documents, part/name of ours, metric, their figure, best published); all on the course split
-CLAIMS = [
-    ("MANN, 1-shot 2-way", "mann/K1N2", "test_accuracy", "above 90", "-"),
-    ("MANN, 2-shot 2-way", "mann/K2N2", "test_accuracy", "above 90", "-"),
-    ("MANN, 1-shot 3-way", "mann/K1N3", "test_accuracy", "about 80", "-"),
-    ("MANN, 1-shot 4-way", "mann/K1N4", "test_accuracy", "about 70", "-"),
-    ("MANN with a conv encoder, 5-way 1-shot", "mann/conv_K1N5", "test_accuracy", "-", "82.8 to 89.2 (MANN)"),
-    ("ProtoNet, 5-way 1-shot, default", "comparison/protonet", "test_accuracy", "98.8", "98.8"),
-    ("ProtoNet, 5-way 1-shot, long", "comparison/protonet_long", "test_accuracy_5way1shot", "98.8", "98.8"),
-    ("ProtoNet, 5-way 5-shot, long", "comparison/protonet_long", "test_accuracy_5way5shot", "-", "99.7"),
-    ("ProtoNet, 20-way 1-shot, long", "comparison/protonet_long", "test_accuracy_20way1shot", "-", "96.0"),
-    ("ProtoNet, 20-way 5-shot, long", "comparison/protonet_long", "test_accuracy_20way5shot", "-", "98.9"),
-    ("ProtoNet, 5-way 1-shot, residual", "comparison/protonet_residual", "test_accuracy_5way1shot", "-", "-"),
-    ("ProtoNet, 5-way 5-shot, residual", "comparison/protonet_residual", "test_accuracy_5way5shot", "-", "-"),
-    ("ProtoNet, 20-way 1-shot, residual", "comparison/protonet_residual", "test_accuracy_20way1shot", "-", "-"),
-    ("ProtoNet, 20-way 5-shot, residual", "comparison/protonet_residual", "test_accuracy_20way5shot", "-", "-"),
-    ("ProtoNet, 20-way 1-shot in one alphabet, residual", "comparison/protonet_lake", "test_accuracy", "-", "-"),
-    ("ProtoNet, the same, of one drawer (Lake)", "comparison/protonet_lake", "test_accuracy_one_drawer", "-", "86"),
-    ("Fine-tuning, 423-way", "comparison/transfer", "finetuned_accuracy", "78.5", "-"),
-    ("Fine-tuning, 5-way 1-shot", "comparison/transfer", "test_accuracy", "-", "-"),
-    ("First-order MAML, 5-way 1-shot", "comparison/fomaml", "test_accuracy", "81.5", "98.3"),
-    ("Proto-MAML (first order), 5-way 1-shot", "comparison/protomaml", "test_accuracy", "89.2", "-"),
-    ("MAML, 5-way 1-shot", "comparison/maml", "test_accuracy", "-", "98.7"),
-    ("MAML, 5-way 1-shot, plain features", "comparison/maml_plain", "test_accuracy", "-", "98.7"),
-    ("MAML, 5-way 5-shot", "comparison/maml_5way5shot", "test_accuracy", "-", "99.9"),
-    ("MAML, 20-way 1-shot", "comparison/maml_20way1shot", "test_accuracy", "-", "95.8"),
-    ("MAML, 20-way 5-shot", "comparison/maml_20way5shot", "test_accuracy", "-", "98.9"),
-    ("MAML, 5-way 5-shot, 32 x 32 pixels", "comparison/maml_5way5shot_32_pixels", "test_accuracy", "-", "-"),
-    ("MAML, 20-way 5-shot, 32 x 32 pixels", "comparison/maml_20way5shot_32_pixels", "test_accuracy", "-", "-"),
-    ("ANIL, 5-way 1-shot", "comparison/anil", "test_accuracy", "-", "-"),
-    ("Meta-LSTM, 5-way 1-shot", "meta_lstm/5way1shot", "test_accuracy", "-", "none"),
-    ("Meta-LSTM, 5-way 5-shot", "meta_lstm/5way5shot", "test_accuracy", "-", "none"),
-    ("Meta-LSTM, 10-way 10-shot, the paper's flags", "meta_lstm/10way10shot", "test_accuracy", "-", "none"),
-    ("Meta-LSTM, miniImageNet 5-way 1-shot", "meta_lstm/miniImagenet_5way1shot", "test_accuracy", "42.6", "43.4"),
-    ("Meta-LSTM, miniImageNet 5-way 5-shot", "meta_lstm/miniImagenet_5way5shot", "test_accuracy", "37.6", "60.6"),
-    ("Meta-LSTM, miniImageNet 10-way 10-shot", "meta_lstm/miniImagenet_10way10shot", "test_accuracy", "23.3", "-"),
-    ("Meta-LSTM, miniImageNet 10-way 20-shot", "meta_lstm/miniImagenet_10way20shot", "test_accuracy", "22.8", "-"),
-]
-# Okabe and Ito's colours, which the colour-blind can tell apart; one for each method in every figure
-COLOURS = {"transfer": "#7f7f7f", "mann": "#CC79A7", "protonet": "#0072B2", "fomaml": "#E69F00", "protomaml": "#009E73",
-           "maml": "#D55E00", "anil": "#56B4E9", "meta_lstm": "#000000"}  # fmt: skip
-TITLES = {"transfer": "fine-tuning", "mann": "MANN, conv", "protonet": "ProtoNet", "fomaml": "first-order MAML",
-          "protomaml": "Proto-MAML (f.o.)", "maml": "MAML", "anil": "ANIL", "meta_lstm": "meta-LSTM"}  # fmt: skip
-
 
 # --------------------------------------------------------------------------------------- runs
 
@@ -370,279 +322,6 @@ def run_all(jobs: list[Job], out: Path, runs: Path, num_jobs: int) -> list[str]:
     return failures
 
 
-# ------------------------------------------------------------------------- tables and figures
-
-
-def load(out: Path, name: str) -> list[dict]:
-    """The metrics of all seeds of part/name, in the order of the seeds."""
-    return [json.loads(p.read_text()) for p in sorted(out.glob(f"{name}_seed*.json"))]
-
-
-def mean_of_seeds(runs: list[dict], key: str = "test_accuracy") -> tuple[float, float]:
-    """Mean over seeds and half-width of its 95 % interval over test tasks, both in per cent.
-
-    The seeds share their test tasks, so their errors go together: the interval does not shrink with seeds.
-    """
-    ci = key.replace("test_accuracy", "ci95").replace("accuracy", "ci95")
-    return tuple(100 * sum(r[k] for r in runs) / len(runs) for k in (key, ci))
-
-
-def digits_of(half: float) -> int:
-    """Digits behind the point that a figure with an interval of this half-width deserves, in per cent."""
-    return 1 if half >= 0.15 else 2
-
-
-def with_interval(mean: float, half: float) -> str:
-    """Such as 98.7 ± 0.2, in per cent."""
-    digits = digits_of(half)
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
-
-
-def plain_command(run: dict) -> str:
-    """A run's command without what does not change its figures: where it wrote, and defaults."""
-    return re.sub(r" --(log_dir|run_name|out|results_dir) \S+| --(dataset|device) auto", "", run["command"])
-
-
-def claim_rows(out: Path) -> list[dict[str, str]]:
-    """The cells of the results table: a row for each of CLAIMS, "not measured" where there is no result file."""
-    rows = []
-    for what, name, key, documents, published in CLAIMS:
-        row = {"what": what, "documents": documents, "published": published, "ours": "not measured", "seeds": "",
-               "tasks": "", "minutes": "", "device": "", "command": ""}  # fmt: skip
-        if runs := load(out, name):
-            mean, half = mean_of_seeds(runs, key)
-            seconds = [r["train_seconds"] for r in runs if "train_seconds" in r]
-            digits = digits_of(half)
-            row |= {"ours": with_interval(mean, half), "seeds": ", ".join(f"{100 * r[key]:.{digits}f}" for r in runs),
-                    "tasks": str(runs[0]["num_test_tasks"]), "device": runs[0]["device"],
-                    "minutes": f"{sum(seconds) / len(seconds) / 60:.1f}" if seconds else "-",
-                    "command": f"`{plain_command(runs[0])}`"}  # fmt: skip
-        rows.append(row)
-    return rows
-
-
-def growth(f: dict, unit: str) -> str:
-    """A fit of costs.json in words: a line a + b x, or a power x^b."""
-    if f["form"] == "power":
-        return f"x^{f['b']:.2f}"
-    if abs(f["b"]) < 1e-9:
-        return f"{f['a']:.1f} {unit}, flat"
-    return f"{f['a']:.1f} {'+' if f['b'] > 0 else '-'} {abs(f['b']):.2f} x {unit}"
-
-
-def other_rows(out: Path) -> list[list[str]]:
-    """What the documents say about costs and feature weights beside what we measured: the cells of each row."""
-    rows = []
-    if (file := out / "costs.json").exists():
-        costs = json.loads(file.read_text())
-        found = {f["method"]: f for f in costs["fits"] if (f["sweep"], f["engine"]) == ("inner_steps", "vmap")}
-        for method, name, claim in (("maml", "MAML", "grows linearly"), ("es", "ES", "does not grow")):
-            ours = growth(found[method]["memory"], "MB")
-            rows.append([f"{name}, peak memory with x inner steps", claim, ours, f"`{plain_command(costs)}`"])
-    if (file := out / "features.json").exists():
-        run = json.loads(file.read_text())["closed_form"]
-        for what, weights, points, claim in (("weights 1", "ones", 32, "0.95"), ("oracle", "oracle", 32, "1e-30"),
-                                             ("meta-learned", "meta", 32, "0.31"), ("meta-learned", "meta", 31, "0.45"),
-                                             ("meta-learned", "meta", 33, "0.39")):  # fmt: skip
-            what = f"Feature weights, test error at {points} points, {what}"
-            rows.append([what, claim, f"{run[weights][str(points)]:.2g}", f"`{plain_command(run)}`"])
-    return rows
-
-
-def norm_lines(out: Path) -> list[str]:
-    """A table of MAML and its relatives with both kinds of batch norm."""
-    lines = ["MAML and its relatives with queries normalised by their own batch (transductive, as above) and by the",
-             "support set alone:", "", "| test accuracy in % | transductive | support |", "|---|---|---|"]  # fmt: skip
-    for name in ("fomaml", "protomaml", "maml", "anil", "maml_5way5shot", "maml_20way1shot", "maml_20way5shot",
-                 "maml_5way5shot_32_pixels", "maml_20way5shot_32_pixels"):  # fmt: skip
-        if runs := load(out, f"comparison/{name}"):
-            found = [mean_of_seeds(runs, f"test_accuracy_{mode}") for mode in ("transductive", "support")]
-            cells = " | ".join(with_interval(mean, half) for mean, half in found)
-            size = ", 32 x 32 pixels" if name.endswith("32_pixels") else ""
-            lines.append(f"| {TITLES[name.split('_')[0]]}, {runs[0]['N']}-way {runs[0]['K']}-shot{size} | {cells} |")
-    return lines
-
-
-def page(out: Path) -> str:
-    """`<out>/README.md`: a row for each claim of the documents, the paired differences, the pictures."""
-    lines = ["# Results", "", "Written by `python reproduce.py` from the JSON files beside it.",
-             "Accuracy on new characters in per cent, mean of the seeds ± 95 % interval over fixed test tasks, which",
-             "the seeds share. Minutes are those of training, of one seed.", "",
-             "| what | documents | published | ours | each seed | test tasks | minutes | on | command of seed 1 |",
-             "|---" * 9 + "|"]  # fmt: skip
-    for row in claim_rows(out):
-        lines.append("| " + " | ".join(row.values()) + " |")
-    command = "python reproduce.py meta_lstm --scale full --mini_imagenet DIR"
-    lines += ["", f"The miniImageNet rows need its images: `{command}`."]
-    if others := other_rows(out):
-        lines += ["", "| what | documents | ours | command |", "|---|---|---|---|"]
-        lines += [f"| {' | '.join(cells)} |" for cells in others]
-    lines += ["", *norm_lines(out)]
-    if differences := paired(out):
-        lines += ["", "Differences to the long ProtoNet on the same test tasks (points, 95 % interval):",
-                  "", "| method | difference |", "|---|---|"]
-        lines += [f"| {TITLES[name]} | {mean:+.1f} ± {half:.1f} |" for name, (mean, half) in differences.items()]
-    if (file := out / "reproduce.json").exists():
-        beyond = tuple(f"{case.part}_{case.name}_seed" for case in CASES if case.beyond)
-        runs = json.loads(file.read_text())
-        more = sum(run["minutes"] for name, run in runs.items() if name.startswith(beyond))
-        minutes = sum(run["minutes"] for run in runs.values()) - more
-        lines += ["", f"The runs in `reproduce.json` took {minutes:.0f} minutes in all, each on one core: "
-                  f"{minutes / 120:.1f} hours of two cores."]  # fmt: skip
-        lines[-1] += f" Those that wait for `--only` took {more:.0f} minutes more." if more else ""
-    for picture in sorted(out.glob("*.png")):
-        if picture.stem not in ("glyphs", "tensorboard"):
-            lines += ["", f"![{picture.stem.replace('_', ' ')}]({picture.name})"]
-    return "\n".join(lines) + "\n"
-
-
-def paired(out: Path) -> dict[str, tuple[float, float]]:
-    """{method: (mean, half-width)} of the tasks' differences to the long ProtoNet in points, seeds averaged first."""
-    def per_task(name: str) -> list[float]:
-        runs = [r["accuracies"] for r in load(out, f"comparison/{name}") if "accuracies" in r]
-        return [sum(values) / len(values) for values in zip(*runs, strict=False)]
-
-    reference, found = per_task("protonet_long"), {}
-    for name in ("protonet", "transfer", "fomaml", "protomaml", "maml", "anil"):
-        if reference and (mine := per_task(name)):
-            mean, half = experiment.mean_and_ci95([a - b for a, b in zip(mine, reference, strict=False)])
-            found[name] = 100 * mean, 100 * half
-    return found
-
-
-def write_csv(out: Path, part: str) -> None:
-    """`<out>/<part>.csv`: one row a run with the figures that all scripts report."""
-    names = ["name", "script", "N", "K", "Q", "steps", "test_accuracy", "ci95", "num_test_tasks", "val_accuracy",
-             "train_seconds", "device", "seed", "git_commit", "command"]  # fmt: skip
-    files = sorted((out / part).glob("*.json"))
-    if not files:
-        return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows({"name": file.stem} | json.loads(file.read_text()) for file in files)
-    write_atomically(out / f"{part}.csv", lambda file: file.write(text.getvalue().encode()))
-
-
-def new_figure(rows: int, columns: int, size: tuple[float, float]):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", color="0.9")
-        ax.set_axisbelow(True)
-    return figure, axes
-
-
-def save(figure, path: Path) -> None:
-    write_atomically(path, lambda file: figure.savefig(file, dpi=100, format="png"))
-
-
-def draw_lines(ax, out: Path, names: dict[str, str], tag: str, scale: float) -> None:
-    """One curve for each {part/name: label}, seed 1, labelled at its end."""
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-    for colour, (name, label) in zip(colours, names.items(), strict=False):
-        if (runs := load(out, name)) and tag in runs[0].get("curves", {}):
-            steps, values = zip(*runs[0]["curves"][tag], strict=True)
-            ax.plot(steps, [scale * v for v in values], color=colour, label=label)
-    if ax.lines:
-        ax.legend(frameon=False, fontsize=9)
-    ax.set_xlabel("training step")
-
-
-def draw_mann(out: Path) -> None:
-    """Figures 3 to 8 of the report (K, N grid), 9 (learning rate) and 10 (memory size)."""
-    grid = {f"mann/K{K}N{N}": f"{K}-shot {N}-way" for K, N in ((1, 2), (2, 2), (1, 3), (1, 4))}
-    rates = {f"mann/K1N3_rate_{r}": f"learning rate {r}" for r in ("1e-1", "1e-3", "1e-5")}
-    sizes = {"mann/K1N3_memory_8": "8 units", "mann/K1N3_rate_1e-3": "128 units", "mann/K1N3_memory_256": "256 units"}
-    kinds = {"mann/K1N3_rate_1e-3": "two LSTM layers", "mann/K1N3_gru": "two GRU layers",
-             "mann/K1N3_3_layers": "three LSTM layers"}  # fmt: skip
-    for file, rows in (("mann.png", {"MANN by shot K and way N": grid}),
-                       ("mann_sweeps.png", {"learning rate (1-shot 3-way)": rates, "memory size (1-shot 3-way)": sizes,
-                                            "recurrent layers (1-shot 3-way)": kinds})):  # fmt: skip
-        if not any(load(out, name) for names in rows.values() for name in names):
-            continue
-        figure, axes = new_figure(len(rows), 2, (9, 3.2 * len(rows)))
-        for (title, names), (left, right) in zip(rows.items(), axes, strict=True):
-            draw_lines(left, out, names, "Accuracy/test", 100)
-            draw_lines(right, out, names, "Loss/test", 1)
-            left.set(title=title, ylabel="test accuracy (%)")
-            right.set(title=title, ylabel="test loss (nats)")
-        save(figure, out / file)
-
-
-def draw_comparison(out: Path) -> None:
-    """The slides' bar chart with our other methods beside it, and accuracy before and after adaptation."""
-    where = {name: f"comparison/{name}" for name in TITLES}
-    where |= {"meta_lstm": "meta_lstm/5way1shot", "mann": "mann/conv_K1N5"}
-    found = {name: runs for name in TITLES if (runs := load(out, where[name]))}
-    if found:
-        figure, ((ax,),) = new_figure(1, 1, (9, 3.8))
-        for i, (name, runs) in enumerate(found.items()):
-            mean, half = mean_of_seeds(runs)
-            ax.bar(i + 0.2, mean, 0.38, color=COLOURS[name], yerr=half, capsize=3)
-            ax.text(i + 0.2, mean + half + 0.3, f"{mean:.{digits_of(half)}f}", ha="center", fontsize=9)
-            on_val = [r["val_accuracy"] for r in runs if r.get("val_accuracy")]  # fine-tuning chooses nothing by it
-            if on_val:
-                ax.bar(i - 0.2, 100 * sum(on_val) / len(on_val), 0.38, color=COLOURS[name], alpha=0.4)
-        low = min(mean_of_seeds(runs)[0] for runs in found.values())
-        ax.set_ylim(max(0, low - 8), 100.9)
-        ax.set_xticks(range(len(found)), [TITLES[name].replace(" ", "\n", 1) for name in found], fontsize=9)
-        ax.set(title="Omniglot, 5-way 1-shot, new characters: validation (pale) and test", ylabel="accuracy (%)")
-        save(figure, out / "comparison.png")
-    adapted = {name: found[name] for name in ("fomaml", "protomaml", "maml", "anil") if name in found}
-    if adapted:
-        figure, (axes,) = new_figure(1, 2, (9, 3.4))
-        for name, runs in adapted.items():
-            for ax, what in zip(axes, ("support", "query"), strict=True):
-                steps = range(len(runs[0][f"{what}_accuracy_per_step"]))
-                values = [100 * sum(r[f"{what}_accuracy_per_step"][i] for r in runs) / len(runs) for i in steps]
-                ax.plot(steps, values, "o-", color=COLOURS[name], label=TITLES[name])
-                ax.set(title=f"{what} set", xlabel="inner steps on the support set", ylabel="test accuracy (%)")
-                ax.set_xticks(list(steps))
-        axes[0].axhline(20, color="0.5", linestyle=":", label="guessing")
-        axes[1].axhline(20, color="0.5", linestyle=":")
-        axes[0].legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.08))  # clear of the line
-        save(figure, out / "adaptation.png")
-
-
-def draw_protonet(out: Path) -> None:
-    """Accuracy while ProtoNet trains, and one embedded test task."""
-    runs = {name: found[0] for name in ("protonet", "protonet_long") if (found := load(out, f"comparison/{name}"))}
-    runs = {name: run for name, run in runs.items() if "episode" in run}
-    if not runs:
-        return
-    figure, ((left, right),) = new_figure(1, 2, (10, 4))
-    for run, colour in zip(runs.values(), ("#0072B2", "#D55E00"), strict=False):
-        label = f"{run['steps']:,} steps"
-        for tag, style in (("Accuracy/val", ":"), ("Accuracy/test", "-")):
-            steps, values = zip(*run["curves"][tag], strict=True)
-            left.plot(steps, [100 * v for v in values], style, color=colour, label=f"{label}, {tag.split('/')[1]}")
-    left.legend(frameon=False, fontsize=9)
-    left.set(title="5-way 1-shot, one view", xlabel="training step", ylabel="accuracy (%)")
-    episode, colours = list(runs.values())[-1]["episode"], ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]
-    for c, colour in enumerate(colours):
-        mine = [point for point, label in zip(episode["query"], episode["labels"], strict=True) if label == c]
-        right.plot(*zip(*mine, strict=True), ".", color=colour)
-        right.plot(*episode["support"][c], "*", color=colour, markersize=16, markeredgecolor="black")
-    right.set(title="a test task: prototypes (stars) and queries", xlabel="first principal component",
-              ylabel="second principal component")  # fmt: skip
-    right.set_aspect("equal", adjustable="datalim")
-    save(figure, out / "protonet.png")
-
-
-def write_everything(out: Path) -> None:
-    """All tables and figures from the JSON files that are there."""
-    for part in PARTS:
-        write_csv(out, part)
-    draw_mann(out)
-    draw_comparison(out)
-    draw_protonet(out)
-    write_atomically(out / "README.md", lambda file: file.write(page(out).encode()))
-
-
 # ------------------------------------------------------------------------------------ the script
 
 
@@ -660,7 +339,6 @@ def parse_args(argv=None):
     some = "only runs whose name, like comparison_maml_seed1, holds one of these texts, separated by commas"
     add("--only", default="", metavar="TEXTS", help=some)
     add("--out", help="folder of the results (default: results, or runs/reproduce_smoke)")
-    add("--draw_only", action="store_true", help="no runs: tables and figures from the result files that are there")
     args = parser.parse_args(argv)
     args.out = Path(args.out or ("runs/reproduce_smoke" if args.scale == "smoke" else HERE / "results"))
     if args.out.exists() and not args.out.is_dir():
@@ -673,16 +351,13 @@ def parse_args(argv=None):
 
 def main(argv=None) -> list[str]:
     args = parse_args(argv)
-    failures = []
-    if not args.draw_only:
-        runs = args.out / "runs" if args.scale == "smoke" else Path("runs") / f"reproduce_{args.scale}"
-        cases = cases_of(args.what, args.mini_imagenet)
-        jobs = make_jobs(cases, args.scale, args.device, args.dataset, args.only)
-        if not jobs:
-            raise UserError(f"--only {args.only}: no run of {args.what} has this in its name")
-        failures = run_all(jobs, args.out, runs, args.jobs)
-    write_everything(args.out)
-    print(f"written: {args.out / 'README.md'}")
+    runs = args.out / "runs" if args.scale == "smoke" else Path("runs") / f"reproduce_{args.scale}"
+    cases = cases_of(args.what, args.mini_imagenet)
+    jobs = make_jobs(cases, args.scale, args.device, args.dataset, args.only)
+    if not jobs:
+        raise UserError(f"--only {args.only}: no run of {args.what} has this in its name")
+    failures = run_all(jobs, args.out, runs, args.jobs)
+    print(f"results: {args.out}; tables and pictures: python report.py --results {args.out}")
     if failures:
         print("\n".join(f"error: {failure}" for failure in failures), file=sys.stderr)
         sys.exit(1)
