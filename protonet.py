@@ -262,14 +262,17 @@ def test_report(args, encoder: nn.Module, dataset: Dataset, dtype: torch.dtype, 
     if args.within_alphabet and test.same_count:
         lake = fixed_tasks(dataset, "test", args, device, within_alphabet=True, one_drawer=True)
         named["_one_drawer"] = evaluate(features, lake, args.num_test_tasks)[0]
+    in_plane = {}
     for N, K in ((5, 1), (5, 5), (20, 1), (20, 5)):
         if N <= test.num_available and K + args.num_query <= int(test.counts.min()) and not args.within_alphabet:
             setting = Namespace(num_classes=N, num_shot=K, num_query=args.num_query)
             tasks = fixed_tasks(dataset, "test", setting, device)
             named[f"_{N}way{K}shot"] = evaluate(features, tasks, args.num_test_tasks)[0]
+            if (N, K) == (5, 1):
+                in_plane = {"episode": embedded_episode(features, tasks)}
     for name, values in named.items():
         metrics[f"test_accuracy{name}"], metrics[f"ci95{name}"] = experiment.mean_and_ci95(values)
-    return metrics | {
+    return metrics | in_plane | {
         "batch_norm": "running", "views": args.views, "within_alphabet": args.within_alphabet,
         "dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device),
         "parameters": sum(p.numel() for p in encoder.parameters()),
@@ -281,6 +284,15 @@ def guess(encoder: nn.Module, dtype: torch.dtype, support, support_labels, query
     features = embed(encoder, torch.cat([support, query], dim=1), dtype)
     n, N = support.shape[1], int(support_labels.max()) + 1
     return proto_logits(features[:, :n], features[:, n:], N)[0].argmax(dim=-1)
+
+
+def embedded_episode(features: torch.Tensor, tasks: EpisodeSampler) -> dict:
+    """The first task in its two principal components, for a picture: support [N*K, 2], query [N*Q, 2], their labels."""
+    support, _, query, labels = (x[0] for x in next(tasks.first(1, features=features)))
+    centred = torch.cat([support, query]) - torch.cat([support, query]).mean(dim=0)
+    plane = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
+    points = [[round(v, 3) for v in row] for row in plane.tolist()]
+    return {"support": points[: len(support)], "query": points[len(support) :], "labels": labels.tolist()}
 
 
 @torch.no_grad()
