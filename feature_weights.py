@@ -39,8 +39,8 @@ GD_STEPS = {"gradient": [5, 1], "logistic": [10]}  # inner steps of the parts th
 OPTIMIZERS = {"closed_form": ["sgd", "adam"]}  # of the feature weights; elsewhere sgd alone
 LEARNING_RATE = {"closed_form": 0.1, "gradient": 0.1, "classification": 0.3, "logistic": 1.0}  # of sgd
 ADAM = 0.01  # learning rate of adam
-# 0.032 is n / (2 d): with all weights 1 one step on the grid is then nearly the min-norm solution, within 4 %. It would be
-# exact if all eigenvalues of A A^T were d = 500; at 32 points they are 480 to 512.
+# 0.032 is n / (2 d): with all weights 1 one step on the grid is then nearly the min-norm solution, within 4 %. It
+# would be exact if all eigenvalues of A A^T were d = 500; at 32 points they are 480 to 512.
 INNER_LEARNING_RATE = {"gradient": 0.032, "logistic": 0.128}
 ALIAS_STARTS = [(1.0, 1.0), (0.5, 1.5), (-1.2, 0.4), (0.3, -0.6)]
 MEASURED_FLAGS = ("part", "points", "num_features", "num_true", "num_points", "num_gd_steps", "inner_learning_rate",

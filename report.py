@@ -282,7 +282,8 @@ def meta_lstm_table(out: Path) -> str:
                 ]
             )
             found.append(run)
-    titles = "meta-LSTM, course split | learned rule | tuned gradient descent | before | queries | updates | episodes | minutes"
+    titles = "meta-LSTM, course split | learned rule | tuned gradient descent | before | queries | updates | episodes "
+    titles += "| minutes"
     note = "Test accuracy in per cent ± 95 % interval on 600 fixed tasks, one seed; queries of each class; minutes of "
     note += f"training on {processor(found[0])}. Commands:\n"
     return "\n".join([*table(titles, rows), "", note, *(f"- `{plain_command(run)}`" for run in found)])

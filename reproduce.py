@@ -7,8 +7,8 @@
 
 Each run is a script of this package in a process of its own, `--jobs` at a time. What is done, by the same flags and
 the same code, is skipped; what was interrupted is resumed; what fails is named and makes the exit code 1. Results go to
-`--out` (results/, or a folder of runs/ for smoke): a JSON file a run. `python report.py` then writes the tables, pictures
-and documents.
+`--out` (results/, or a folder of runs/ for smoke): a JSON file a run. `python report.py` then writes the tables, the
+pictures and the documents.
 """
 
 from __future__ import annotations
