@@ -45,7 +45,7 @@ CLAIMS = [
     ("MANN", "1-shot 3-way", "mann/K1N3", "test_accuracy", "about 80", "-"),
     ("MANN", "1-shot 4-way", "mann/K1N4", "test_accuracy", "about 70", "-"),
     ("MANN", "5-way 1-shot, conv encoder", "mann/conv_K1N5", "test_accuracy", "-",
-     "82.8 (external memory, second sight in a stream)"),
+     "82.8 to 89.2 (MANN, second sight in a stream)"),
     ("ProtoNet", "5-way 1-shot, default", "comparison/protonet", "test_accuracy", "98.8", "98.8" + VINYALS),
     ("ProtoNet", "5-way 1-shot, long", "comparison/protonet_long", "test_accuracy_5way1shot", "98.8", "98.8" + VINYALS),
     ("ProtoNet", "5-way 5-shot, long", "comparison/protonet_long", "test_accuracy_5way5shot", "-", "99.7" + VINYALS),
@@ -57,7 +57,7 @@ CLAIMS = [
     ("ProtoNet", "20-way 5-shot, residual", "comparison/protonet_residual", "test_accuracy_20way5shot", "-", "-"),
     ("ProtoNet", "20-way 1-shot in one alphabet, residual", "comparison/protonet_lake", "test_accuracy", "-", "-"),
     ("ProtoNet", "the same, of one drawer", "comparison/protonet_lake", "test_accuracy_one_drawer", "-",
-     "86.3 (Lake's trials)"),
+     "86 (Lake's trials)"),
     ("Fine-tuning", "423-way", "comparison/transfer", "finetuned_accuracy", "78.5", "-"),
     ("Fine-tuning", "5-way 1-shot", "comparison/transfer", "test_accuracy", "-", "-"),
     ("First-order MAML", "5-way 1-shot", "comparison/fomaml", "test_accuracy", "81.5", "98.3" + VINYALS),
@@ -218,7 +218,8 @@ def mann_table(out: Path) -> str:
     runs = load(out, "mann/K1N2")
     return "\n".join(lines) + (
         f"\n\nTest accuracy in per cent, mean of {len(runs)} seeds on {runs[0]['num_test_tasks']:,} fixed tasks; "
-        f"minutes of training of one seed on {processor(runs[0])}.\nCommand of the first row: `{plain_command(runs[0])}`."
+        f"minutes of training of one seed on {processor(runs[0])}.\n"
+        f"Command of the first row: `{plain_command(runs[0])}`."
     )
 
 
@@ -327,7 +328,7 @@ def other_rows(out: Path) -> list[list[str]]:
         for what, weights, points, claim in FEATURE_CLAIMS:
             what = f"Feature weights, test error at {points} points, {what}"
             if str(points) in run[weights]:
-                rows.append([what, claim, f"{run[weights][str(points)]:.2g}", f"`{plain_command(run)}`"])
+                rows.append([what, claim, f"{run[weights][str(points)]:#.2g}", f"`{plain_command(run)}`"])
     return rows
 
 
@@ -421,7 +422,7 @@ def features_text(out: Path) -> str:
     d, e, adam = r["alias"], r["closed_form"], r["closed_form_adam"]
     five, one, g, h = r["gradient_5_steps"], r["gradient_1_steps"], r["classification"], r["logistic_10_steps"]
     random, n = r["closed_form_random"], e["num_points"]
-    at = lambda run, name="meta", m=n: f"{run[name][str(m)]:.2g}"
+    at = lambda run, name="meta", m=n: f"{run[name][str(m)]:#.2g}"
     percent = lambda run, name="meta", m=n: f"{100 * run[name][str(m)]:.1f} ± {100 * run['ci95'][name][str(m)]:.1f} %"
     span = lambda run, k: f"{run['weights'][k]['min']:.2f} to {run['weights'][k]['max']:.2f}"
     excess = max(abs(end[0]) / norm - 1 for end, norm in zip(d["end"], d["norm"], strict=True))
@@ -547,9 +548,11 @@ def page(out: Path, dataset: str = "omniglot") -> str:
         lines += ["", *table("what | documents | ours | command", others)]
     lines += ["", norm_table(out)]
     if differences := paired(out):
-        rows = [[TITLES[name], f"{mean:+.1f} ± {half:.1f}"] for name, (mean, half) in differences.items()]
+        rows = [[TITLES[name], f"{mean:+.2f} ± {half:.2f}"] for name, (mean, half) in differences.items()]
         lines += ["", "Differences to the long ProtoNet on the same test tasks (points, 95 % interval over tasks):", ""]
         lines += table("method | difference", rows)
+    seconds = [read(file).get("train_seconds", 0) for part in PARTS for file in sorted((out / part).glob("*.json"))]
+    lines += ["", f"All {len(seconds)} runs together trained for {sum(seconds) / 3600:.1f} hours."]
     for picture in sorted(out.glob("*.png")):
         if picture.stem not in ("glyphs", "tensorboard"):
             lines += ["", f"![{picture.stem.replace('_', ' ')}]({picture.name})"]
