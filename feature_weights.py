@@ -39,8 +39,8 @@ GD_STEPS = {"gradient": [5, 1], "logistic": [10]}  # inner steps of the parts th
 OPTIMIZERS = {"closed_form": ["sgd", "adam"]}  # of the feature weights; elsewhere sgd alone
 LEARNING_RATE = {"closed_form": 0.1, "gradient": 0.1, "classification": 0.3, "logistic": 1.0}  # of sgd
 ADAM = 0.01  # learning rate of adam
-# 0.032 is n / (2 d): with all weights 1 one step on the grid is then nearly the min-norm solution, within 4 %. It
-# would be exact if all eigenvalues of A A^T were d = 500; at 32 points they are 480 to 512.
+# 0.032 is n / (2 d): with all weights 1 one step on the grid is then nearly the min-norm solution, within 4 %. It would
+# be exact if all eigenvalues of A A^T were d = 500; at 32 points they are 480 to 512.
 INNER_LEARNING_RATE = {"gradient": 0.032, "logistic": 0.128}
 ALIAS_STARTS = [(1.0, 1.0), (0.5, 1.5), (-1.2, 0.4), (0.3, -0.6)]
 MEASURED_FLAGS = ("part", "points", "num_features", "num_true", "num_points", "num_gd_steps", "inner_learning_rate",
@@ -268,7 +268,7 @@ def parse_args(argv=None):
     parser.prog = "feature_weights.py"
     add = groups["run"].add_argument
     add("--part", choices=[*PARTS, "all"], default="all", help="of the homework: d, e, f, g, h")
-    add("--results_dir", metavar="DIR", help="add the results to features.json there, which report.py draws")
+    add("--out", metavar="DIR", help="add the results to features.json there, which report.py draws")
     add = groups["data"].add_argument
     add("--num_features", type=whole(2), default=500, metavar="d", help="Fourier features")
     add("--num_true", type=whole(1), default=11, help="features in S: the first ones")
@@ -294,8 +294,8 @@ def parse_args(argv=None):
         raise UserError(f"--num_true {args.num_true} is more than --num_features {args.num_features}; use fewer")
     if args.num_points > args.max_points:
         raise UserError(f"--num_points {args.num_points} is beyond the curves; use --max_points {args.num_points}")
-    if args.results_dir:
-        read_results(Path(args.results_dir))  # refused now rather than after the work
+    if args.out:
+        read_results(Path(args.out))  # refused now rather than after the work
     return args
 
 
@@ -312,7 +312,7 @@ def trainings(args) -> list[argparse.Namespace]:
                 one.learning_rate = args.learning_rate or (LEARNING_RATE[part] if optimizer == "sgd" else ADAM)
                 one.name = part + (f"_{steps}_steps" if steps else "") + ("_adam" if optimizer == "adam" else "")
                 one.name += "_random" if args.points == "random" else ""
-                one.results_dir = None  # a resumed run does not replace the results of all
+                one.out = None  # a resumed run does not replace the results of all
                 planned.append(one)
     if args.run_name and len(planned) > 1:
         for one in planned:
@@ -424,8 +424,8 @@ def main(argv=None) -> dict:
     for one in trainings(args) if args.part != "alias" else []:
         experiment.setup(one)  # each meta-training has the stream that it would have alone
         results[one.name] = measure(one, device)
-    if args.results_dir:
-        write_results(Path(args.results_dir), results)
+    if args.out:
+        write_results(Path(args.out), results)
     if len(results) > 1:
         print(json.dumps(results))
     return results
@@ -434,8 +434,8 @@ def main(argv=None) -> dict:
 def read_results(folder: Path) -> dict:
     """What features.json holds so far; UserError when it, or the folder, cannot be used."""
     if not folder.is_dir():
-        raise UserError(f"--results_dir {folder} is not a folder; create it first")
-    return experiment.read_json(folder / "features.json", "results_dir") if (folder / "features.json").exists() else {}
+        raise UserError(f"--out {folder} is not a folder; create it first")
+    return experiment.read_json(folder / "features.json", "out") if (folder / "features.json").exists() else {}
 
 
 def write_results(folder: Path, results: dict) -> None:

@@ -15,8 +15,7 @@ first-order MAML, and MAML that keeps only every sqrt(steps)-th inner step and c
 
 What is measured is an outer step: sampling the tasks, the meta-gradient, the optimiser. Memory is the peak of what
 the step allocates above what was there before it (parameters and optimiser state): on a GPU as CUDA's allocator
-reports it, on a CPU by following every tensor's storage from allocation to release. That count is exact and the
-same in every run; scratch space inside a kernel is not seen.
+reports it, on a CPU as the profiler's record of all allocations and releases has it, the same in every run.
 """
 
 from __future__ import annotations
@@ -26,14 +25,11 @@ import csv
 import io
 import math
 import time
-import weakref
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -220,7 +216,9 @@ def es_gradient(model: Initialisation, tasks, rate: float, steps: int, at_once: 
     gradient, together = torch.zeros_like(theta), max(1, at_once // 2)
     for begin in range(0, pairs, together):
         index = torch.arange(begin, min(begin + together, pairs), device=theta.device)
-        eps = torch.randn(len(index), len(theta), device=theta.device, dtype=theta.dtype)
+        eps = torch.empty(len(index), len(theta), device=theta.device, dtype=theta.dtype)
+        for one in eps:  # pair by pair, so that the random stream does not depend on at_once
+            one.normal_()
         phi = theta.repeat(2 * len(eps), 1)  # theta + sigma eps, then theta - sigma eps
         phi[: len(eps)].add_(eps, alpha=sigma)
         phi[len(eps) :].sub_(eps, alpha=sigma)
@@ -264,37 +262,11 @@ def start(args, device: torch.device) -> tuple[Initialisation, torch.optim.Optim
 # --------------------------------------------------------------------------------- measuring
 
 
-class LiveStorage(TorchDispatchMode):
-    """Counts the bytes of all tensor storages allocated inside the context and not yet released: `now`, `peak`.
-
-    Every operation passes here. A storage counts from the operation that returns it first until nothing refers to it,
-    saved tensors of autograd included; views and in-place results share a storage that is counted already.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.live = 0, 0, set()
-
-    def release(self, key: int, size: int) -> None:
-        self.live.discard(key)
-        self.now -= size
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        storages = lambda tree: [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-        given = {storage._cdata for storage in storages((args, kwargs))}
-        for storage in storages(result):
-            key, size = storage._cdata, storage.nbytes()
-            if key not in given and key not in self.live:
-                self.live.add(key)
-                weakref.finalize(storage, self.release, key, size)
-                self.now += size
-                self.peak = max(self.peak, self.now)
-        return result
-
-
 def peak_memory(step, device: torch.device) -> int:
-    """Bytes that one call of `step` has allocated at its worst moment, above what there was before."""
+    """Bytes that one call of `step` has allocated at its worst moment, above what there was before it.
+
+    By the allocator's own record: CUDA's statistics, and on a CPU the profiler's list of allocations and releases.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -302,9 +274,14 @@ def peak_memory(step, device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with LiveStorage() as meter:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
         step()
-    return meter.peak
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()  # negative where memory is released
+        peak = max(peak, now)
+    return peak
 
 
 def clock(step, device: torch.device, repeats: int) -> list[float]:
@@ -577,7 +554,7 @@ def train(args, method: str, device: torch.device) -> dict:
     before, after = evaluate(model, args, args.num_test_tasks, TEST_SEED)
     loss, ci95 = experiment.mean_and_ci95(after)
     return run.finish({
-        "val_accuracy": None, "method": method, "engine": args.engine, "test_loss": loss, "ci95": ci95,
+        "method": method, "engine": args.engine, "test_loss": loss, "ci95": ci95,
         "test_loss_before": before.mean().item(), "num_test_tasks": args.num_test_tasks,
         "learning_rate": args.learning_rate, "inner_steps": args.inner_steps, "parameters": model.theta.numel(),
         "device": experiment.device_name(device), "examples": examples(model, args),
