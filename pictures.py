@@ -94,7 +94,8 @@ def warmed_up(run: dict) -> bool:
 def processor(run: dict) -> str:
     """On what a run was timed, such as "1 thread of AMD EPYC"; files that name no processor are of that one."""
     threads = re.search(r"(\d+) threads", run["device"])
-    name = run.get("processor", "AMD EPYC")
+    name = run.get("processor", "AMD EPYC").split(",")[0]
+    name = re.sub(r"\((R|TM)\)| CPU| Processor| @.*", "", name).strip()
     return f"{threads[1]} thread{'s' * (threads[1] != '1')} of {name}" if threads else run["device"]
 
 
