@@ -218,7 +218,8 @@ def mann_table(out: Path) -> str:
     runs = load(out, "mann/K1N2")
     return "\n".join(lines) + (
         f"\n\nTest accuracy in per cent, mean of {len(runs)} seeds on {runs[0]['num_test_tasks']:,} fixed tasks; "
-        f"minutes of training of one seed on {processor(runs[0])}.\nCommand of the first row: `{plain_command(runs[0])}`."
+        f"minutes of training of one seed on {processor(runs[0])}.\n"
+        f"Command of the first row: `{plain_command(runs[0])}`."
     )
 
 
