@@ -609,7 +609,7 @@ def report(args, script: str, dataset: str, metrics: dict, path: Path | None = N
     if shard()[0] == 0:
         if path:
             write_json(path, metrics)
-        only_in_file = ("accuracies", "curves", "flags", "versions")
+        only_in_file = ("accuracies", "curves", "flags", "versions", "episode", "examples", "errors", "history", "path")
         print(json.dumps({k: v for k, v in metrics.items() if k not in only_in_file}))
     return metrics
 
