@@ -316,6 +316,7 @@ def draw_adapted(runs: dict[str, dict], path: Path) -> None:
             ax.plot(task["x"], task["before"], color="#999999", ls="--", label="before adaptation")
             ax.plot(task["x"], task["after"], color=BLUE, label=steps)
             ax.plot(task["support_x"], task["support_y"], "k.", label="support points")
+            ax.set_ylim(-1.3, 1.3)  # where the sinusoids lie
         row[0].set_ylabel(f"{COST_TITLES[method]}\ny")
     for ax in axes[-1]:
         ax.set_xlabel("x")
