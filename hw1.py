@@ -37,7 +37,7 @@ class MANN(nn.Module):
         recurrent head's logits are multiplied by this.
     forget_bias: added to the LSTM's initial forget-gate bias; at 1 the memory of the support set
         survives to the queries from the first step on (Jozefowicz et al. 2015).
-    encoder: "none" feeds the pixels, "conv" 64 features of a strided Conv4 trained along (28x28 images).
+    encoder: "none" feeds the pixels, "strided" 64 features of a strided Conv4 trained along (28x28 images).
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class MANN(nn.Module):
     ):
         super().__init__()
         self.num_classes, self.samples_per_class = num_classes, samples_per_class
-        self.encoder = Conv4(dim_input // 784, strided=True) if encoder == "conv" else None
+        self.encoder = Conv4(dim_input // 784, strided=True) if encoder == "strided" else None
         features = self.encoder.out_features if self.encoder else dim_input
         # Averaged over space, the features of all images are alike at first; this brings out the difference.
         self.standardise = nn.BatchNorm1d(features, affine=False) if self.encoder else None
@@ -180,7 +180,7 @@ def parse_args(argv=None):
     add("--head", choices=["linear", "recurrent"], default="linear", help="what makes N logits; the course: recurrent")
     add("--logit_scale", type=number(above=True), default=10.0, help="factor on the recurrent head's states; course: 1")
     add("--forget_bias", type=number(), default=1.0, help="added to the LSTM's forget-gate bias; the course: 0")
-    add("--encoder", choices=["none", "conv"], default="none", help="conv reads the images by a Conv4 first")
+    add("--encoder", choices=["none", "strided"], default="none", help="strided: reads the images by a Conv4 first")
     add = groups["optimisation"].add_argument
     add("--learning_rate", type=number(above=True), default=4e-3, help="of Adam, at its peak; the course: 1e-3")
     add("--schedule", choices=["constant", "linear"], default="linear", help="linear: falls to 0 over the second half")
@@ -200,8 +200,8 @@ def parse_args(argv=None):
         raise UserError(f"--num_query {args.num_query}: the sequence has one query of each class; drop the flag")
     if args.shared_classes and args.shared_classes < args.num_classes:
         raise UserError(f"--shared_classes {args.shared_classes} is less than --num_classes {args.num_classes}")
-    if args.encoder == "conv" and args.image_size != 28:
-        raise UserError(f"--encoder conv reads 28x28 images; drop --image_size {args.image_size}")
+    if args.encoder == "strided" and args.image_size != 28:
+        raise UserError(f"--encoder strided reads 28x28 images; drop --image_size {args.image_size}")
     return args
 
 

@@ -437,7 +437,7 @@ def parse_args(argv=None):
     add("--learning_rate", type=number(above=True), default=3e-3, help="of Adam, for the initial parameters")
     add("--rule_rate", type=number(above=True), default=1e-2, help="of Adam, for the update rule")
     add("--schedule", choices=["constant", "cosine"], default="cosine", help="of both rates")
-    add("--clip", type=number(above=True), default=0.25, help="largest norm of the meta-gradient")
+    add("--clip", type=number(), default=0.25, help="largest norm of the meta-gradient; 0: no limit")
     add("--trained_share", type=number(0, 1, above=True), default=0.1, help="of coordinates that train layer 1")
     add("--tasks_at_once", type=whole(1), default=4, help="tasks that go through the cell together; bounds memory")
     preset = PRESETS.get(chosen_preset(argv))
@@ -501,7 +501,7 @@ def main(argv=None) -> dict:
             rule, learner, train.sample(), inner, dtype, args.tasks_at_once, query_norm, args.second_order
         )
         experiment.average_gradients(rule)
-        norm = nn.utils.clip_grad_norm_(rule.parameters(), args.clip)
+        norm = nn.utils.clip_grad_norm_(rule.parameters(), args.clip or math.inf)
         optimizer.step()
         schedule.step()
         run.record(loss)

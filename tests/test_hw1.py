@@ -28,8 +28,8 @@ def episodes(B=3, K=2, N=4, seed=0):
 
 @pytest.mark.parametrize("options", [
     {}, {"recurrent": "gru"}, {"recurrent": "rnn"}, {"num_layers": 1}, {"num_layers": 3}, {"head": "linear"},
-    {"forget_bias": 1.0}, {"encoder": "conv"},
-    {"encoder": "conv", "head": "linear", "recurrent": "gru"}, {"logit_scale": 5.0},
+    {"forget_bias": 1.0}, {"encoder": "strided"},
+    {"encoder": "strided", "head": "linear", "recurrent": "gru"}, {"logit_scale": 5.0},
 ])  # fmt: skip
 def test_shapes_and_gradients(options):
     images, labels = episodes()
@@ -51,7 +51,7 @@ def test_default_is_the_courses_network():
     assert [type(layer).__name__ for layer in model.layers] == ["LSTM", "LSTM"]
 
 
-@pytest.mark.parametrize("encoder", ["none", "conv"])
+@pytest.mark.parametrize("encoder", ["none", "strided"])
 def test_query_labels_cannot_influence_the_predictions(encoder):
     images, labels = episodes()
     model = MANN(4, 3, 16, encoder=encoder).eval()
@@ -212,8 +212,8 @@ def test_smoke_run_leaves_a_complete_run_folder(tmp_path, monkeypatch, capsys):
     ["--recurrent", "gru", "--num_layers", "3", "--hidden_dim", "8"],
     ["--recurrent", "rnn", "--head", "recurrent", "--logit_scale", "1", "--forget_bias", "0",
      "--schedule", "constant", "--clip", "0"],
-    ["--encoder", "conv", "--meta_batch_size", "2", "--train_steps", "2", "--eval_freq", "2", "--num_test_tasks", "8",
-     "--num_val_tasks", "8", "--jitter", "0.2", "--shared_classes", "9"],
+    ["--encoder", "strided", "--meta_batch_size", "2", "--train_steps", "2", "--eval_freq", "2", "--num_test_tasks",
+     "8", "--num_val_tasks", "8", "--jitter", "0.2", "--shared_classes", "9"],
     ["--fixed_labels", "--no-rotations", "--split", "lake", "--num_shot", "2", "--random_seed", "7"],
     ["--learning_rate", "1e-5", "--patience", "1", "--num_workers", "4", "--image_caching", "False"],
     ["--dtype", "bfloat16", "--num_query", "1", "--image_size", "32", "--num_test_tasks", "10"],
@@ -327,7 +327,7 @@ BAD_FLAGS = {
     "--num_test_tasks 1": "--num_test_tasks",
     "--recurrent transformer": "--recurrent",
     "--nonsense": "--nonsense",
-    "--encoder conv --image_size 64": "--image_size 64",
+    "--encoder strided --image_size 64": "--image_size 64",
     "--test": "--checkpoint",
     "--resume a --checkpoint b": "exclude",
     "--resume nowhere": "--resume nowhere",

@@ -30,7 +30,7 @@ SMALLEST = {
                f"--meta_batch_size 1 --num_query 1 --train_query 1 --train_classes 5 {GLYPHS}",
     "meta_lstm.py": "--train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --meta_batch_size 1 "
                     f"--inner_epochs 1 --num_query 1 --train_query 1 {GLYPHS}",
-    "profile_costs.py": "--smoke --outer_steps 2 --meta_batch_size 2 --hidden_size 8",
+    "profile_costs.py": "--smoke --outer_steps 2 --meta_batch_size 2 --hidden_dim 8",
     "feature_weights.py": "--smoke --train_steps 2 --eval_freq 1 --num_test_tasks 4 --alias_steps 20 --max_points 33",
 }  # fmt: skip
 
