@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import experiment
-from backbone import EPS, Conv4, fast_dtype, norm_of_all, prototypes
+from backbone import EPS, Conv4, ViT, fast_dtype, norm_of_all, prototypes
 from experiment import Run, UserError, number, whole
 from load_data import (
     IMAGE_SUFFIXES,
@@ -131,9 +131,9 @@ class Residual(Conv4):
         return F.batch_norm(x, *averages, *affine, training=norm == "batch", momentum=momentum, eps=EPS)
 
 
-def make_encoder(args, channels: int) -> Conv4:
+def make_encoder(args, channels: int) -> nn.Module:
     """The encoder that --encoder, --width and --image_size describe."""
-    return (Residual if args.encoder == "residual" else Conv4)(channels, args.width, args.image_size)
+    return {"conv4": Conv4, "residual": Residual, "vit": ViT}[args.encoder](channels, args.width, args.image_size)
 
 
 class Muon(torch.optim.Optimizer):
@@ -353,17 +353,20 @@ def parse_args(argv=None):
     parser.prog = "protonet.py"
     add = groups["data"].add_argument
     add("--train_classes", type=whole(2), default=60, help="classes in a training task; the paper: 60")
+    add("--train_characters", type=whole(0), default=0, help="train on the first so many characters alone; 0: all")
     add("--train_shot", type=whole(1), default=1, help="support images of each class in training")
     add("--train_query", type=whole(1), default=1, help="query images of each class in training")
     add("--jitter", type=number(0, 1), default=0.1, help="random turn (radians), size and slant of training images")
     add("--shift", type=number(0, 1), default=0.1, help="random shift of training images, a share of half their size")
     add("--within_alphabet", action="store_true", help="test tasks of characters of one alphabet (Lake et al.)")
     add("--train_within_alphabet", action="store_true", help="training tasks too: likeness is learned where it is hard")
+    groups["run"].add_argument("--init_from", **experiment.INIT_FROM)
     add("--predict", metavar="DIR", help="label DIR/query/* by DIR/support/CLASS/*, with --checkpoint")
     add("--ink", choices=["auto", "dark", "bright"], default="auto", help="for --predict: strokes against the paper")
     add = groups["model"].add_argument
-    add("--encoder", choices=["conv4", "residual"], default="conv4", help="residual: twelve convolutions, not four")
-    add("--width", type=whole(1), default=64, help="filters of each convolution")
+    encoders = "residual: twelve convolutions, not four; vit: a transformer, as mae.py pre-trains it"
+    add("--encoder", choices=["conv4", "residual", "vit"], default="conv4", help=encoders)
+    add("--width", type=whole(1), default=64, help="filters of each convolution, numbers in a token; mae.py: 96")
     add = groups["optimisation"].add_argument
     add("--learning_rate", type=number(above=True), default=0.1, help="of Muon, at its peak")
     views = "the final test averages the features of so many slightly distorted copies of each image"
@@ -371,6 +374,9 @@ def parse_args(argv=None):
     smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "train_classes": 10,
              "width": 16, "views": 2}  # fmt: skip
     args = experiment.parse(parser, argv, smoke, fixed=("encoder", "width", "image_size"))
+    if args.encoder == "vit" and (args.width % 8 or args.image_size % 4):
+        raise UserError(f"--encoder vit takes a --width in eights and --image_size in fours; not {args.width}, "
+                        f"{args.image_size}")  # fmt: skip
     if args.predict and not args.checkpoint:
         raise UserError("--predict needs --checkpoint RUN_DIR, the trained run")
     return args
@@ -381,13 +387,17 @@ def main(argv=None) -> dict | list[dict]:
     device = experiment.setup(args)
     dtype = fast_dtype(args.dtype, device)
     if args.predict:
-        weight = experiment.load_checkpoint(Path(args.checkpoint) / "best.pt")["model"]["weight0"]
-        encoder = make_encoder(args, weight.shape[1]).to(device)
+        weights = experiment.load_checkpoint(Path(args.checkpoint) / "best.pt")["model"]
+        channels = weights["embed.weight"].shape[1] // 16 if args.encoder == "vit" else weights["weight0"].shape[1]
+        encoder = make_encoder(args, channels).to(device)
         experiment.load_best(args.checkpoint, encoder)
-        return predict(args, encoder, weight.shape[1], dtype, device)
+        return predict(args, encoder, channels, dtype, device)
 
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
+    if args.train_characters:
+        dataset.splits["train"] = dataset.splits["train"][: args.train_characters]
     encoder = make_encoder(args, dataset.images.shape[1]).to(device, memory_format=torch.channels_last)
+    experiment.init_from(args, encoder)
 
     if args.test:
         step = experiment.load_best(args.checkpoint, encoder)
