@@ -209,7 +209,8 @@ def whitening(copies: torch.Tensor, ridge: float = 0.1) -> tuple[torch.Tensor, t
     means = copies.mean(dim=0)
     apart = (copies - means).flatten(0, 1).double()
     within = apart.T @ apart / (len(apart) - len(means))
-    within += ridge * within.diagonal().mean() * torch.eye(len(within), device=within.device)
+    least = within.diagonal().mean().clamp(min=1e-9)  # equal copies: all directions are treated alike
+    within += ridge * least * torch.eye(len(within), device=within.device)
     lower = torch.linalg.cholesky(within)  # within = L L^T; x L^-T has unit variance between copies
     return means.mean(dim=0), torch.linalg.inv(lower).T.to(copies.dtype)
 
