@@ -1,8 +1,9 @@
-"""Conv4, the encoder of few-shot learning, as a module and as a pure function of its parameters.
+"""Encoders of few-shot learning, as modules and as pure functions of their parameters, and prototypes.
 
 Four blocks of 3x3 convolution, batch norm, ReLU and 2x2 max-pooling, 64 filters each (Vinyals et al.
 2016; Snell et al. 2017): 28x28 images become 64 features. The strided variant (Finn et al. 2017)
-halves the size by stride 2 instead of pooling and averages what is left over space.
+halves the size by stride 2 instead of pooling and averages what is left over space. `Residual` is a Conv4 with a
+pair of convolutions behind each block.
 
 Which images batch norm takes its statistics from is an argument of every call, never a hidden
 train/eval switch:
@@ -21,6 +22,7 @@ from torch import nn
 
 NORMS = ("running", "batch", "support")
 EPS = 1e-5  # of batch norm
+PARTS_OF_A_BLOCK = ("weight", "gamma", "beta", "mean", "var")
 
 
 class Conv4(nn.Module):
@@ -68,24 +70,15 @@ def conv4(
     running: mean0, var0, ...; needed for norm="running", updated in place where momentum > 0. Under torchrun these
     are the statistics of the images of all processes, as if one had them all.
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm {norm!r} is unknown; use one of {NORMS}")
     lead = images.shape[:-3]
-    if norm == "support" and not (len(lead) == 2 and 0 < num_support <= lead[1]):
-        raise ValueError("norm='support' needs images [B, n, C, H, W] and 0 < num_support <= n")
     x = images.flatten(0, -4)
     for i in range(4):
         x = F.conv2d(x, parameters[f"weight{i}"], stride=2 if strided else 1, padding=1)
+        averages = (running[f"mean{i}"], running[f"var{i}"]) if running else None
+        x = x.unflatten(0, lead) if norm == "support" else x
         gamma, beta = parameters[f"gamma{i}"], parameters[f"beta{i}"]
-        if norm == "support":
-            x = support_norm(x.unflatten(0, lead), gamma, beta, num_support).flatten(0, 1)
-        elif norm == "running":
-            x = F.batch_norm(x, running[f"mean{i}"], running[f"var{i}"], gamma, beta, training=False, eps=EPS)
-        elif momentum > 0 and dist.is_initialized() and dist.get_world_size() > 1:
-            x = norm_of_all(x, running[f"mean{i}"], running[f"var{i}"], gamma, beta, momentum)
-        else:
-            averages = (running[f"mean{i}"], running[f"var{i}"]) if momentum > 0 else (None, None)
-            x = F.batch_norm(x, *averages, gamma, beta, training=True, momentum=momentum, eps=EPS)
+        x = batch_norm(x, gamma, beta, norm, averages, num_support, momentum, all_processes=True)
+        x = x.flatten(0, 1) if norm == "support" else x
         if not strided:
             x = F.max_pool2d(x, 2)  # before the ReLU: the same values, a quarter of the work
         x = F.relu(x)
@@ -93,14 +86,79 @@ def conv4(
     return features.unflatten(0, lead) if len(lead) > 1 else features
 
 
-def support_norm(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, num_support: int) -> torch.Tensor:
+class Residual(Conv4):
+    """A deeper encoder of the same size: a pair of convolutions behind each block of a Conv4 adds to its output.
+
+    He et al. 2016. The last batch norm of a pair starts at scale zero: at first the network is a Conv4.
+    """
+
+    def __init__(self, channels: int = 1, width: int = 64, image_size: int = 28):
+        super().__init__(channels, width, image_size)
+        for name in (f"{i}{which}" for i in range(4) for which in "ab"):
+            weight = torch.empty(width, width, 3, 3)
+            nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+            gamma = torch.ones(width) if name.endswith("a") else torch.zeros(width)
+            self.register_parameter(f"weight{name}", nn.Parameter(weight))
+            self.register_parameter(f"gamma{name}", nn.Parameter(gamma))
+            self.register_parameter(f"beta{name}", nn.Parameter(torch.zeros(width)))
+            self.register_buffer(f"mean{name}", torch.zeros(width))
+            self.register_buffer(f"var{name}", torch.ones(width))
+
+    def forward(self, images, norm: str = "running", momentum: float = 0.0):
+        """Features [n, out_features] of images [n, C, H, W]; norm and momentum as Conv4's, "running" or "batch"."""
+        x = images
+        for i in range(4):
+            x = F.relu(F.max_pool2d(self.convolve(x, f"{i}", norm, momentum), 2))
+            inside = F.relu(self.convolve(x, f"{i}a", norm, momentum))
+            x = F.relu(x + self.convolve(inside, f"{i}b", norm, momentum))
+        return x.flatten(1)
+
+    def convolve(self, x: torch.Tensor, name: str, norm: str, momentum: float) -> torch.Tensor:
+        """The convolution `name` and its batch norm."""
+        weight, gamma, beta, mean, var = (getattr(self, part + name) for part in PARTS_OF_A_BLOCK)
+        x = F.conv2d(x, weight, padding=1)
+        return batch_norm(x, gamma, beta, norm, (mean, var), momentum=momentum, all_processes=True)
+
+
+def batch_norm(
+    x: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    norm: str,
+    averages: tuple[torch.Tensor, torch.Tensor] | None = None,
+    num_support: int = 0,
+    momentum: float = 0.0,
+    eps: float = EPS,
+    all_processes: bool = False,
+) -> torch.Tensor:
+    """Batch norm of x [n, C, H, W], with norm="support" of B tasks [B, n, C, H, W]; gamma, beta [C].
+
+    averages: running mean and variance [C] each; they normalise with norm="running", and with norm="batch" and
+    momentum > 0 the statistics of x enter them. all_processes: under torchrun these are the statistics of the images of
+    all processes, as if one had them all.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm {norm!r} is unknown; use one of {NORMS}")
+    if norm == "support":
+        if x.dim() != 5 or not 0 < num_support <= x.shape[1]:
+            raise ValueError("norm='support' needs images [B, n, C, H, W] and 0 < num_support <= n")
+        return support_norm(x, gamma, beta, num_support, eps)
+    if norm == "running":
+        return F.batch_norm(x, *averages, gamma, beta, training=False, eps=eps)
+    if all_processes and momentum > 0 and dist.is_initialized() and dist.get_world_size() > 1:
+        return norm_of_all(x, *averages, gamma, beta, momentum, eps)
+    averages = averages if momentum > 0 else (None, None)
+    return F.batch_norm(x, *averages, gamma, beta, training=True, momentum=momentum, eps=eps)
+
+
+def support_norm(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, num_support: int, eps: float):
     """Batch norm of x [B, n, C, H, W] with each task's statistics of its first `num_support` images."""
     support = x[:, :num_support]
     support = support if x.dtype == torch.float64 else support.float()  # statistics in bfloat16 have two digits
     var, mean = torch.var_mean(support, dim=(1, 3, 4), correction=0, keepdim=True)
     if len(x) == 1 and not torch.is_grad_enabled():  # fused, but blind to the statistics' own gradient
-        return F.batch_norm(x[0], mean.flatten(), var.flatten(), gamma, beta, training=False, eps=EPS)[None]
-    scale = gamma.view(-1, 1, 1) * (var + EPS).rsqrt()
+        return F.batch_norm(x[0], mean.flatten(), var.flatten(), gamma, beta, training=False, eps=eps)[None]
+    scale = gamma.view(-1, 1, 1) * (var + eps).rsqrt()
     return (x - mean) * scale + beta.view(-1, 1, 1)
 
 
@@ -120,7 +178,7 @@ class SumOfAll(torch.autograd.Function):
         return gradient
 
 
-def norm_of_all(x: torch.Tensor, mean, var, gamma, beta, momentum: float) -> torch.Tensor:
+def norm_of_all(x: torch.Tensor, mean, var, gamma, beta, momentum: float, eps: float) -> torch.Tensor:
     """Batch norm of x [n, C, H, W] with the statistics of all processes (n may differ); updates mean and var."""
     wide = x.float() if x.dtype != torch.float64 else x
     count = torch.full((1,), x.numel() / x.shape[1], dtype=wide.dtype, device=x.device)
@@ -131,24 +189,12 @@ def norm_of_all(x: torch.Tensor, mean, var, gamma, beta, momentum: float) -> tor
     with torch.no_grad():
         mean.lerp_(now_mean, momentum)
         var.lerp_(now_var * total[-1] / (total[-1] - 1), momentum)  # unbiased, as F.batch_norm keeps it
-    return (centred * (gamma * (now_var + EPS).rsqrt()).view(-1, 1, 1) + beta.view(-1, 1, 1)).to(x.dtype)
+    return (centred * (gamma * (now_var + eps).rsqrt()).view(-1, 1, 1) + beta.view(-1, 1, 1)).to(x.dtype)
 
 
 def prototypes(support: torch.Tensor, num_classes: int) -> torch.Tensor:
     """Mean feature of each class (Snell et al. 2017, eq. 1): support [B, N*K, D] in class order -> [B, N, D]."""
     return support.unflatten(1, (num_classes, -1)).mean(dim=2)
-
-
-def fast_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """What --dtype means for convolutions: auto takes bfloat16 where the processor computes in it."""
-    if dtype == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported()
-        else:  # without such instructions bfloat16 is emulated and slower than float32
-            probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-            fast = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-        return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
 class ViT(nn.Module):
@@ -158,7 +204,7 @@ class ViT(nn.Module):
     attention and a two-layer network follow, layer norm before each. The features are the mean over the tokens.
     """
 
-    def __init__(self, channels: int = 1, width: int = 96, image_size: int = 28, depth: int = 4, patch: int = 4):
+    def __init__(self, channels: int = 1, width: int = 64, image_size: int = 28, depth: int = 4, patch: int = 4):
         super().__init__()
         if image_size % patch or width % 8:
             raise ValueError(f"image_size {image_size} must divide by {patch} and width {width} by 8")
@@ -222,3 +268,41 @@ def unpatchify(patches: torch.Tensor, patch: int, channels: int) -> torch.Tensor
     side = round(patches.shape[1] ** 0.5)
     squares = patches.reshape(len(patches), side, side, channels, patch, patch)
     return squares.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), channels, side * patch, side * patch)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every step is orthogonal (Jordan et al. 2024, "Muon"; torch.optim.Muon takes matrices only).
+
+    The filters of a convolution are a matrix [filters, inputs]. A gradient changes it most in the few directions that
+    all images share; an orthogonal step, its singular values all near 1, learns the rare directions as fast. The step
+    of a vector, here of batch norm's scales and shifts, has length 1. `lr` multiplies both.
+    """
+
+    def __init__(self, parameters, lr: float, momentum: float = 0.9):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].mul_(group["momentum"]).add_(p.grad)
+                ahead = p.grad + group["momentum"] * momentum  # Nesterov's
+                step = orthogonal(ahead.flatten(1)) if p.ndim > 1 else ahead / (ahead.norm() + 1e-7)
+                p.sub_(step.view_as(p), alpha=group["lr"])
+
+
+def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """About U V^T of a matrix U S V^T [rows, columns], times sqrt(rows / columns) where there are more rows.
+
+    Newton-Schulz: an odd polynomial of a matrix is the polynomial of its singular values; this one moves them to
+    between 0.7 and 1.2 in five steps.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    X = matrix.T if tall else matrix
+    X = X / (X.norm() + 1e-7)
+    for _ in range(steps):
+        A = X @ X.T
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return X.T * (matrix.shape[0] / matrix.shape[1]) ** 0.5 if tall else X

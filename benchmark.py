@@ -36,10 +36,9 @@ import meta_lstm
 import profile_costs
 import protonet
 from backbone import Conv4
-from hw1 import MANN
+from hw1 import MANN, learn_a_little
 from load_data import Dataset, EpisodeSampler, load_dataset
 from maml import Learner, Setting, embed, meta_gradient
-from reproduce import read_curves
 
 
 def race(contestants: dict, repeats: int, warmup: int = 5) -> dict[str, np.ndarray]:
@@ -56,6 +55,11 @@ def race(contestants: dict, repeats: int, warmup: int = 5) -> dict[str, np.ndarr
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - begin)
     return {name: np.array(values) for name, values in seconds.items()}
+
+
+def precisions(device: torch.device, probe=None) -> list[torch.dtype]:
+    """The precisions to race: float32, and bfloat16 where the kernels of `probe` exist, be they emulated."""
+    return list({torch.float32: 0, experiment.precision(Namespace(dtype="bfloat16"), device, probe): 0})
 
 
 def print_race(title: str, seconds: dict[str, np.ndarray], device: torch.device) -> dict:
@@ -169,11 +173,11 @@ def course_step(model: CourseMANN, optimizer, images: torch.Tensor, labels: torc
     return loss.item()
 
 
-def our_step(model: MANN, optimizer, images: torch.Tensor, labels: torch.Tensor, dtype: str) -> None:
+def our_step(model: MANN, optimizer, images: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> None:
     """The step of hw1.py's train loop."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+    with experiment.autocast(images.device, dtype):
         preds = model(images, labels)
-    loss = model.loss_function(preds.float() if dtype == "bfloat16" else preds, labels)
+    loss = model.loss_function(preds.float() if dtype == torch.bfloat16 else preds, labels)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -212,12 +216,11 @@ def bench_mann(args, device: torch.device, dataset: Dataset) -> dict:
     course = CourseMANN(args.num_classes, args.hidden_dim).to(device)
     course_adam = torch.optim.Adam(course.parameters(), 1e-3)
     contestants = {"course step": lambda: course_step(course, course_adam, images, labels)}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in precisions(device, probe=lambda: learn_a_little("lstm", device)):
         ours = MANN(args.num_classes, args.num_shot + 1, args.hidden_dim).to(device)
         adam = torch.optim.Adam(ours.parameters(), 1e-3, fused=True)
-        contestants[f"our step, {dtype}"] = lambda ours=ours, adam=adam, dtype=dtype: our_step(
-            ours, adam, images, labels, dtype
-        )
+        step = lambda ours=ours, adam=adam, dtype=dtype: our_step(ours, adam, images, labels, dtype)
+        contestants[f"our step, {str(dtype).removeprefix('torch.')}"] = step
     contestants["the step's matrix products alone, float32"] = products_of_a_step(
         course, len(images), images.shape[1] * images.shape[2]
     )
@@ -273,7 +276,7 @@ def bench_protonet(args, device: torch.device, dataset: Dataset) -> dict:
             plain_protonet_step(plain, plain_adam, tasks)
 
         contestants = {"tasks one after another": plain_step}
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in precisions(device):
             encoder = Conv4().to(device, memory_format=torch.channels_last)
             adam = torch.optim.Adam(encoder.parameters(), 1e-3, fused=True)
             sampler = EpisodeSampler(dataset, "train", N, K, Q, B, args.random_seed, device)
@@ -306,7 +309,7 @@ def seconds_to_accuracy(args, target: float, recipe: str = "") -> dict:
                 "--dataset", args.dataset, *(["--data_folder", args.data_folder] if args.data_folder else []),
                 *(["--smoke"] if args.smoke else []),
             ])  # fmt: skip
-            validation = read_curves(Path(root) / "run")["Accuracy/val"]
+            validation = metrics["curves"]["Accuracy/val"]
         passed = [step for step, accuracy in validation if accuracy > target]
         each = metrics["train_seconds"] / metrics["steps"]
         found["seconds"].append(round(passed[0] * each, 1) if passed else None)
@@ -457,12 +460,12 @@ def bench_maml(args, device: torch.device, dataset: Dataset) -> dict:
                 encoder = Conv4(strided=strided)
                 learner = Learner(encoder, N, steps, 0.4).to(device)
                 contestants = {}
-                for dtype in (torch.float32, torch.bfloat16):
+                for dtype in precisions(device):
                     s = Setting(N, strided, first_order=first_order, dtype=dtype)
                     name = str(dtype).removeprefix("torch.")
 
                     def plain(learner=learner, steps=steps, s=s):
-                        with torch.autocast(device.type, s.dtype, enabled=s.dtype != torch.float32):
+                        with experiment.autocast(device, s.dtype):
                             plain_maml_step(learner.theta(), tasks, 0.4, steps, s.first_order, s.strided)
 
                     contestants[f"loop over tasks, {name}"] = plain
@@ -585,7 +588,7 @@ def bench_meta_lstm(args, device: torch.device, dataset: Dataset) -> dict:
 
     contestants = {"one episode at a time, two copies": one_at_a_time}
     sizes, inner = meta_lstm.Learner(1, 28, N), meta_lstm.Inner(updates, N * K, momentum)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in precisions(device):
         for share in (1.0, 0.1):
             rule = meta_lstm.MetaLSTM(sizes.initial(), share).to(device)
             ours = torch.optim.Adam(rule.parameters(), 1e-3, fused=True)

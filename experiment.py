@@ -27,6 +27,7 @@ import math
 import os
 import platform
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -42,6 +43,9 @@ from tqdm import tqdm
 VAL_SEED, TEST_SEED = 1_000_001, 1_000_002  # of the fixed tasks, the same for every method and seed
 INIT_FROM = {"metavar": "RUN_DIR", "help": "start from the weights of this run, of whatever method"}  # of --init_from
 RUN_FLAGS = {"resume", "checkpoint", "test", "device", "num_test_tasks"}  # may differ when a run continues
+WHERE_FLAGS = ("--log_dir", "--run_name", "--out")
+NOT_FLAGS = ("command", "git_commit", "resume", "checkpoint", "test")  # of the attributes of parsed arguments
+CURVE_POINTS = 50  # of each curve in metrics.json, at most twice as many
 
 
 class UserError(Exception):
@@ -164,8 +168,21 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, smoke: dict, 
         parser.set_defaults(**flags)
     args = parser.parse_args(argv)
     args.git_commit = git_commit()  # of the code that runs, whatever happens to the files meanwhile
-    args.command = " ".join(["python", parser.prog, *map(shlex.quote, sys.argv[1:] if argv is None else argv)])
+    args.command = newcomers_command(parser.prog, sys.argv[1:] if argv is None else argv)
+    if typed.get("resume"):
+        args.command = saved["command"]
     return args
+
+
+def newcomers_command(script: str, argv: list[str]) -> str:
+    """The command that gets the same figures elsewhere: without the flags that only say where files go."""
+    kept, words = [], iter(argv)
+    for word in words:
+        if word in WHERE_FLAGS:
+            next(words, None)  # its value
+        elif not word.startswith(tuple(f"{flag}=" for flag in WHERE_FLAGS)):
+            kept.append(word)
+    return " ".join(["python", script, *map(shlex.quote, kept)])
 
 
 def read_json(path: Path, flag: str) -> dict:
@@ -251,9 +268,38 @@ def average_gradients(model: torch.nn.Module) -> None:
         g.copy_(mean.view_as(g))
 
 
-def autocast(args, device: torch.device):
-    """The context of the forward pass: bfloat16 when --dtype says so, else float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+def precision(args, device: torch.device, probe=None) -> torch.dtype:
+    """What --dtype means here: auto is bfloat16 where the processor computes in it and `probe` works, else float32.
+
+    probe: computes a piece of the network under bfloat16 and raises RuntimeError where a kernel is missing; then even
+    --dtype bfloat16 becomes float32, with a note.
+    """
+    if args.dtype == "float32" or (args.dtype == "auto" and not fast_in_bfloat16(device)):
+        return torch.float32
+    try:
+        if probe is not None:
+            with torch.random.fork_rng(devices=[]), torch.autocast(device.type, torch.bfloat16):
+                probe()  # its random numbers are not missing afterwards
+    except RuntimeError:
+        if args.dtype == "bfloat16":
+            print("note: this processor cannot compute the network in bfloat16; going on in float32", file=sys.stderr)
+        return torch.float32
+    return torch.bfloat16
+
+
+def fast_in_bfloat16(device: torch.device) -> bool:
+    """Whether the processor has instructions for bfloat16; elsewhere it is emulated, and slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    # The capability is what torch may use: ATEN_CPU_CAPABILITY=avx2 makes it that of an older processor.
+    allowed = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return allowed and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """The context of a forward pass: bfloat16 where `dtype` is, else nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def mean_and_ci95(per_task) -> tuple[float, float]:
@@ -281,7 +327,10 @@ def write_atomically(path: Path, write) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_atomically(path, lambda out: out.write((json.dumps(content, indent=2) + "\n").encode()))
+    """Indented, but innermost lists each on one line."""
+    text = json.dumps(content, indent=2)
+    text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s*\]", lambda m: "[" + re.sub(r"\n\s+", " ", m[1]) + "]", text)
+    write_atomically(path, lambda out: out.write((text + "\n").encode()))
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -315,19 +364,33 @@ def git_commit() -> str | None:
     return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
+RUN_STATE = ("step", "best", "best_step", "stale", "seconds", "cpu_seconds", "loss_sum", "loss_count", "curves")
+
+
+def flags_of(args) -> dict:
+    """The flags of parsed arguments, without what belongs to one call of the script."""
+    return {k: v for k, v in vars(args).items() if k not in NOT_FLAGS}
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
 class Run:
     """One run folder, and all state that shapes the future of the run.
 
     The folder holds flags.json, TensorBoard events, checkpoint.pt (latest), best.pt (best on
     validation) and metrics.json; every file is replaced atomically. Under torchrun only rank 0
-    writes.
+    writes. `digest` is the dataset's, for metrics.json.
     """
 
-    def __init__(self, args, script: str, dataset: str):
-        self.args, self.script, self.dataset = args, script, dataset
+    def __init__(self, args, script: str, dataset: str, digest: str | None = None):
+        self.args, self.script, self.dataset, self.digest = args, script, dataset, digest
         self.writes = shard()[0] == 0
         self.step, self.best, self.best_step, self.stale = 0, -math.inf, 0, 0
         self.seconds, self._clock = 0.0, None
+        self.cpu_seconds, self._cpu_clock = 0.0, 0.0
+        self.curves: dict[str, list] = {}  # tag -> [[step, value], ...] of losses and accuracies
         self.loss_sum, self.loss_count = 0.0, 0
         self.tracked: dict = {}
         if args.resume:
@@ -357,11 +420,8 @@ class Run:
                     folder = Path(a.log_dir) / f"{name}_{attempt + 1}"  # started in the same second
                 except OSError as error:
                     raise UserError(f"cannot create {folder} ({error}); choose another --log_dir") from None
-            versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-            meta = ("command", "git_commit", "resume", "checkpoint", "test")
-            flags = {k: v for k, v in vars(a).items() if k not in meta}
-            saved = {"script": self.script, "dataset": self.dataset, "command": a.command, "flags": flags}
-            write_json(folder / "flags.json", saved | {"versions": versions, "git_commit": a.git_commit})
+            saved = {"script": self.script, "dataset": self.dataset, "command": a.command, "flags": flags_of(a)}
+            write_json(folder / "flags.json", saved | {"versions": versions(), "git_commit": a.git_commit})
         if shard()[1] > 1:
             shared = [folder]
             dist.broadcast_object_list(shared)
@@ -378,7 +438,7 @@ class Run:
                 raise UserError(f"{path} is a checkpoint of another script; use another run")
             for name, target in objects.items():
                 load_state(target, state["objects"][name], path)
-            for name in ("step", "best", "best_step", "stale", "seconds", "loss_sum", "loss_count"):
+            for name in RUN_STATE:
                 setattr(self, name, state[name])
             torch.set_rng_state(state["rng"]["torch"])
             version, internal, gauss = state["rng"]["python"]
@@ -399,8 +459,7 @@ class Run:
         if not self.writes:
             return
         self.writer.flush()  # what TensorBoard shows up to this step survives with it
-        names = ("step", "best", "best_step", "stale", "seconds", "loss_sum", "loss_count")
-        state = {name: getattr(self, name) for name in names}
+        state = {name: getattr(self, name) for name in RUN_STATE}
         state["loss_sum"] = float(state["loss_sum"])
         state["objects"] = {name: target.state_dict() for name, target in self.tracked.items()}
         state["rng"] = {"torch": torch.get_rng_state(), "python": random.getstate(), "cuda": []}
@@ -424,7 +483,7 @@ class Run:
         self._bar = bar = tqdm(total=a.train_steps, initial=self.step, unit="step", disable=quiet)
         try:
             while self.step < a.train_steps and not self.out_of_patience():
-                self._clock = time.perf_counter()
+                self._clock, self._cpu_clock = time.perf_counter(), time.process_time()
                 self.step += 1
                 yield self.step
                 self._tick()
@@ -441,8 +500,9 @@ class Run:
 
     def _tick(self) -> None:
         """Add the time since the last call to the training seconds."""
-        now = time.perf_counter()
+        now, cpu_now = time.perf_counter(), time.process_time()
         self.seconds, self._clock = self.seconds + now - self._clock, now
+        self.cpu_seconds, self._cpu_clock = self.cpu_seconds + cpu_now - self._cpu_clock, cpu_now
 
     def out_of_patience(self) -> bool:
         return 0 < getattr(self.args, "patience", 0) <= self.stale
@@ -469,31 +529,37 @@ class Run:
         """Keep an evaluation out of the training seconds."""
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         yield
         self._clock += time.perf_counter() - begin
+        self._cpu_clock += time.process_time() - cpu_begin
 
-    def evaluated(self, val_accuracy: float | None, scalars: dict) -> None:
+    def evaluated(self, val_accuracy: float | None, scalars: dict, choose: bool = True) -> None:
         """Log a step's evaluation, keep the best model and save; Diverged when the loss is not finite.
 
-        Without a validation accuracy (None) nothing is chosen: the latest model is kept as best.pt.
+        Without a validation accuracy (None) nothing is chosen: the latest model is kept as best.pt. With choose=False
+        (a warm-up, which is not yet the method) no model is kept and --patience does not count.
         """
         self.stop_if_diverged()
         loss = float(self.loss_sum) / max(self.loss_count, 1)
         self.loss_sum, self.loss_count = 0.0, 0
         self._tick()
         tasks_per_second = self.step * self.args.meta_batch_size / max(self.seconds, 1e-9)
+        for tag, value in {"Loss/train": loss, **scalars}.items():
+            if tag.startswith(("Loss/", "Accuracy/")):
+                self.curves.setdefault(tag, []).append([self.step, float(f"{value:.5g}")])
         if self.writes:
             for tag, value in {"Loss/train": loss, "Time/tasks_per_second": tasks_per_second, **scalars}.items():
                 self.writer.add_scalar(tag, value, self.step)
             main = {k: v for k, v in {"Loss/train": loss, **scalars}.items() if k.startswith(("Loss", "Accuracy"))}
             self._bar.write(f"step {self.step}  " + "  ".join(f"{tag} {value:.4f}" for tag, value in main.items()))
-        if val_accuracy is None or val_accuracy > self.best:
-            self.best, self.best_step, self.stale = val_accuracy or 0.0, self.step, 0
+        if choose and (val_accuracy is None or val_accuracy > self.best):
+            self.best_step, self.stale = self.step, 0
+            self.best = self.best if val_accuracy is None else val_accuracy
             if self.writes:
                 best = {"step": self.step, "val_accuracy": val_accuracy, "model": self.tracked["model"].state_dict()}
                 write_atomically(self.folder / "best.pt", lambda out: torch.save(best, out))
-        else:
+        elif choose:
             self.stale += 1
         self.save()
 
@@ -506,12 +572,23 @@ class Run:
     def finish(self, metrics: dict) -> dict:
         """Write metrics.json and print it as the last line of stdout; returns the whole of it."""
         rate = self.step * self.args.meta_batch_size / max(self.seconds, 1e-9)
-        trained = {"steps": self.step, "best_step": self.best_step, "val_accuracy": self.best}
-        trained |= {"train_seconds": round(self.seconds, 2), "tasks_per_second": round(rate, 1)}
+        trained = {"steps": self.step, "best_step": self.best_step}
+        if math.isfinite(self.best):
+            trained["val_accuracy"] = self.best
+        trained |= {"train_seconds": round(self.seconds, 2), "train_cpu_seconds": round(self.cpu_seconds, 2)}
+        trained |= {"tasks_per_second": round(rate, 1), "processes": shard()[1]}
         if self.writes:
             self.writer.add_text("metrics", markdown_table(trained | metrics), self.step)
             self.writer.close()
-        return report(self.args, self.script, self.dataset, trained | metrics, self.folder / "metrics.json")
+        metrics = trained | metrics | {"curves": {tag: thinned(curve) for tag, curve in self.curves.items()}}
+        return report(self.args, self.script, self.dataset, metrics, self.folder / "metrics.json", self.digest)
+
+
+def thinned(curve: list) -> list:
+    """Every second, third, ... point of a long curve, the last one among them."""
+    keep_each = max(1, len(curve) // CURVE_POINTS)
+    first = (len(curve) - 1) % keep_each
+    return curve[first::keep_each]
 
 
 def markdown_table(values: dict) -> str:
@@ -519,16 +596,22 @@ def markdown_table(values: dict) -> str:
     return "|name|value|\n|-|-|\n" + "".join(f"|{k}|{v}|\n" for k, v in sorted(values.items()))
 
 
-def report(args, script: str, dataset: str, metrics: dict, path: Path | None = None) -> dict:
-    """Complete the metrics by the setting, write them to `path` and print them as one line of JSON."""
-    flags = {"split": "split", "N": "num_classes", "K": "num_shot", "Q": "num_query"}
+def report(args, script: str, dataset: str, metrics: dict, path: Path | None = None, digest: str | None = None):
+    """Complete the metrics by all that a result must tell, write them to `path` and print them as one line of JSON.
+
+    Added are the setting, every flag, the command, the commit, versions, processor and the dataset's digest. The line
+    leaves out what only the file needs.
+    """
     setting = {"script": script, "dataset": dataset}
-    setting |= {name: getattr(args, flag) for name, flag in flags.items() if hasattr(args, flag)}
+    names = {"split": "split", "N": "num_classes", "K": "num_shot", "Q": "num_query"}
+    setting |= {name: getattr(args, flag) for name, flag in names.items() if hasattr(args, flag)}
     metrics = setting | metrics | {"seed": args.random_seed, "command": args.command, "git_commit": args.git_commit}
+    metrics |= {"flags": flags_of(args), "versions": versions(), "processor": processor(), "dataset_digest": digest}
     if shard()[0] == 0:
         if path:
             write_json(path, metrics)
-        print(json.dumps({k: v for k, v in metrics.items() if k != "accuracies"}))  # one value a task: only in the file
+        only_in_file = ("accuracies", "curves", "flags", "versions")
+        print(json.dumps({k: v for k, v in metrics.items() if k not in only_in_file}))
     return metrics
 
 
@@ -546,6 +629,16 @@ def init_from(args, model: torch.nn.Module) -> None:
     state = load_checkpoint(path).get("model", {})
     part = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
     load_state(model, part or state, path)
+
+
+def processor() -> str:
+    """Name of the processor and the widest instructions that torch uses on it."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    kind = torch.backends.cpu.get_cpu_capability() + (" with bfloat16" if fast_in_bfloat16(torch.device("cpu")) else "")
+    return f"{name}, {kind}"
 
 
 def load_best(folder: Path | str, model: torch.nn.Module) -> int:

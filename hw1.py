@@ -20,7 +20,7 @@ from torch import nn
 import experiment
 from backbone import Conv4
 from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
-from load_data import EpisodeSampler, draw_distinct, episode_figure, load_dataset
+from load_data import EpisodeSampler, deal_tasks, load_dataset, log_episode
 
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
@@ -130,21 +130,10 @@ class MANN(nn.Module):
         return F.cross_entropy(preds[:, -1].flatten(0, 1), labels[:, -1].flatten(0, 1).argmax(dim=-1))
 
 
-def deal_tasks(features: torch.Tensor, labels: torch.Tensor, B: int, N: int, g: torch.Generator):
-    """Deal B tasks of N classes from one large episode, so that each of its images is encoded only once.
-
-    features [1, K+1, P, D] and one-hot labels [1, K+1, P, P] of P classes -> [B, K+1, N, D], [B, K+1, N, N].
-    """
-    in_order = labels[0].argmax(dim=-1).argsort(dim=-1)  # [K+1, P]: the query row is shuffled
-    classes = draw_distinct(B, features.shape[2], N, g)  # [B, N]
-    order = torch.rand(B, N, generator=g, device=g.device).argsort(dim=1)  # of the queries
-    columns = classes.unsqueeze(1).repeat(1, features.shape[1], 1)  # [B, K+1, N]
-    columns[:, -1] = classes.gather(1, order)
-    places = in_order.expand(B, -1, -1).gather(2, columns)
-    rows = torch.arange(features.shape[1], device=g.device)[:, None]
-    one_hot = torch.eye(N, device=g.device).repeat(B, features.shape[1], 1, 1)
-    one_hot[:, -1] = one_hot[:, 0].gather(1, order[..., None].expand(-1, -1, N))
-    return features[0][rows, places], one_hot
+def learn_a_little(recurrent: str, device: torch.device) -> None:
+    """One forward and backward pass of a small recurrent layer: not every processor has these kernels in bfloat16."""
+    states, _ = CELLS[recurrent](8, 8, batch_first=True).to(device)(torch.zeros(2, 3, 8, device=device))
+    states.sum().backward()
 
 
 @torch.no_grad()
@@ -153,38 +142,28 @@ def evaluate(model: MANN, sampler: EpisodeSampler, num_tasks: int, alone: bool =
 
     alone: each query is asked alone instead of in one sequence with the others of its task.
     """
-    sampler.reset()
     was_training = model.training
     model.eval()
     correct, losses = [], []
-    while (done := sum(map(len, correct))) < num_tasks:
-        images, labels = sampler.sample_rows()
+    for images, labels in sampler.first(num_tasks, sampler.sample_rows):
         if alone:
             preds = torch.cat([torch.zeros_like(labels[:, :-1]), model.forward_alone(images, labels)[:, None]], dim=1)
         else:
             preds = model(images, labels)
-        losses.append(model.loss_function(preds, labels).item())
+        losses.append(model.loss_function(preds, labels).item() * len(labels))
         right = preds[:, -1].argmax(dim=-1) == labels[:, -1].argmax(dim=-1)  # [B, N]
-        correct.append(right.float().mean(dim=1)[: num_tasks - done].cpu())
+        correct.append(right.float().mean(dim=1).cpu())
     model.train(was_training)
-    return torch.cat(correct), sum(losses) / len(losses)
+    return torch.cat(correct), sum(losses) / num_tasks
 
 
-def log_episode(run: Run, model: MANN, sampler: EpisodeSampler) -> None:
-    """Send a picture of one test episode with the model's predictions to TensorBoard."""
-    if not run.writes:
-        return
-    sampler.reset()
-    images, labels = (x[:1] for x in sampler.sample_rows())
+def guess(model: MANN, support: torch.Tensor, support_labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """The classes [N] that the model gives the queries of one task in the layout of `EpisodeSampler.sample`."""
+    N = model.num_classes
+    images = torch.cat([support.view(1, N, -1, query[0, 0].numel()).transpose(1, 2), query.view(1, 1, N, -1)], dim=1)
+    labels = torch.eye(N, device=query.device).expand(1, images.shape[1], N, N)  # the last row is not looked at
     model.eval()
-    with torch.no_grad():
-        guesses = model(images, labels)[0, -1].argmax(dim=-1)
-    model.train()
-    shape = sampler.images.shape[1:]
-    labels = labels[0].argmax(dim=-1)
-    support, query = images[0, :-1].reshape(-1, *shape), images[0, -1].reshape(-1, *shape)
-    figure = episode_figure(support, labels[:-1].flatten(), query, labels[-1], guesses)
-    run.writer.add_figure("episode", figure, run.step)
+    return model(images, labels)[0, -1].argmax(dim=-1)
 
 
 def parse_args(argv=None):
@@ -229,6 +208,7 @@ def parse_args(argv=None):
 def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)
+    dtype = experiment.precision(args, device, probe=lambda: learn_a_little(args.recurrent, device))
     if args.shared_classes and experiment.shard()[1] > 1:
         raise UserError("--shared_classes cannot be split over processes; drop it or run without torchrun")
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
@@ -246,19 +226,19 @@ def main(argv=None) -> dict:
     ).to(device, memory_format=torch.channels_last)  # fmt: skip
     if args.test:
         step = experiment.load_best(args.checkpoint, model)
-        metrics = {"best_step": step} | test_report(args, model, test, device)
-        return experiment.report(args, "hw1", dataset.name, metrics)
+        metrics = {"best_step": step} | test_report(args, model, test, dtype, device)
+        return experiment.report(args, "hw1", dataset.name, metrics, digest=dataset.digest)
 
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
     linear = args.schedule == "linear"
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: min(1.0, 2 * (1 - done / args.train_steps)) if linear else 1.0
     )
-    run = Run(args, "hw1", dataset.name)
+    run = Run(args, "hw1", dataset.name, dataset.digest)
     run.track(model=model, optimizer=optimizer, schedule=schedule, sampler=train)
     for _ in run.steps():
         images, labels = train.sample_rows()  # [B, K+1, N, 784], [B, K+1, N, N]; or one task of P classes
-        with experiment.autocast(args, device):
+        with experiment.autocast(device, dtype):
             features = model.encode(images)
             if P:
                 features, labels = deal_tasks(features, labels, B, N, train.generator)
@@ -284,21 +264,24 @@ def main(argv=None) -> dict:
                 "Loss/test": test_loss, "Accuracy/test": test_accuracy,
             })  # fmt: skip
     run.load_best(model)
-    log_episode(run, model, test)
-    metrics = test_report(args, model, test, device)
+    log_episode(run, test, lambda *task: guess(model, *task))
+    metrics = test_report(args, model, test, dtype, device)
     if args.fixed_labels:
         metrics["train_accuracy"] = evaluate(model, train, args.num_val_tasks)[0].mean().item()
     return run.finish(metrics)
 
 
-def test_report(args, model: MANN, test: EpisodeSampler, device: torch.device) -> dict:
+def test_report(args, model: MANN, test: EpisodeSampler, dtype: torch.dtype, device: torch.device) -> dict:
     """Accuracy on the fixed test tasks, queries asked together (the course's way) and alone."""
-    accuracy, ci95 = experiment.mean_and_ci95(evaluate(model, test, args.num_test_tasks)[0])
+    accuracies = evaluate(model, test, args.num_test_tasks)[0]
+    accuracy, ci95 = experiment.mean_and_ci95(accuracies)
     alone, alone_ci95 = experiment.mean_and_ci95(evaluate(model, test, args.num_test_tasks, alone=True)[0])
     return {
         "test_accuracy": accuracy, "ci95": ci95, "num_test_tasks": args.num_test_tasks,
         "test_accuracy_alone": alone, "ci95_alone": alone_ci95,
-        "device": experiment.device_name(device), "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "accuracies": [round(a, 4) for a in accuracies.tolist()],
     }  # fmt: skip
 
 

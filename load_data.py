@@ -1,10 +1,10 @@
 """Omniglot, built-in glyphs and your own folders of images, served as few-shot episodes.
 
 An episode (a task) is N classes with K labelled support images and Q query images each
-(Vinyals et al. 2016, "Matching networks for one shot learning"). This file finds, verifies, packs
-and caches the images once; from then on one uint8 array lives on the training device and a whole
-meta-batch of B episodes is a few tensor operations (`EpisodeSampler`). `DataGenerator` serves the
-same episodes one at a time through the course's interface.
+(Vinyals et al. 2016, "Matching networks for one shot learning"). `load_dataset` gets the images from
+`omniglot.py` or `glyphs.py` and divides the classes; from then on one uint8 array lives on the training
+device and a whole meta-batch of B episodes is a few tensor operations (`EpisodeSampler`, every kind of
+episode). `DataGenerator` serves the same episodes one at a time through the course's interface.
 
     python load_data.py                      # what is here, with pictures of an episode and of classes
     python load_data.py --dataset glyphs     # procedurally drawn characters, needs no data
@@ -19,13 +19,9 @@ import argparse
 import hashlib
 import inspect
 import json
-import os
 import random
 import sys
 import time
-import urllib.error
-import urllib.request
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,30 +29,10 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from experiment import TEST_SEED, VAL_SEED, UserError
-
-# The two official archives: classes, and the SHA-256 of their pixels (packbits of each 105x105
-# image, True is paper, in sorted path order). An archive is trusted by what it decodes to.
-ARCHIVES = {
-    "images_background": (964, "0c9dd3e690771a96b7005791e921146797608178e3c6ee5ba6e82cc98a57121e"),
-    "images_evaluation": (659, "9981879aa1d6238ebf877b6a048c375fec76cf8ab66b261d4edca5c50a8c9e32"),
-}
-ARCHIVE_MD5 = {
-    "images_background": "68d2efa1b9178cc56df9314c21c6e718",
-    "images_evaluation": "6b91aef0f799c5bb55b94e3f2daec811",
-}
-DOWNLOAD_URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
-DRAWINGS = 20  # per character, one by each of 20 people
-EVALUATION_ALPHABETS = set(
-    "Angelic Atemayar_Qelisayer Atlantean Aurek-Besh Avesta Ge_ez Glagolitic Gurmukhi Kannada "
-    "Keble Malayalam Manipuri Mongolian Old_Church_Slavonic_(Cyrillic) Oriya Sylheti "
-    "Syriac_(Serto) Tengwar Tibetan ULOG".split()
-)
-CACHE_FOLDER = Path("data")  # in the working directory; the only place this file writes to
-CACHE_VERSION = 1  # raise it when the packing changes
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+from glyphs import draw_glyphs, glyph_arrays
+from omniglot import ARCHIVES, NotFound, cached, fingerprint, folder_arrays, locate_omniglot, read_omniglot
 
 
 class Dataset(NamedTuple):
@@ -68,7 +44,7 @@ class Dataset(NamedTuple):
     names: list[str]  # of the classes, "group/class"; the group is the alphabet
     splits: dict[str, np.ndarray]  # train, val, test -> int64 class indices
     source: str  # where the images came from
-    digest: str  # of the source, names the cache file
+    digest: str  # of the images and names, whatever form they were read from
     cache_file: Path
 
     @property
@@ -76,288 +52,7 @@ class Dataset(NamedTuple):
         return np.cumsum(self.counts) - self.counts
 
 
-# ------------------------------------------------------------------------------------ reading
-
-
-def read_image(data: bytes | Path, name: str) -> np.ndarray:
-    """Decode one image file to uint8 [C, H, W] with C = 1 (grey) or 3 (colour)."""
-    try:
-        image = iio.imread(data, plugin="pillow")
-    except Exception as error:  # imageio raises whatever its plugin raises
-        raise UserError(f"cannot read the image {name} ({type(error).__name__}); replace or remove it") from error
-    if image.dtype == bool:
-        image = image.astype(np.uint8) * 255
-    elif image.dtype != np.uint8:  # 16-bit greys
-        image = (image.astype(np.float64) / max(float(image.max()), 1.0) * 255).astype(np.uint8)
-    if image.ndim == 4:  # an animation: its first frame
-        image = image[0]
-    if image.ndim == 2:
-        return image[None]
-    if image.shape[-1] in (2, 4):  # transparent means paper
-        alpha = image[..., -1:].astype(np.float32) / 255
-        image = (image[..., :-1] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
-    return np.ascontiguousarray(image[..., :3].transpose(2, 0, 1))
-
-
-def resize(images: np.ndarray, size: int) -> np.ndarray:
-    """Antialiased bilinear resize of uint8 [n, C, H, W] to uint8 [n, C, size, size]."""
-    if images.shape[-2:] == (size, size):
-        return images
-    small = [
-        F.interpolate(chunk.float(), size=(size, size), mode="bilinear", antialias=True)
-        for chunk in torch.from_numpy(images).split(2048)
-    ]
-    return torch.cat(small).round_().clamp_(0, 255).to(torch.uint8).numpy()
-
-
-def list_tree(folder: Path, depth: int) -> list[str]:
-    """Sorted paths, relative to `folder`, of the image files exactly `depth` folders down."""
-    pattern = "/".join(["*"] * (depth + 1))
-    found = (p for p in folder.glob(pattern) if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-    return sorted(p.relative_to(folder).as_posix() for p in found)
-
-
-def group_by_class(paths: list[str]) -> dict[str, list[str]]:
-    """{class folder: its files}, both in sorted order."""
-    classes: dict[str, list[str]] = {}
-    for path in sorted(paths):
-        classes.setdefault(path.rsplit("/", 1)[0], []).append(path)
-    return classes
-
-
-# ----------------------------------------------------------------------------------- Omniglot
-
-
-def find_omniglot(folder: Path) -> tuple[str, list[Path]] | None:
-    """The accepted form in `folder`: ("archives" | "extracted" | "resized", its paths), or None."""
-    archives = [folder / f"{part}.zip" for part in ARCHIVES]
-    extracted = [folder / part for part in ARCHIVES]
-    for form, paths in (("archives", archives), ("extracted", extracted)):
-        missing = [path for path in paths if not path.exists()]
-        if len(missing) == 0:
-            return form, paths
-        partial = form == "archives" and not extracted[0].is_dir() and folder != CACHE_FOLDER
-        if len(missing) < len(paths) and partial:  # in ./data the download fetches the other one
-            raise UserError(f"{missing[0]} is missing; put both official archives into {folder}")
-    for candidate in (folder / "omniglot_resized", folder):
-        if next(candidate.glob("*/character*/*.png"), None) is not None:
-            return "resized", [candidate]
-    return None
-
-
-def read_archive(path: Path, part: str) -> dict[str, list[np.ndarray]]:
-    """{"alphabet/character": 20 uint8 images [1, 105, 105]} of one official zip archive."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = [name for name in archive.namelist() if not name.endswith("/")]
-            for name in members:
-                if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-                    raise UserError(f"{path} holds the unsafe path {name!r}; download the official archive again")
-            members = sorted(n for n in members if n.startswith(f"{part}/") and n.endswith(".png"))
-            read = tqdm(members, desc=f"reading {path.name}", unit="png", disable=not sys.stderr.isatty())
-            images = {name[len(part) + 1 :]: read_image(archive.read(name), f"{path}:{name}") for name in read}
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and download it again") from error
-    return {c: [images[f] for f in files] for c, files in group_by_class(list(images)).items()}
-
-
-def read_folder(path: Path, depth: int, image_size: int | None = None) -> dict[str, list[np.ndarray]]:
-    """{class: its uint8 images [C, H, W]} of class folders `depth` folders deep, resized as they are read."""
-    classes = group_by_class(list_tree(path, depth))
-    read = tqdm(classes.items(), desc=f"reading {path}", unit="class", disable=not sys.stderr.isatty())
-
-
-    def load(file: Path) -> np.ndarray:
-        image = read_image(file, str(file))
-        return resize(image[None], image_size)[0] if image_size else image
-
-    return {c: [load(path / f) for f in files] for c, files in read}
-
-
-def check_counts(classes: dict[str, list[np.ndarray]], expected: int, source: Path) -> None:
-    """Raise UserError unless there are `expected` characters with 20 drawings each."""
-    short = [name for name, images in classes.items() if len(images) != DRAWINGS]
-    if len(classes) != expected or short:
-        found = f"{short[0]} has {len(classes[short[0]])} drawings" if short else f"{len(classes)} characters"
-        want = f"want {expected} with {DRAWINGS}"
-        raise UserError(f"{source} is not the whole Omniglot: {found}, {want}; delete it and get it again")
-
-
-def check_pixels(classes: dict[str, list[np.ndarray]], digest: str, source: Path) -> None:
-    """Raise UserError unless the images, in sorted order, are the official ones."""
-    sha = hashlib.sha256()
-    for images in classes.values():
-        for image in images:
-            sha.update(np.packbits(image > 127).tobytes())
-    if sha.hexdigest() != digest:
-        found = f"wrong pixel digest {sha.hexdigest()[:12]}"
-        raise UserError(f"{source} is not the official Omniglot: {found}; delete it and get it again")
-
-
-def read_omniglot(form: str, paths: list[Path], image_size: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Images, counts and names of all 1623 characters: the background set, then the evaluation set."""
-    classes: dict[str, list[np.ndarray]] = {}
-    if form == "resized":  # by the course, which merged both sets into one folder; the alphabets tell them apart
-        found = read_folder(paths[0], depth=2, image_size=image_size)
-        check_counts(found, sum(n for n, _ in ARCHIVES.values()), paths[0])
-        order = sorted(found, key=lambda name: (name.split("/")[0] in EVALUATION_ALPHABETS, name))
-        classes = {name: found[name] for name in order}
-    else:
-        for (part, (expected, digest)), path in zip(ARCHIVES.items(), paths, strict=True):
-            found = read_archive(path, part) if form == "archives" else read_folder(path, depth=2)
-            check_counts(found, expected, path)
-            check_pixels(found, digest, path)
-            classes.update(found)
-    images, counts, names = stack(classes)
-    return 255 - resize(images[:, :1], image_size), counts, names  # the files have white paper
-
-
-def stack(classes: dict[str, list[np.ndarray]]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Images uint8 [total, C, H, W], counts and names; grey images join colour ones as grey RGB."""
-    flat = [image for images in classes.values() for image in images]
-    channels = max(image.shape[0] for image in flat)
-    images = np.stack([np.broadcast_to(image, (channels, *image.shape[1:])) for image in flat])
-    return images, np.array([len(images) for images in classes.values()]), list(classes)
-
-
-def download_omniglot(folder: Path) -> list[Path]:
-    """Fetch both archives into `folder`; three tries each, to a temporary name first."""
-    paths = []
-    for part, md5 in ARCHIVE_MD5.items():
-        path = folder / f"{part}.zip"
-        paths.append(path)
-        for attempt in range(3):
-            if path.exists():
-                break
-            partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                with urllib.request.urlopen(DOWNLOAD_URL + path.name, timeout=10) as answer, open(partial, "wb") as out:
-                    total = int(answer.headers.get("Content-Length") or 0)
-                    bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"downloading {path.name}")
-                    while chunk := answer.read(1 << 16):
-                        out.write(chunk)
-                        bar.update(len(chunk))
-                    bar.close()
-                if hashlib.md5(partial.read_bytes()).hexdigest() != md5:
-                    raise OSError("the download is damaged")
-                os.replace(partial, path)
-            except OSError as error:  # URLError, timeouts and a full disk are all OSErrors
-                partial.unlink(missing_ok=True)
-                if attempt == 2:
-                    raise UserError(f"cannot download {path.name} ({error})") from error
-                time.sleep(0.5)
-    return paths
-
-
-# ------------------------------------------------------------------------------------- glyphs
-
-
-def draw_glyphs(num_classes: int = 1623, image_size: int = 28, seed: int = 0) -> np.ndarray:
-    """Invent `num_classes` characters and draw each 20 times: uint8 [num_classes * 20, 1, H, W].
-
-    A character is two to four pen strokes, straight or bent (cubic Bezier curves), between points of
-    a 3x3 lattice; most start where the last one ended. A drawer moves all points a little and has
-    an own slant, size, position and pen width.
-    """
-    strokes, points = 4, 24
-    g = torch.Generator().manual_seed(seed)
-
-    def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
-        return torch.rand(shape, generator=g) * (high - low) + low
-
-    def normal(*shape: int, std: float) -> torch.Tensor:
-        return torch.randn(shape, generator=g) * std
-
-    # Strokes end on another lattice point than they start from: 1 to 8 places further round.
-    begin = torch.randint(9, (num_classes, strokes), generator=g)
-    step = torch.randint(1, 9, (num_classes, strokes), generator=g)
-    for s in range(1, strokes):
-        joined = uniform(num_classes) < 0.7  # the pen was not lifted
-        begin[:, s] = torch.where(joined, (begin[:, s - 1] + step[:, s - 1]) % 9, begin[:, s])
-    end = (begin + step) % 9
-    ends = torch.stack([begin, end], dim=-1)  # [classes, strokes, 2]
-    lattice = torch.stack([ends % 3, ends.div(3, rounding_mode="floor")], dim=-1).float() - 1
-    start, stop = (0.57 * lattice + normal(num_classes, strokes, 2, 2, std=0.1)).unbind(2)
-    chord = stop - start
-    across = torch.stack([-chord[..., 1], chord[..., 0]], dim=-1)
-    bend = normal(num_classes, strokes, 2, std=0.7) * (uniform(num_classes, strokes, 1) < 0.6)
-    control = torch.stack(
-        [start, start + chord / 3 + across * bend[..., :1], start + chord * 2 / 3 + across * bend[..., 1:], stop], dim=2
-    )  # [classes, strokes, 4, 2]
-    used = torch.arange(strokes) < torch.randint(2, strokes + 1, (num_classes, 1), generator=g)
-
-    t = torch.linspace(0, 1, points)[:, None]
-    bernstein = torch.cat([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3], dim=1)  # [points, 4]
-    pixels = torch.linspace(-1, 1, image_size)
-    images = []
-    for chunk, chunk_used in zip(control.split(100), used.split(100), strict=True):
-        n = len(chunk) * DRAWINGS
-        drawn = chunk.repeat_interleave(DRAWINGS, 0) + normal(n, strokes, 4, 2, std=0.06)
-        curve = torch.einsum("pc,nscd->nspd", bernstein, drawn)
-        # Blots add up to even ink along the stroke when each weighs the way to its neighbours.
-        way = torch.zeros(n, strokes, points)
-        way[..., 1:] += (curve[:, :, 1:] - curve[:, :, :-1]).norm(dim=-1) / 2
-        way[..., :-1] += (curve[:, :, 1:] - curve[:, :, :-1]).norm(dim=-1) / 2
-        angle, zero = normal(n, std=0.08), torch.zeros(n)
-        width, height = uniform(n, low=0.8, high=1.1), uniform(n, low=0.8, high=1.1)
-        turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(n, 2, 2)
-        shear = torch.stack([width, normal(n, std=0.12), zero, height], dim=1).view(n, 2, 2)
-        curve = curve.flatten(1, 2) @ (turn @ shear).transpose(1, 2) + normal(n, 1, 2, std=0.05)
-        pen = uniform(n, 1, 1, low=0.03, high=0.05)
-        blots = torch.exp(-(((curve[..., None] - pixels) / pen[..., None]) ** 2) / 2)  # [n, points, 2, image_size]
-        weight = (way * chunk_used.repeat_interleave(DRAWINGS, 0)[..., None]).flatten(1) / pen[..., 0]
-        coverage = torch.einsum("np,npy,npx->nyx", weight, blots[:, :, 1], blots[:, :, 0])
-        images.append((255 * (1 - torch.exp(-1.5 * coverage))).round().to(torch.uint8))
-    return torch.cat(images)[:, None].numpy()
-
-
-# ------------------------------------------------------------------------- packing and caching
-
-
-def fingerprint(paths: list[Path]) -> str:
-    """SHA-256 of archive bytes, or of the names, sizes and times of all files below folders."""
-    sha = hashlib.sha256()
-    for path in paths:
-        if path.is_file():
-            sha.update(path.read_bytes())
-            continue
-        for root, folders, files in os.walk(path):
-            folders.sort()
-            for file in sorted(files):
-                stat = os.stat(os.path.join(root, file))
-                name = os.path.relpath(os.path.join(root, file), path)
-                sha.update(f"{name}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
-    return sha.hexdigest()
-
-
-def cached(name: str, digest: str, image_size: int, build) -> tuple[np.ndarray, np.ndarray, list[str], Path]:
-    """(images, counts, names, cache file) from the cache; a missing or damaged one is rebuilt.
-
-    The cache is an uncompressed .npz: its zip checksums betray damage, nothing in it is pickled.
-    It is written under a private name and moved into place, so that concurrent runs share it safely.
-    """
-    path = CACHE_FOLDER / f"{name}_{image_size}px_{digest[:12]}_v{CACHE_VERSION}.npz"
-    if path.exists():
-        try:
-            with np.load(path, allow_pickle=False) as packed:
-                images, counts, names = packed["images"], packed["counts"], json.loads(str(packed["names"]))
-            if images.dtype == np.uint8 and len(images) == counts.sum() and len(names) == len(counts):
-                return images, counts, names, path
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass
-        print(f"note: the cache {path} is damaged; packing the images again", file=sys.stderr)
-    images, counts, names = build()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as out:
-            np.savez(out, images=images, counts=counts, names=np.array(json.dumps(names)))
-        os.replace(partial, path)
-    except OSError as error:  # a full disk costs the next start some seconds, not this run
-        partial.unlink(missing_ok=True)
-        print(f"note: cannot write the cache {path} ({error}); going on without it", file=sys.stderr)
-    return images, counts, names, path
+# ---------------------------------------------------------------------------- splits and datasets
 
 
 def make_splits(name: str, names: list[str], split: str) -> dict[str, np.ndarray]:
@@ -403,71 +98,29 @@ def load_dataset(
             return load_dataset("glyphs", None, split, image_size)
     if name == "omniglot":
         form, paths = locate_omniglot(data_folder)
-        source, digest = f"{form} in {paths[0].parent if form != 'resized' else paths[0]}", fingerprint(paths)
+        source, held = f"{form} in {paths[0].parent if form != 'resized' else paths[0]}", fingerprint(paths)
         build = lambda: read_omniglot(form, paths, image_size)
     elif name == "glyphs":
         # Other drawing code makes other glyphs, and so another cache file.
-        digest = hashlib.sha256(inspect.getsource(draw_glyphs).encode()).hexdigest()
-        source = "drawn by load_data.draw_glyphs"
+        held = hashlib.sha256(inspect.getsource(draw_glyphs).encode()).hexdigest()
+        source = "drawn by glyphs.draw_glyphs"
         build = lambda: glyph_arrays(image_size)
     elif name == "folder":
         folder = Path(data_folder or "")
         if not data_folder or not folder.is_dir():
             raise UserError(f"--dataset folder needs --data_folder, a folder of class folders; got {data_folder!r}")
         depth = 2 if all((folder / part).is_dir() for part in ("train", "val", "test")) else 1
-        source, digest = str(folder), fingerprint([folder])
+        source, held = str(folder), fingerprint([folder])
         build = lambda: folder_arrays(folder, depth, image_size)
     else:
         raise UserError(f"--dataset {name} is unknown; use auto, omniglot, glyphs or folder")
-    images, counts, names, cache_file = cached(name, digest, image_size, build)
-    return Dataset(name, images, counts, names, make_splits(name, names, split), source, digest, cache_file)
+    images, counts, names, cache_file = cached(name, held, image_size, build)
+    digest = hashlib.sha256(json.dumps([images.shape, counts.tolist(), names]).encode())
+    digest.update(np.ascontiguousarray(images))
+    return Dataset(name, images, counts, names, make_splits(name, names, split), source, digest.hexdigest(), cache_file)
 
 
-class NotFound(UserError):
-    """Omniglot is neither on disk nor downloadable."""
-
-
-def locate_omniglot(data_folder: str | None) -> tuple[str, list[Path]]:
-    """(form, paths) of Omniglot on disk, downloading it to ./data when it is nowhere."""
-    wanted = "images_background.zip and images_evaluation.zip, the same extracted, or omniglot_resized/"
-    if data_folder:
-        found = find_omniglot(Path(data_folder))
-        if found is None:
-            raise UserError(f"--data_folder {data_folder} holds no Omniglot; want {wanted}")
-        return found
-    searched = [Path(p) for p in (os.environ.get("OMNIGLOT_DIR"), CACHE_FOLDER) if p]
-    for folder in searched:
-        found = find_omniglot(folder)
-        if found is not None:
-            return found
-    try:
-        return "archives", download_omniglot(CACHE_FOLDER)
-    except UserError as error:
-        where = " nor ".join(str(p) for p in searched)
-        raise NotFound(f"no Omniglot in {where}, and {error}; put {wanted} there or use --data_folder") from None
-
-
-def glyph_arrays(image_size: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """The glyphs in the form of Omniglot: 1623 characters in 50 invented alphabets."""
-    total = sum(n for n, _ in ARCHIVES.values())
-    names = [f"alphabet{i * 50 // total:02d}/character{i:04d}" for i in range(total)]
-    return draw_glyphs(total, image_size), np.full(total, DRAWINGS), names
-
-
-def folder_arrays(folder: Path, depth: int, image_size: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Images of the class folders in `folder`, or below its train, val and test (depth 2)."""
-    classes = read_folder(folder, depth, image_size)
-    if depth == 2:
-        classes = {c: images for c, images in classes.items() if c.split("/")[0] in ("train", "val", "test")}
-    if len(classes) < 3:
-        raise UserError(f"--data_folder {folder} has {len(classes)} classes with images; want sub-folders of pictures")
-    images, counts, names = stack(classes)
-    if images.shape[1] == 1 and images.mean() > 127:  # dark strokes on bright paper: ink is 255
-        images = 255 - images
-    return images, counts, names
-
-
-# ----------------------------------------------------------------------------------- episodes
+# --------------------------------------------------------------------------------------- episodes
 
 
 def draw_distinct(rows: int, n: int, k: int, generator: torch.Generator, allowed: torch.Tensor | None = None):
@@ -516,6 +169,8 @@ class EpisodeSampler:
     rotations: adds every class turned by 90, 180 and 270 degrees as three more classes.
     within_alphabet: all N classes of a task come from one alphabet, drawn uniformly from those
         that have N classes (Lake et al. 2015).
+    one_drawer: the K support images of every class of a task are by the same K people, the queries by others, as in
+        the one-shot trials of Lake et al. Image d of each character of an alphabet is by its drawer d.
     fixed_labels: class c always gets the label c mod N, so a network can memorise the labels of the
         training classes instead of learning to learn from the support set.
     jitter: every image is turned (by up to so many radians), scaled and slanted (by up to this share)
@@ -537,6 +192,7 @@ class EpisodeSampler:
         device: torch.device | str = "cpu",
         rotations: bool = False,
         within_alphabet: bool = False,
+        one_drawer: bool = False,
         fixed_labels: bool = False,
         jitter: float = 0.0,
         shift: float = 0.0,
@@ -568,6 +224,9 @@ class EpisodeSampler:
         self.counts = torch.from_numpy(counts).to(device)
         self.starts = torch.cumsum(self.counts, 0) - self.counts
         self.same_count = int(counts[0]) if len(set(counts.tolist())) == 1 else None
+        if one_drawer and not self.same_count:
+            raise UserError(f"tasks of one drawer need as many images of each class; those of split '{split}' differ")
+        self.one_drawer = one_drawer
         self.groups = None  # bool [alphabets, classes]
         if within_alphabet:
             members = np.array([[a == b for b in alphabets] for a in dict.fromkeys(alphabets)])
@@ -613,6 +272,9 @@ class EpisodeSampler:
             largest = torch.arange(int(self.counts.max()), device=device)
             members = draw_distinct(B * N, len(largest), K + Q, g, largest < self.counts[classes, None])
         rows = (self.starts[classes, None] + members).view(B, N, K + Q)
+        if self.one_drawer:  # those that have drawn the first class
+            drawers = rows % self.same_count
+            rows = rows - drawers + drawers[:, :1]
         order = torch.rand(B, N * Q, generator=g, device=device).argsort(dim=1)
         rank, world = self.shard
         mine = slice(rank * B // world, (rank + 1) * B // world)
@@ -659,6 +321,18 @@ class EpisodeSampler:
         one_hot = self.one_hot.index_select(0, labels.reshape(-1)).view(B, K + 1, N, N)
         return self.gather(rows).flatten(3), one_hot
 
+    def first(self, num_tasks: int, sample=None, **options):
+        """Start the stream again and yield its meta-batches, the last one cut, until they hold `num_tasks` tasks.
+
+        They are drawn by `sample`, a method that draws (by default `self.sample`), with `options`.
+        """
+        self.reset()
+        sample, done = sample or self.sample, 0
+        while done < num_tasks:
+            batch = tuple(x[: num_tasks - done] for x in sample(**options))
+            done += len(batch[0])
+            yield batch
+
 
 def fixed_tasks(dataset: Dataset, part: str, args, device: torch.device, **options) -> EpisodeSampler:
     """The tasks of validation or test (`part`): the same for every method, seed and processor.
@@ -668,6 +342,23 @@ def fixed_tasks(dataset: Dataset, part: str, args, device: torch.device, **optio
     N, K, Q = args.num_classes, args.num_shot, args.num_query
     seed = {"val": VAL_SEED, "test": TEST_SEED}[part]
     return EpisodeSampler(dataset, part, N, K, Q, max(1, 2000 // (N * (K + Q))), seed, device, **options)
+
+
+def deal_tasks(features: torch.Tensor, labels: torch.Tensor, B: int, N: int, g: torch.Generator):
+    """Deal B tasks of N classes from one large episode, so that each of its images is encoded only once.
+
+    features [1, K+1, P, D] and one-hot labels [1, K+1, P, P] of P classes -> [B, K+1, N, D], [B, K+1, N, N].
+    """
+    in_order = labels[0].argmax(dim=-1).argsort(dim=-1)  # [K+1, P]: the query row is shuffled
+    classes = draw_distinct(B, features.shape[2], N, g)  # [B, N]
+    order = torch.rand(B, N, generator=g, device=g.device).argsort(dim=1)  # of the queries
+    columns = classes.unsqueeze(1).repeat(1, features.shape[1], 1)  # [B, K+1, N]
+    columns[:, -1] = classes.gather(1, order)
+    places = in_order.expand(B, -1, -1).gather(2, columns)
+    rows = torch.arange(features.shape[1], device=g.device)[:, None]
+    one_hot = torch.eye(N, device=g.device).repeat(B, features.shape[1], 1, 1)
+    one_hot[:, -1] = one_hot[:, 0].gather(1, order[..., None].expand(-1, -1, N))
+    return features[0][rows, places], one_hot
 
 
 class DataGenerator(torch.utils.data.IterableDataset):
@@ -721,7 +412,7 @@ class DataGenerator(torch.utils.data.IterableDataset):
             yield self._sample()
 
 
-# ----------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------- pictures
 
 
 def episode_figure(support, support_labels, query, query_labels, predictions=None):
@@ -754,6 +445,21 @@ def episode_figure(support, support_labels, query, query_labels, predictions=Non
         colour = "tab:blue" if guess is None else "green" if guess == true else "red"
         show(axes[K + j // columns, j % columns], query[j], title, colour)
     return figure
+
+
+def log_episode(run, sampler: EpisodeSampler, guess) -> None:
+    """Send a picture of the first task of a sampler's stream, with predictions, to TensorBoard.
+
+    guess(support [1, N*K, C, H, W], support labels [1, N*K], query [1, N*Q, C, H, W]) -> classes [N*Q].
+    """
+    if not run.writes:
+        return
+    support, support_labels, query, query_labels = next(sampler.first(1))
+    with torch.no_grad():
+        guesses = guess(support, support_labels, query)
+    shown = 3 * sampler.N
+    figure = episode_figure(support[0], support_labels[0], query[0, :shown], query_labels[0, :shown], guesses[:shown])
+    run.writer.add_figure("episode", figure, run.step)
 
 
 def class_sheet(dataset: Dataset, rows: int = 10, columns: int = 10) -> np.ndarray:

@@ -7,7 +7,7 @@ alone. Of the encoder, frozen, few-shot tasks of new characters are solved by pr
     python mae.py
     python mae.py --smoke                                      a complete run in seconds
     python mae.py --test --checkpoint RUN_DIR --num_classes 20
-    python protonet.py --encoder vit --width 96 --init_from RUN_DIR     train on with labels
+    python protonet.py --encoder vit --init_from RUN_DIR     train on with labels
 
 docs/mae.md has the derivation, all figures and what did not help.
 """
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import experiment
-from backbone import Block, SumOfAll, ViT, fast_dtype, patchify, prototypes, sines_and_cosines, unpatchify
+from backbone import Block, Muon, SumOfAll, ViT, patchify, prototypes, sines_and_cosines, unpatchify
 from experiment import VAL_SEED, Run, UserError, number, whole
 from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_dataset
 
@@ -161,7 +161,7 @@ def losses(model: MAE, train: Drawings, args, dtype: torch.dtype) -> tuple[torch
     patches = patchify(train.draw(args.meta_batch_size, copies), PATCH)
     order = train.orders(args.meta_batch_size, copies, patches.shape[1])
     visible = count_visible(patches.shape[1], args.mask_ratio)
-    with torch.autocast(patches.device.type, dtype, enabled=dtype != torch.float32):
+    with experiment.autocast(patches.device, dtype):
         predicted, tokens = model(patches, order, visible)
     error = masked_error(predicted.float(), targets(patches, args.normalise), order, visible)
     if not args.contrast:
@@ -193,7 +193,7 @@ def embed(encoder: nn.Module, images: torch.Tensor, dtype: torch.dtype, views: i
             noise = torch.rand(len(part), 6, generator=g, device=g.device) * 2 - 1
             moves = torch.randn(len(part), 2, *GRID, generator=g, device=g.device)
             copy = distorted(part, noise, moves, limits) if view else part
-            with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            with experiment.autocast(images.device, dtype):
                 seen.append(encoder(copy).float())
         features.append(torch.stack(seen))
     return torch.cat(features, dim=1)
@@ -222,27 +222,23 @@ def unit(features: torch.Tensor, centre: torch.Tensor, matrix: torch.Tensor) -> 
 
 def proto_accuracy(features: torch.Tensor, sampler: EpisodeSampler, num_tasks: int) -> torch.Tensor:
     """Accuracy of each of the first `num_tasks` tasks of the sampler's stream [num_tasks], by the nearest prototype."""
-    sampler.reset()
     correct = []
-    while (done := sum(map(len, correct))) < num_tasks:
-        support, _, query, labels = sampler.sample(features=features)
+    for support, _, query, labels in sampler.first(num_tasks, features=features):
         guesses = torch.cdist(query, prototypes(support, sampler.N)).argmin(dim=-1)
-        correct.append((guesses == labels).float().mean(dim=1)[: num_tasks - done].cpu())
-    return torch.cat(correct)
+        correct.append((guesses == labels).float().mean(dim=1))
+    return torch.cat(correct).cpu()
 
 
 def ridge_accuracy(features: torch.Tensor, sampler: EpisodeSampler, num_tasks: int, ridge: float = 1.0) -> torch.Tensor:
     """The same by a linear head on the support set, in closed form (Bertinetto et al. 2019, eq. 6)."""
-    sampler.reset()
     correct = []
-    while (done := sum(map(len, correct))) < num_tasks:
-        support, labels, query, query_labels = sampler.sample(features=features)
+    for support, support_labels, query, labels in sampler.first(num_tasks, features=features):
         X = F.pad(support, (0, 1), value=1.0)  # [B, N*K, D + 1], a bias
         kernel = X @ X.transpose(1, 2) + ridge * torch.eye(X.shape[1], device=X.device)
-        weights = X.transpose(1, 2) @ torch.linalg.solve(kernel, F.one_hot(labels, sampler.N).float())
+        weights = X.transpose(1, 2) @ torch.linalg.solve(kernel, F.one_hot(support_labels, sampler.N).float())
         guesses = (F.pad(query, (0, 1), value=1.0) @ weights).argmax(dim=-1)
-        correct.append((guesses == query_labels).float().mean(dim=1)[: num_tasks - done].cpu())
-    return torch.cat(correct)
+        correct.append((guesses == labels).float().mean(dim=1))
+    return torch.cat(correct).cpu()
 
 
 def probe(features: torch.Tensor, held_out: int, per_class: int, steps: int = 200) -> torch.Tensor:
@@ -312,16 +308,16 @@ def parse_args(argv=None):
     add("--shift", type=number(0, 1), default=0.1, help="random shift of training pictures, a share of half their size")
     add("--bend", type=number(0, 1), default=0.05, help="random bending, a share of half their size")
     add = groups["model"].add_argument
-    add("--width", type=whole(8), default=96, help="numbers in a token of the encoder, a multiple of 8")
+    add("--width", type=whole(8), default=64, help="numbers in a token of the encoder, a multiple of 8")
     add("--depth", type=whole(1, 100), default=4, help="blocks of the encoder")
-    add("--decoder_width", type=whole(8), default=64, help="numbers in a token of the decoder, a multiple of 8")
+    add("--decoder_width", type=whole(8), default=32, help="numbers in a token of the decoder, a multiple of 8")
     add("--decoder_depth", type=whole(1, 100), default=1, help="blocks of the decoder")
     add = groups["optimisation"].add_argument
     add("--mask_ratio", type=number(0.0, 0.99, above=True), default=0.75, help="share of the patches that is masked")
     normalise = "predict each patch with its mean and variance taken out"
     add("--normalise", action=argparse.BooleanOptionalAction, default=True, help=normalise)
     add("--contrast", type=number(), default=0.0, help="weight of the agreement of two masked views; 0: MAE alone")
-    add("--learning_rate", type=number(above=True), default=2e-3, help="of AdamW, at its peak")
+    add("--learning_rate", type=number(above=True), default=0.02, help="of Muon, at its peak")
     add = groups["evaluation"].add_argument
     add("--views", type=whole(1), default=8, help="slightly distorted copies whose features the final test averages")
     add("--whitening_images", type=whole(2), default=4000, help="training pictures that the whitening is fitted to")
@@ -348,14 +344,13 @@ def parse_args(argv=None):
 def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)
-    dtype = fast_dtype(args.dtype, device)
+    dtype = experiment.precision(args, device)
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
     model = make_model(args, dataset.images.shape[1]).to(device)
     if args.test:
         step = experiment.load_best(args.checkpoint, model)
-        return experiment.report(
-            args, "mae", dataset.name, {"best_step": step} | test_report(args, model, dataset, dtype, device)
-        )
+        metrics = {"best_step": step} | test_report(args, model, dataset, dtype, device)
+        return experiment.report(args, "mae", dataset.name, metrics, digest=dataset.digest)
 
     B, world = args.meta_batch_size, experiment.shard()[1]
     if B % world:
@@ -365,13 +360,11 @@ def main(argv=None) -> dict:
         images = torch.cat([images.rot90(turn, (2, 3)) for turn in range(4)])
     train = Drawings(images, args.random_seed, args.jitter, args.shift, args.bend, experiment.shard())
     val = fixed_tasks(dataset, "val", args, device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.learning_rate, betas=(0.9, 0.95), weight_decay=0.05, fused=True
-    )
+    optimizer = Muon(model.parameters(), args.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(  # fewer than 20 steps it cannot divide into phases
         optimizer, args.learning_rate, total_steps=max(20, args.train_steps + 1), pct_start=0.2, cycle_momentum=False
     )
-    run = Run(args, "mae", dataset.name)
+    run = Run(args, "mae", dataset.name, dataset.digest)
     run.track(model=model, optimizer=optimizer, schedule=schedule, sampler=train)
     for _ in run.steps():
         error, disagreement = losses(model, train, args, dtype)
@@ -440,7 +433,7 @@ def reconstruct(args, model: MAE, images: torch.Tensor, dtype: torch.dtype, seed
     generator = torch.Generator(images.device).manual_seed(seed)
     order = random_order(len(patches), patches.shape[1], generator)
     visible = count_visible(patches.shape[1], args.mask_ratio)
-    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+    with experiment.autocast(images.device, dtype):
         predicted = model(patches, order, visible)[0].float()
     error = masked_error(predicted, targets(patches, args.normalise), order, visible)
     if args.normalise:

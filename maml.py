@@ -39,9 +39,9 @@ from torch import nn
 from torch.func import grad, vmap
 
 import experiment
-from backbone import EPS, Conv4, conv4, fast_dtype, prototypes
+from backbone import EPS, Conv4, conv4, prototypes
 from experiment import Run, UserError, number, whole
-from load_data import EpisodeSampler, episode_figure, fixed_tasks, load_dataset
+from load_data import EpisodeSampler, fixed_tasks, load_dataset, log_episode
 
 Parameters = dict[str, torch.Tensor]
 
@@ -100,7 +100,7 @@ def embed(theta: Parameters, images: torch.Tensor, s: Setting, num_support: int)
     `sphere` the features are centred by the mean of the same images and stretched to length sqrt(D). A linear head
     whose weights are class means then compares distances: ||f - c||^2 = 2 D - 2 <f, c>.
     """
-    with torch.autocast(images.device.type, s.dtype, enabled=s.dtype not in (torch.float32, torch.float64)):
+    with experiment.autocast(images.device, s.dtype):
         n = len(images) if s.batch_norm == "transductive" else num_support  # images that give the statistics
         if n == len(images) and not s.under_vmap:
             features = conv4(theta, images, "batch", strided=s.strided)
@@ -265,7 +265,6 @@ def evaluate(learner: Learner, sampler: EpisodeSampler, num_tasks: int, s: Setti
 
     Returns query and support [num_tasks, steps + 1], and the mean query loss. No graph is kept.
     """
-    sampler.reset()
     s = s._replace(first_order=True)  # the same steps; nothing is differentiated through them
     theta, step_sizes = learner.theta(), learner.step_sizes(steps)
 
@@ -279,14 +278,13 @@ def evaluate(learner: Learner, sampler: EpisodeSampler, num_tasks: int, s: Setti
         return torch.stack(right, dim=1), loss  # [2, steps + 1]
 
     accuracies, losses = [], []
-    while len(losses) * sampler.B < num_tasks:
-        batch = sampler.sample()
+    for batch in sampler.first(num_tasks):
         together = vmap(learn)(*batch) if batch[0].is_cuda else zip(*each_task(learn, *batch), strict=True)
         accuracy, loss = (x if isinstance(x, torch.Tensor) else torch.stack(x) for x in together)
         accuracies.append(accuracy.cpu())
-        losses.append(loss.mean().item())
-    accuracy = torch.cat(accuracies)[:num_tasks]
-    return {"query": accuracy[:, 0], "support": accuracy[:, 1], "loss": sum(losses) / len(losses)}
+        losses.append(loss.sum().item())
+    accuracy = torch.cat(accuracies)
+    return {"query": accuracy[:, 0], "support": accuracy[:, 1], "loss": sum(losses) / num_tasks}
 
 
 def share(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -329,7 +327,8 @@ def parse_args(argv=None):
     add("--outer_lr", type=number(above=True), default=2e-3, help="of Adam, at its start")
     add("--schedule", choices=["cosine", "constant"], default="cosine", help="cosine: the rate falls to 1 %% of it")
     add("--clip", type=number(), default=1.0, help="largest norm of the meta-gradient; 0: no limit")
-    groups["evaluation"].add_argument("--test_inner_steps", type=whole(0), default=1, help="steps at validation, test")
+    steps = "gradient steps at validation and test (default: as many as --inner_steps)"
+    groups["evaluation"].add_argument("--test_inner_steps", type=whole(0), help=steps)
     smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "width": 16,
              "encoder": "strided", "train_classes": 8, "warmup_steps": 5}  # fmt: skip
     shapes = ("num_classes", "image_size", "encoder", "width", "head", "inner_steps")
@@ -338,6 +337,8 @@ def parse_args(argv=None):
         raise UserError("--inner_steps 0 with --head linear: a shared head cannot know a task's labels; use 1 or more")
     if args.learn_inner_lrs and args.inner_steps == 0:
         raise UserError("--learn_inner_lrs needs --inner_steps 1 or more")
+    if args.test_inner_steps is None:
+        args.test_inner_steps = args.inner_steps
     if args.warmup_steps >= args.train_steps:
         raise UserError(f"--warmup_steps {args.warmup_steps} must be less than --train_steps {args.train_steps}")
     return args
@@ -354,7 +355,7 @@ def main(argv=None) -> dict:
         encoder, args.num_classes, args.inner_steps, args.inner_lr, args.head, args.learn_inner_lrs, head_lr,
         args.zero_head,
     ).to(device)
-    dtype = fast_dtype(args.dtype, device)
+    dtype = experiment.precision(args, device)
     s = Setting(args.num_classes, strided, args.head, args.freeze_body, args.first_order, args.batch_norm, dtype,
                 sphere=args.features == "sphere" or (args.features == "auto" and args.head == "linear"))  # fmt: skip
 
@@ -362,7 +363,7 @@ def main(argv=None) -> dict:
     if args.test:
         step = experiment.load_best(args.checkpoint, learner)
         metrics = {"best_step": step} | test_report(args, learner, test, s, device)
-        return experiment.report(args, "maml", dataset.name, metrics)
+        return experiment.report(args, "maml", dataset.name, metrics, digest=dataset.digest)
 
     val = fixed_tasks(dataset, "val", args, device)
 
@@ -384,7 +385,7 @@ def main(argv=None) -> dict:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: rate_factor(done, args.warmup_steps, args.train_steps, args.schedule)
     )
-    run = Run(args, "maml", dataset.name)
+    run = Run(args, "maml", dataset.name, dataset.digest)
     run.track(model=learner, optimizer=optimizer, schedule=schedule, warmup=warmup, sampler=train)
     for step in run.steps():
         progress = step / args.train_steps
@@ -397,19 +398,19 @@ def main(argv=None) -> dict:
             loss = meta_gradient(learner, train.sample(), s._replace(num_classes=train.N), weights, args.inner_steps)
         experiment.average_gradients(learner)
         norm = nn.utils.clip_grad_norm_(trained, args.clip or float("inf"))
-        run.record(loss + 0 * norm)  # a norm that is not finite ends the run like such a loss
+        run.record(loss if norm.isfinite() else norm)  # a norm that is not finite ends the run like such a loss
         optimizer.step()
         schedule.step()
         if run.time_to_evaluate():
             with run.clock_stopped():
                 on_val = evaluate(learner, val, args.num_val_tasks, s, args.test_inner_steps)
                 # The curve on the test classes is for plots; nothing is decided by it.
-                on_test = evaluate(learner, test, args.num_val_tasks // 3, s, args.test_inner_steps)
+                on_test = evaluate(learner, test, max(2, args.num_val_tasks // 3), s, args.test_inner_steps)
             # No checkpoint of the warm-up is chosen: it is not yet the method.
-            accuracy = on_val["query"][:, -1].mean().item() if step > args.warmup_steps else 0.0
-            run.evaluated(accuracy, curves(learner, on_val, on_test, norm, args))
+            accuracy = on_val["query"][:, -1].mean().item()
+            run.evaluated(accuracy, curves(learner, on_val, on_test, norm, args), choose=step > args.warmup_steps)
     run.load_best(learner)
-    log_episode(run, learner, test, s, args.test_inner_steps)
+    log_episode(run, test, lambda *task: guess(learner, s, args.test_inner_steps, *task))
     return run.finish(test_report(args, learner, test, s, device))
 
 
@@ -459,18 +460,11 @@ def test_report(args, learner: Learner, test: EpisodeSampler, s: Setting, device
     }  # fmt: skip
 
 
-@torch.no_grad()
-def log_episode(run: Run, learner: Learner, test: EpisodeSampler, s: Setting, steps: int) -> None:
-    """Send one test episode with the predictions after adaptation to TensorBoard."""
-    if not run.writes:
-        return
-    test.reset()
-    support, support_labels, query, query_labels = (x[0] for x in test.sample())
-    path = adapt(learner.theta(), learner.step_sizes(steps), support, support_labels, s._replace(first_order=True))
-    guesses = query_logits(path[-1], support, query, s).argmax(dim=-1)
-    shown = 3 * test.N
-    figure = episode_figure(support, support_labels, query[:shown], query_labels[:shown], guesses[:shown])
-    run.writer.add_figure("episode", figure, run.step)
+def guess(learner: Learner, s: Setting, steps: int, support, support_labels, query) -> torch.Tensor:
+    """The classes [N*Q] of the queries of one task after adaptation."""
+    s = s._replace(first_order=True)
+    path = adapt(learner.theta(), learner.step_sizes(steps), support[0], support_labels[0], s)
+    return query_logits(path[-1], support[0], query[0], s).argmax(dim=-1)
 
 
 if __name__ == "__main__":

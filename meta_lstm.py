@@ -27,9 +27,9 @@ from torch import nn
 from tqdm import tqdm
 
 import experiment
-from backbone import fast_dtype
+from backbone import batch_norm
 from experiment import Run, UserError, number, whole
-from load_data import Dataset, EpisodeSampler, episode_figure, fixed_tasks, load_dataset
+from load_data import Dataset, EpisodeSampler, fixed_tasks, load_dataset, log_episode
 
 FILTERS, EPS = 32, 1e-3  # of the learner's convolutions and batch norms
 HIDDEN = 20  # units of the meta-learner's first layer
@@ -109,24 +109,16 @@ class Learner(NamedTuple):
         for i in range(4):  # x: [n, B * channels, side, side]
             weight, bias = p[f"conv{i}.weight"].flatten(0, 1).to(dtype), p[f"bias{i}"].flatten().to(dtype)
             x = F.conv2d(x, weight, bias, padding=1, groups=B)
-            mean, var = (None, None) if statistics is None else statistics[i]
-            use_batch = statistics is None or momentum > 0
+            averages = None if statistics is None else tuple(statistics[i])
             gamma, beta = p[f"gamma{i}"].flatten(), p[f"beta{i}"].flatten()
             if num_support:
-                x = support_norm(x, gamma, beta, num_support)
+                x = batch_norm(x[None], gamma, beta, "support", num_support=num_support, eps=EPS)[0]
             else:
-                x = F.batch_norm(x, mean, var, gamma, beta, training=use_batch, momentum=momentum, eps=EPS)
+                norm = "batch" if statistics is None or momentum > 0 else "running"
+                x = batch_norm(x, gamma, beta, norm, averages, momentum=momentum, eps=EPS)
             x = F.relu(F.max_pool2d(x, 2)).to(dtype)  # pooling first: the same values, a quarter of the work
         x = x.unflatten(1, (B, FILTERS)).transpose(0, 1).flatten(2).to(theta.dtype)
         return torch.baddbmm(p["head.bias"][:, None], x, p["head.weight"].transpose(1, 2))
-
-
-def support_norm(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, num_support: int) -> torch.Tensor:
-    """Batch norm of x [n, channels, H, W] with the statistics of its first `num_support` images."""
-    wide = x if x.dtype == torch.float64 else x.float()  # statistics in bfloat16 have two digits
-    var, mean = torch.var_mean(wide[:num_support], dim=(0, 2, 3), correction=0, keepdim=True)
-    scale = gamma.view(-1, 1, 1) * (var + EPS).rsqrt()
-    return (wide - mean) * scale + beta.view(-1, 1, 1)
 
 
 def task_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -367,18 +359,15 @@ def evaluate(rule, learner: Learner, sampler: EpisodeSampler, num_tasks: int, in
 
     The queries are normalised by the running statistics of their task's support set (non-transductive).
     """
-    sampler.reset()
-    correct, losses, done = [], [], 0
+    correct, losses = [], []
     bar = tqdm(total=num_tasks, desc="evaluation", unit="task", leave=False, disable=None)
-    while done < num_tasks:
-        tasks = [x[: num_tasks - done] for x in sampler.sample()]
+    for tasks in sampler.first(num_tasks):
         for support, support_labels, query, labels in zip(*(x.split(EVALUATED_AT_ONCE) for x in tasks), strict=True):
             theta, statistics = adapt(rule, learner, support, support_labels, inner, dtype=dtype, watch=watch)
             logits = ask(learner, theta, query, statistics, dtype)
             losses.append(task_losses(logits, labels).cpu())
             correct.append((logits.argmax(dim=-1) == labels).float().mean(dim=1).cpu())
             bar.update(len(labels))
-            done += len(labels)
     bar.close()
     return torch.cat(correct), torch.cat(losses).mean().item()
 
@@ -479,7 +468,7 @@ def chosen_preset(argv) -> str | None:
 def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)
-    dtype = fast_dtype(args.dtype, device)
+    dtype = experiment.precision(args, device)
     inner = Inner(args.inner_epochs, args.inner_batch, args.bn_momentum)
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
     learner = Learner(dataset.images.shape[1], args.image_size, args.num_classes)
@@ -488,7 +477,7 @@ def main(argv=None) -> dict:
     if args.test:
         step = load_rule(args, rule)
         metrics = {"best_step": step} | test_report(args, rule, learner, val, test, inner, dtype, device)
-        return experiment.report(args, "meta_lstm", dataset.name, metrics)
+        return experiment.report(args, "meta_lstm", dataset.name, metrics, digest=dataset.digest)
 
     offered = fixed_pool(dataset, args.fixed_pool, args.random_seed) if args.fixed_pool else dataset
     train = EpisodeSampler(
@@ -501,7 +490,7 @@ def main(argv=None) -> dict:
     )
     falling = lambda step: 0.5 + 0.5 * math.cos(math.pi * step / args.train_steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, falling if args.schedule == "cosine" else lambda step: 1.0)
-    run = Run(args, "meta_lstm", dataset.name)
+    run = Run(args, "meta_lstm", dataset.name, dataset.digest)
     run.track(model=rule, optimizer=optimizer, schedule=schedule, sampler=train)
     for step in run.steps():
         query_norm = args.query_norm
@@ -530,8 +519,8 @@ def main(argv=None) -> dict:
                 "Accuracy/train": float(accuracy), "Gradient/meta_norm": float(norm),
             })  # fmt: skip
     run.load_best(rule)
-    log_episode(run, rule, learner, test, inner, dtype)
-    return run.finish(test_report(args, rule, learner, val, test, inner, dtype, device) | {"curves": curves(run)})
+    log_episode(run, test, lambda *task: guess(rule, learner, inner, dtype, *task))
+    return run.finish(test_report(args, rule, learner, val, test, inner, dtype, device))
 
 
 def updates_of(args) -> int:
@@ -566,9 +555,8 @@ def test_report(args, rule, learner, val, test, inner: Inner, dtype, device) -> 
     """
     theta0 = rule.theta0.detach()
     watch, sgd_watch = (Watch(learner, updates_of(args)) for _ in range(2))
-    accuracy, ci95 = experiment.mean_and_ci95(
-        evaluate(rule, learner, test, args.num_test_tasks, inner, dtype, watch)[0]
-    )
+    accuracies = evaluate(rule, learner, test, args.num_test_tasks, inner, dtype, watch)[0]
+    accuracy, ci95 = experiment.mean_and_ci95(accuracies)
     # No update, but the batch-norm statistics of the support set.
     still, once = GradientDescent(theta0, 0.0), Inner(1, args.num_classes * args.num_shot, 1.0)
     before, before_ci95 = experiment.mean_and_ci95(evaluate(still, learner, test, args.num_test_tasks, once, dtype)[0])
@@ -588,6 +576,7 @@ def test_report(args, rule, learner, val, test, inner: Inner, dtype, device) -> 
         "second_order": args.second_order, "fixed_pool": args.fixed_pool, "reset_theta0": args.reset_theta0,
         "dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device),
         "parameters": len(theta0), "parameters_of_rule": sum(p.numel() for p in rule.parameters()) - len(theta0),
+        "accuracies": [round(a, 4) for a in accuracies.tolist()],
     }  # fmt: skip
 
 
@@ -603,30 +592,10 @@ def log_rule(run: Run, means: dict[str, list]) -> None:
                 run.writer.add_scalar(f"Gate_{gate}/{layer}_update{t:02d}", value, run.step)
 
 
-def curves(run: Run) -> dict[str, list]:
-    """The accuracies of the training so far as TensorBoard has them: name -> [[step, accuracy], ...]."""
-    if not run.writes:
-        return {}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run.writer.flush()
-    events = EventAccumulator(str(run.folder)).Reload()
-    tags = [tag for tag in ("Accuracy/val", "Accuracy/test") if tag in events.Tags()["scalars"]]
-    return {tag: [[e.step, round(e.value, 4)] for e in events.Scalars(tag)] for tag in tags}
-
-
-def log_episode(run: Run, rule, learner, test: EpisodeSampler, inner: Inner, dtype) -> None:
-    """A picture of one test episode with predictions for TensorBoard."""
-    if not run.writes:
-        return
-    test.reset()
-    support, support_labels, query, query_labels = (x[:1] for x in test.sample())
-    with torch.no_grad():
-        theta, statistics = adapt(rule, learner, support, support_labels, inner, dtype=dtype)
-        guesses = ask(learner, theta, query, statistics, dtype)[0].argmax(dim=-1)
-    shown = 3 * test.N
-    figure = episode_figure(support[0], support_labels[0], query[0, :shown], query_labels[0, :shown], guesses[:shown])
-    run.writer.add_figure("episode", figure, run.step)
+def guess(rule, learner, inner: Inner, dtype, support, support_labels, query) -> torch.Tensor:
+    """The classes [N*Q] of the queries of one task after adaptation."""
+    theta, statistics = adapt(rule, learner, support, support_labels, inner, dtype=dtype)
+    return ask(learner, theta, query, statistics, dtype)[0].argmax(dim=-1)
 
 
 if __name__ == "__main__":

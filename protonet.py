@@ -9,36 +9,21 @@ norm uses running averages, so no query influences another (non-transductive).
     python protonet.py --encoder residual --image_size 32      a deeper encoder, at twice the time a step
     python protonet.py --smoke                                 a complete run in seconds
     python protonet.py --test --checkpoint RUN_DIR --num_classes 20 --num_shot 5
-    python protonet.py --predict DIR --checkpoint RUN_DIR      label your own pictures: DIR/support/CLASS/*.png
-                                                               and DIR/query/*.png
+    python predict.py DIR --checkpoint RUN_DIR                 label your own pictures with the trained network
 """
 
 from __future__ import annotations
 
-import csv
-import io
 from argparse import Namespace
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 import experiment
-from backbone import EPS, Conv4, ViT, fast_dtype, norm_of_all, prototypes
+from backbone import Conv4, Muon, Residual, ViT, prototypes
 from experiment import Run, UserError, number, whole
-from load_data import (
-    IMAGE_SUFFIXES,
-    Dataset,
-    EpisodeSampler,
-    distort,
-    episode_figure,
-    fixed_tasks,
-    load_dataset,
-    read_image,
-    resize,
-)
+from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_dataset, log_episode
 
 # ---------------------------------------------------------------------------------- the method
 
@@ -67,7 +52,7 @@ def embed(encoder: nn.Module, images: torch.Tensor, dtype: torch.dtype, **norm) 
     """Features [B, n, D] in float32 of images [B, n, C, H, W]: all tasks in one call of the encoder."""
     B, n = images.shape[:2]
     flat = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+    with experiment.autocast(images.device, dtype):
         features = encoder(flat, **norm)
     return temper(features.float()).view(B, n, -1)
 
@@ -91,87 +76,9 @@ def episode_loss(encoder: nn.Module, episode, num_classes: int, dtype: torch.dty
     return loss
 
 
-class Residual(Conv4):
-    """A deeper encoder of the same size: a pair of convolutions behind each block of a Conv4 adds to its output.
-
-    He et al. 2016. The last batch norm of a pair starts at scale zero: at first the network is a Conv4.
-    """
-
-    def __init__(self, channels: int = 1, width: int = 64, image_size: int = 28):
-        super().__init__(channels, width, image_size)
-        for name in (f"{i}{which}" for i in range(4) for which in "ab"):
-            weight = torch.empty(width, width, 3, 3)
-            nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
-            self.register_parameter(f"weight{name}", nn.Parameter(weight))
-            self.register_parameter(f"gamma{name}", nn.Parameter(torch.full((width,), float("a" in name))))
-            self.register_parameter(f"beta{name}", nn.Parameter(torch.zeros(width)))
-            self.register_buffer(f"mean{name}", torch.zeros(width))
-            self.register_buffer(f"var{name}", torch.ones(width))
-
-    def forward(self, images, norm: str = "running", momentum: float = 0.0):
-        """Features [n, out_features] of images [n, C, H, W]; norm and momentum as Conv4's, "running" or "batch"."""
-        x = images
-        for i in range(4):
-            x = F.relu(F.max_pool2d(self.convolve(x, f"{i}", norm, momentum), 2))
-            inside = F.relu(self.convolve(x, f"{i}a", norm, momentum))
-            x = F.relu(x + self.convolve(inside, f"{i}b", norm, momentum))
-        return x.flatten(1)
-
-    def convolve(self, x: torch.Tensor, name: str, norm: str, momentum: float) -> torch.Tensor:
-        """The convolution `name` and its batch norm."""
-        if norm not in ("running", "batch"):
-            raise ValueError(f"norm {norm!r} is unknown here; use running or batch")
-        of = {kind: getattr(self, kind + name) for kind in ("weight", "gamma", "beta", "mean", "var")}
-        x = F.conv2d(x, of["weight"], padding=1)
-        averages, affine = (of["mean"], of["var"]), (of["gamma"], of["beta"])
-        if norm == "batch" and momentum > 0 and dist.is_initialized() and dist.get_world_size() > 1:
-            return norm_of_all(x, *averages, *affine, momentum)
-        if norm == "batch" and momentum == 0:
-            averages = (None, None)
-        return F.batch_norm(x, *averages, *affine, training=norm == "batch", momentum=momentum, eps=EPS)
-
-
 def make_encoder(args, channels: int) -> nn.Module:
     """The encoder that --encoder, --width and --image_size describe."""
     return {"conv4": Conv4, "residual": Residual, "vit": ViT}[args.encoder](channels, args.width, args.image_size)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose every step is orthogonal (Jordan et al. 2024, "Muon"; torch.optim.Muon takes matrices only).
-
-    The filters of a convolution are a matrix [filters, inputs]. A gradient changes it most in the few directions that
-    all images share; an orthogonal step, its singular values all near 1, learns the rare directions as fast. The step
-    of a vector, here of batch norm's scales and shifts, has length 1. `lr` multiplies both.
-    """
-
-    def __init__(self, parameters, lr: float, momentum: float = 0.9):
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"].mul_(group["momentum"]).add_(p.grad)
-                ahead = p.grad + group["momentum"] * momentum  # Nesterov's
-                step = orthogonal(ahead.flatten(1)) if p.ndim > 1 else ahead / (ahead.norm() + 1e-7)
-                p.sub_(step.view_as(p), alpha=group["lr"])
-
-
-def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """About U V^T of a matrix U S V^T [rows, columns], times sqrt(rows / columns) where there are more rows.
-
-    Newton-Schulz: an odd polynomial of a matrix is the polynomial of its singular values; this one moves them to
-    between 0.7 and 1.2 in five steps.
-    """
-    tall = matrix.shape[0] > matrix.shape[1]
-    X = matrix.T if tall else matrix
-    X = X / (X.norm() + 1e-7)
-    for _ in range(steps):
-        A = X @ X.T
-        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-    return X.T * (matrix.shape[0] / matrix.shape[1]) ** 0.5 if tall else X
 
 
 @torch.no_grad()
@@ -201,145 +108,24 @@ def evaluate(features: torch.Tensor, sampler: EpisodeSampler, num_tasks: int):
 
     features: what `embed_split` gives, so that no query influences another (non-transductive).
     """
-    sampler.reset()
     correct, losses = [], []
-    while (done := sum(map(len, correct))) < num_tasks:
-        support, _, query, labels = sampler.sample(features=features)
+    for support, _, query, labels in sampler.first(num_tasks, features=features):
         logits = proto_logits(support, query, sampler.N)
-        losses.append(F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item())
-        right = (logits.argmax(dim=-1) == labels).float().mean(dim=1)
-        correct.append(right[: num_tasks - done].cpu())
-    return torch.cat(correct), sum(losses) / len(losses)
-
-
-class OneDrawer(EpisodeSampler):
-    """Tasks whose K support images of every class are by the same K people, the queries by others.
-
-    So are the one-shot trials of Lake et al. 2015. Image d of each character of an alphabet is by its drawer d; all
-    characters need as many images.
-    """
-
-    def draw(self, batch_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, order = super().draw(batch_size)  # [B, N, K + Q]
-        drawers = rows % self.same_count
-        return rows - drawers + drawers[:, :1], order  # those that the first class has drawn
+        losses.append(F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item() * len(labels))
+        correct.append((logits.argmax(dim=-1) == labels).float().mean(dim=1).cpu())
+    return torch.cat(correct), sum(losses) / num_tasks
 
 
 @torch.no_grad()
 def evaluate_transductive(encoder: nn.Module, sampler: EpisodeSampler, num_tasks: int, dtype: torch.dtype):
     """Accuracy of each task [num_tasks] when batch norm takes the statistics of its own support set and queries."""
-    sampler.reset()
     correct = []
-    while len(correct) < num_tasks:
-        support, _, query, labels = sampler.sample()
+    for support, _, query, labels in sampler.first(num_tasks):
         for s, q, y in zip(support, query, labels, strict=True):
             features = embed(encoder, torch.cat([s, q])[None], dtype, norm="batch")
             logits = proto_logits(features[:, : len(s)], features[:, len(s) :], sampler.N)
             correct.append((logits[0].argmax(dim=-1) == y).float().mean())
-    return torch.stack(correct[:num_tasks]).cpu()
-
-
-# ---------------------------------------------------------------------------- your own pictures
-
-
-def prepare_drawing(image: torch.Tensor, ink: str, size: int) -> torch.Tensor:
-    """A photographed or drawn character [C, H, W] in 0..255 as the training images look: [1, size, size].
-
-    Grey; bright strokes on dark paper (`ink` says how it is now: dark, bright, or auto, which takes the
-    border for paper); contrast stretched; cut out around the ink, with a margin.
-    """
-    grey = image.float().mean(dim=0)
-    border = torch.cat([grey[0], grey[-1], grey[:, 0], grey[:, -1]]).median()
-    if ink == "auto":
-        ink = "dark" if border > grey.mean() else "bright"
-    level = (border - grey if ink == "dark" else grey - border).clamp(min=0)
-    level = level / level.max().clamp(min=1)
-    ys, xs = (level > 0.4).nonzero(as_tuple=True)
-    if len(ys) == 0:
-        return torch.zeros(1, size, size)
-    top, bottom, left, right = int(ys.min()), int(ys.max()) + 1, int(xs.min()), int(xs.max()) + 1
-    side = int(1.35 * max(bottom - top, right - left)) + 2
-    canvas = torch.zeros(side, side)
-    y, x = (side - (bottom - top)) // 2, (side - (right - left)) // 2
-    canvas[y : y + bottom - top, x : x + right - left] = level[top:bottom, left:right]
-    small = F.interpolate(canvas[None, None], size=(size, size), mode="bilinear", antialias=True)[0]
-    return (small / small.max()).clamp(0, 1)  # thin strokes lose contrast when they shrink
-
-
-def read_pictures(folder: Path, what: str) -> list[Path]:
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-    if not files:
-        raise UserError(f"--predict: {what} {folder} has no pictures; put .png or .jpg files there")
-    return files
-
-
-def predict(args, encoder: nn.Module, channels: int, dtype: torch.dtype, device: torch.device) -> list[dict]:
-    """Label DIR/query/* by DIR/support/CLASS/*; prints a table, writes predictions.csv and .png."""
-    root = Path(args.predict)
-    for part in ("support", "query"):
-        if not (root / part).is_dir():
-            raise UserError(f"--predict: {root / part} is missing; DIR holds support/CLASS/*.png and query/*.png")
-    classes = sorted(p for p in (root / "support").iterdir() if p.is_dir() and not p.name.startswith("."))
-    if len(classes) < 2:
-        raise UserError(f"--predict: {root / 'support'} has {len(classes)} class folders; it takes two or more")
-
-    def load(path: Path) -> torch.Tensor:
-        image = torch.from_numpy(read_image(path, str(path)))
-        if channels == 1:
-            return prepare_drawing(image, args.ink, args.image_size)
-        small = resize(image.expand(channels, -1, -1)[None].numpy(), args.image_size)
-        return torch.from_numpy(small)[0].float() / 255
-
-    support = [(i, load(file)) for i, c in enumerate(classes) for file in read_pictures(c, "class")]
-    files = read_pictures(root / "query", "folder")
-    query = torch.stack([load(file) for file in files]).to(device)
-    labels = torch.tensor([i for i, _ in support], device=device)
-    with torch.no_grad():
-        features = embed(encoder, torch.stack([image for _, image in support]).to(device)[None], dtype)[0]
-        one_hot = F.one_hot(labels, len(classes)).float()
-        centres = (one_hot.T @ features) / one_hot.sum(dim=0)[:, None]  # classes may differ in size
-        logits = -squared_distances(embed(encoder, query[None], dtype), centres[None])[0]
-    probability, guess = logits.softmax(dim=-1).max(dim=-1)
-    rows = [
-        {"file": file.name, "predicted_class": classes[int(g)].name, "probability": round(float(p), 4)}
-        for file, g, p in zip(files, guess, probability, strict=True)
-    ]
-    width = max(len(row["file"]) for row in rows) + 2
-    for row in rows:
-        print(f"{row['file']:{width}}{row['predicted_class']:24}{row['probability']:.3f}")
-    folder = Path(args.checkpoint)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    experiment.write_atomically(folder / "predictions.csv", lambda out: out.write(text.getvalue().encode()))
-    figure = prediction_figure(support, classes, query.cpu(), rows)
-    experiment.write_atomically(folder / "predictions.png", lambda out: figure.savefig(out, dpi=120, format="png"))
-    print(f"written: {folder / 'predictions.csv'}, {folder / 'predictions.png'}")
-    return rows
-
-
-def prediction_figure(support, classes, query, rows):
-    """One row a class: its first support image, then the queries it was chosen for."""
-    from matplotlib.figure import Figure
-
-    members = [[j for j, row in enumerate(rows) if row["predicted_class"] == c.name][:8] for c in classes]
-    columns = 1 + max(1, *map(len, members))
-    figure = Figure(figsize=(1.3 * columns, 1.45 * len(classes)), layout="constrained")
-    axes = figure.subplots(len(classes), columns, squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
-
-    def show(ax, image, title):
-        image = image.permute(1, 2, 0).numpy()
-        ax.imshow(1 - image if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
-        ax.set_title(title, fontsize=8, parse_math=False)
-
-    for i, c in enumerate(classes):
-        show(axes[i, 0], next(image for label, image in support if label == i), f"class {c.name[:14]}")
-        for column, j in enumerate(members[i], start=1):
-            show(axes[i, column], query[j], f"{rows[j]['file'][:14]} {rows[j]['probability']:.2f}")
-    return figure
+    return torch.stack(correct).cpu()
 
 
 # ------------------------------------------------------------------------------------ the script
@@ -351,6 +137,7 @@ def parse_args(argv=None):
         __doc__, meta_batch_size=1, train_steps=2500, eval_freq=250, rotations=True, num_val_tasks=1000
     )
     parser.prog = "protonet.py"
+    groups["run"].add_argument("--init_from", **experiment.INIT_FROM)
     add = groups["data"].add_argument
     add("--train_classes", type=whole(2), default=60, help="classes in a training task; the paper: 60")
     add("--train_characters", type=whole(0), default=0, help="train on the first so many characters alone; 0: all")
@@ -360,13 +147,10 @@ def parse_args(argv=None):
     add("--shift", type=number(0, 1), default=0.1, help="random shift of training images, a share of half their size")
     add("--within_alphabet", action="store_true", help="test tasks of characters of one alphabet (Lake et al.)")
     add("--train_within_alphabet", action="store_true", help="training tasks too: likeness is learned where it is hard")
-    groups["run"].add_argument("--init_from", **experiment.INIT_FROM)
-    add("--predict", metavar="DIR", help="label DIR/query/* by DIR/support/CLASS/*, with --checkpoint")
-    add("--ink", choices=["auto", "dark", "bright"], default="auto", help="for --predict: strokes against the paper")
     add = groups["model"].add_argument
     encoders = "residual: twelve convolutions, not four; vit: a transformer, as mae.py pre-trains it"
     add("--encoder", choices=["conv4", "residual", "vit"], default="conv4", help=encoders)
-    add("--width", type=whole(1), default=64, help="filters of each convolution, numbers in a token; mae.py: 96")
+    add("--width", type=whole(1), default=64, help="filters of each convolution, numbers in a token")
     add = groups["optimisation"].add_argument
     add("--learning_rate", type=number(above=True), default=0.1, help="of Muon, at its peak")
     views = "the final test averages the features of so many slightly distorted copies of each image"
@@ -374,25 +158,17 @@ def parse_args(argv=None):
     smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "train_classes": 10,
              "width": 16, "views": 2}  # fmt: skip
     args = experiment.parse(parser, argv, smoke, fixed=("encoder", "width", "image_size"))
-    if args.encoder == "vit" and (args.width % 8 or args.image_size % 4):
-        raise UserError(f"--encoder vit takes a --width in eights and --image_size in fours; not {args.width}, "
-                        f"{args.image_size}")  # fmt: skip
-    if args.predict and not args.checkpoint:
-        raise UserError("--predict needs --checkpoint RUN_DIR, the trained run")
+    if args.encoder == "vit" and args.width % 8:
+        raise UserError(f"--width {args.width}: --encoder vit takes a multiple of 8 (four heads, sines and cosines)")
+    if args.encoder == "vit" and args.image_size % 4:
+        raise UserError(f"--image_size {args.image_size}: --encoder vit takes a multiple of 4, the side of a patch")
     return args
 
 
-def main(argv=None) -> dict | list[dict]:
+def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)
-    dtype = fast_dtype(args.dtype, device)
-    if args.predict:
-        weights = experiment.load_checkpoint(Path(args.checkpoint) / "best.pt")["model"]
-        channels = weights["embed.weight"].shape[1] // 16 if args.encoder == "vit" else weights["weight0"].shape[1]
-        encoder = make_encoder(args, channels).to(device)
-        experiment.load_best(args.checkpoint, encoder)
-        return predict(args, encoder, channels, dtype, device)
-
+    dtype = experiment.precision(args, device)
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
     if args.train_characters:
         dataset.splits["train"] = dataset.splits["train"][: args.train_characters]
@@ -402,7 +178,7 @@ def main(argv=None) -> dict | list[dict]:
     if args.test:
         step = experiment.load_best(args.checkpoint, encoder)
         metrics = {"best_step": step} | test_report(args, encoder, dataset, dtype, device)
-        return experiment.report(args, "protonet", dataset.name, metrics)
+        return experiment.report(args, "protonet", dataset.name, metrics, digest=dataset.digest)
 
     test = fixed_tasks(dataset, "test", args, device, within_alphabet=args.within_alphabet)
     # Of any alphabets: the 100 characters of validation are too few of one.
@@ -417,7 +193,7 @@ def main(argv=None) -> dict | list[dict]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(  # fewer than 20 steps it cannot divide into phases
         optimizer, args.learning_rate, max(20, args.train_steps + 1), pct_start=0.2, cycle_momentum=False
     )
-    run = Run(args, "protonet", dataset.name)
+    run = Run(args, "protonet", dataset.name, dataset.digest)
     run.track(model=encoder, optimizer=optimizer, schedule=schedule, sampler=train)
     for _ in run.steps():
         loss = episode_loss(encoder, train.sample(), N, dtype)
@@ -438,7 +214,8 @@ def main(argv=None) -> dict | list[dict]:
                 "Loss/test": test_loss, "Accuracy/test": test_accuracy,
             })  # fmt: skip
     run.load_best(encoder)
-    log_episode(run, encoder, test, dtype)
+    log_episode(run, test, lambda *task: guess(encoder, dtype, *task))
+    log_embedding(run, encoder, test, dtype)
     return run.finish(test_report(args, encoder, dataset, dtype, device))
 
 
@@ -456,40 +233,50 @@ def test_report(args, encoder: nn.Module, dataset: Dataset, dtype: torch.dtype, 
     metrics = {"num_test_tasks": args.num_test_tasks, "accuracies": [round(a, 4) for a in accuracies.tolist()]}
     named = {"": accuracies, "_one_view": alone, "_transductive": evaluate_transductive(encoder, test, some, dtype)}
     if args.within_alphabet and test.same_count:
-        lake = OneDrawer(dataset, "test", test.N, test.K, test.Q, test.B, test.seed, device, within_alphabet=True)
+        lake = fixed_tasks(dataset, "test", args, device, within_alphabet=True, one_drawer=True)
         named["_one_drawer"] = evaluate(features, lake, args.num_test_tasks)[0]
+    in_plane = {}
     for N, K in ((5, 1), (5, 5), (20, 1), (20, 5)):
         if N <= test.num_available and K + args.num_query <= int(test.counts.min()) and not args.within_alphabet:
             setting = Namespace(num_classes=N, num_shot=K, num_query=args.num_query)
             tasks = fixed_tasks(dataset, "test", setting, device)
             named[f"_{N}way{K}shot"] = evaluate(features, tasks, args.num_test_tasks)[0]
+            if (N, K) == (5, 1):
+                in_plane = {"episode": embedded_episode(features, tasks)}
     for name, values in named.items():
         metrics[f"test_accuracy{name}"], metrics[f"ci95{name}"] = experiment.mean_and_ci95(values)
-    return metrics | {
+    return metrics | in_plane | {
         "batch_norm": "running", "views": args.views, "within_alphabet": args.within_alphabet,
         "dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device),
         "parameters": sum(p.numel() for p in encoder.parameters()),
     }  # fmt: skip
 
 
-def log_episode(run: Run, encoder: nn.Module, test: EpisodeSampler, dtype: torch.dtype) -> None:
-    """Send one test episode to TensorBoard: a picture with predictions, and its embedding for the projector."""
+def guess(encoder: nn.Module, dtype: torch.dtype, support, support_labels, query) -> torch.Tensor:
+    """The classes [N*Q] of the queries of one task."""
+    features = embed(encoder, torch.cat([support, query], dim=1), dtype)
+    n, N = support.shape[1], int(support_labels.max()) + 1
+    return proto_logits(features[:, :n], features[:, n:], N)[0].argmax(dim=-1)
+
+
+def embedded_episode(features: torch.Tensor, tasks: EpisodeSampler) -> dict:
+    """The first task in its two principal components, for a picture: support [N*K, 2], query [N*Q, 2], their labels."""
+    support, _, query, labels = (x[0] for x in next(tasks.first(1, features=features)))
+    centred = torch.cat([support, query]) - torch.cat([support, query]).mean(dim=0)
+    plane = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
+    points = [[round(v, 3) for v in row] for row in plane.tolist()]
+    return {"support": points[: len(support)], "query": points[len(support) :], "labels": labels.tolist()}
+
+
+@torch.no_grad()
+def log_embedding(run: Run, encoder: nn.Module, test: EpisodeSampler, dtype: torch.dtype) -> None:
+    """Send the embedding of one test episode to TensorBoard's projector."""
     if not run.writes:
         return
-    test.reset()
-    support, support_labels, query, query_labels = (x[:1] for x in test.sample())
-    with torch.no_grad():
-        features = embed(encoder, torch.cat([support, query], dim=1), dtype)
-    n = support.shape[1]
-    guesses = proto_logits(features[:, :n], features[:, n:], test.N)[0].argmax(dim=-1)
-    shown = 3 * test.N
-    figure = episode_figure(
-        support[0], support_labels[0], query[0, :shown], query_labels[0, :shown], guesses[:shown]
-    )
-    run.writer.add_figure("episode", figure, run.step)
-    names = [f"support {y}" for y in support_labels[0].tolist()] + [f"query {y}" for y in query_labels[0].tolist()]
-    images = 1 - torch.cat([support, query], dim=1)[0]
-    run.writer.add_embedding(features[0], names, images, run.step, "episode")
+    support, support_labels, query, query_labels = (x[0] for x in next(test.first(1)))
+    names = [f"support {y}" for y in support_labels.tolist()] + [f"query {y}" for y in query_labels.tolist()]
+    images = torch.cat([support, query])
+    run.writer.add_embedding(embed(encoder, images[None], dtype)[0], names, 1 - images, run.step, "episode")
 
 
 if __name__ == "__main__":

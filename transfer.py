@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import experiment
-from backbone import Conv4, fast_dtype
+from backbone import Conv4
 from experiment import Run, UserError, number, whole
 from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_dataset
 
@@ -68,7 +68,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: torch.Tensor, dtype: torch.dtype, **norm) -> torch.Tensor:
         """Logits [n, classes] of images [n, C, H, W]."""
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        with experiment.autocast(images.device, dtype):
             features = self.encoder(images.contiguous(memory_format=torch.channels_last), **norm)
         return self.head(features.float())
 
@@ -104,10 +104,8 @@ def fit_heads(features: torch.Tensor, labels: torch.Tensor, N: int, steps: int, 
 
 def few_shot(args, encoder: Conv4, sampler: EpisodeSampler, dtype: torch.dtype) -> torch.Tensor:
     """Accuracy of each of `--num_test_tasks` test tasks: a fresh head (or network) for every support set."""
-    sampler.reset()
     N, correct = sampler.N, []
-    while (done := sum(map(len, correct))) < args.num_test_tasks:
-        support, support_labels, query, query_labels = sampler.sample()
+    for support, support_labels, query, query_labels in sampler.first(args.num_test_tasks):
         if args.adapt == "all":
             logits = torch.stack([
                 adapt_network(args, encoder, s, y, q, dtype)
@@ -116,7 +114,7 @@ def few_shot(args, encoder: Conv4, sampler: EpisodeSampler, dtype: torch.dtype) 
         else:
             with torch.no_grad():
                 flat = torch.cat([support, query], dim=1).flatten(0, 1)
-                with torch.autocast(flat.device.type, dtype, enabled=dtype != torch.float32):
+                with experiment.autocast(flat.device, dtype):
                     features = encoder(flat.contiguous(memory_format=torch.channels_last))
                 # Unit vectors: a cosine head needs neither a tuned rate nor a tuned number of steps.
                 features = F.normalize(features.float().view(len(support), -1, encoder.out_features), dim=-1)
@@ -125,8 +123,7 @@ def few_shot(args, encoder: Conv4, sampler: EpisodeSampler, dtype: torch.dtype) 
                 features[:, :n], support_labels, N, args.head_steps, args.head_rate, args.head_decay
             )
             logits = features[:, n:] @ weight + bias
-        right = (logits.argmax(dim=-1) == query_labels).float().mean(dim=1)
-        correct.append(right[: args.num_test_tasks - done].cpu())
+        correct.append((logits.argmax(dim=-1) == query_labels).float().mean(dim=1).cpu())
     return torch.cat(correct)
 
 
@@ -151,8 +148,9 @@ def adapt_network(args, encoder: Conv4, support, labels, query, dtype: torch.dty
 def parse_args(argv=None):
     """The flags; --train_steps counts both phases."""
     parser, groups = experiment.make_parser(
-        __doc__, meta_batch_size=128, train_steps=3200, eval_freq=200, num_val_tasks=600
-    )
+        __doc__, without=("--rotations", "--patience", "--num_val_tasks"),
+        meta_batch_size=128, train_steps=3200, eval_freq=200,
+    )  # fmt: skip
     parser.prog = "transfer.py"
     add = groups["data"].add_argument
     add("--held_out", type=whole(1), default=5, help="drawings of each character that are only measured")
@@ -172,15 +170,13 @@ def parse_args(argv=None):
     args = experiment.parse(parser, argv, smoke, fixed=("width", "image_size"))
     if args.finetune_steps >= args.train_steps:
         raise UserError(f"--finetune_steps {args.finetune_steps} must be less than --train_steps {args.train_steps}")
-    if args.rotations:
-        raise UserError("--rotations: a classifier of characters has no use for it; drop the flag")
     return args
 
 
 def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)
-    dtype = fast_dtype(args.dtype, device)
+    dtype = experiment.precision(args, device)
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
     splits = dataset.splits
     channels = dataset.images.shape[1]
@@ -198,7 +194,7 @@ def main(argv=None) -> dict:
     if args.test:
         step = experiment.load_best(args.checkpoint, model)
         metrics = {"best_step": step} | report(args, model, first, second, tasks, dtype, device)
-        return experiment.report(args, "transfer", dataset.name, metrics)
+        return experiment.report(args, "transfer", dataset.name, metrics, digest=dataset.digest)
 
     pretrain_steps = args.train_steps - args.finetune_steps
     optimizers, schedules = {}, {}
@@ -207,7 +203,7 @@ def main(argv=None) -> dict:
     ):  # fmt: skip
         optimizers[name] = torch.optim.AdamW(model[name].parameters(), rate, weight_decay=0.05, fused=True)
         schedules[name] = torch.optim.lr_scheduler.OneCycleLR(optimizers[name], rate, total_steps=max(20, steps + 1))
-    run = Run(args, "transfer", dataset.name)
+    run = Run(args, "transfer", dataset.name, dataset.digest)
     run.track(
         model=model, first=first, second=second,
         **{f"optimizer_{k}": v for k, v in optimizers.items()}, **{f"schedule_{k}": v for k, v in schedules.items()},

@@ -14,6 +14,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 import load_data  # noqa: E402
+import omniglot  # noqa: E402
 
 has_omniglot = pytest.mark.skipif(not os.environ.get("OMNIGLOT_DIR"), reason="needs OMNIGLOT_DIR")
 
@@ -28,7 +29,7 @@ def work(tmp_path_factory):
 def _in_work(work, monkeypatch):
     monkeypatch.chdir(work)
     # Refused at once: no test waits for, or depends on, the network.
-    monkeypatch.setattr(load_data, "DOWNLOAD_URL", "http://127.0.0.1:9/")
+    monkeypatch.setattr(omniglot, "DOWNLOAD_URL", "http://127.0.0.1:9/")
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +42,22 @@ def run_script(work):
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **kwargs)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def trained_protonet(work, tmp_path_factory):
+    """A small network trained on the glyphs for some seconds."""
+    import protonet
+
+    folder = tmp_path_factory.mktemp("proto")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        metrics = protonet.main([
+            "--smoke", "--dataset", "glyphs", "--device", "cpu",
+            "--width", "32", "--train_steps", "120", "--eval_freq", "60", "--train_classes", "30",
+            "--num_test_tasks", "60", "--log_dir", str(folder), "--run_name", "small",
+        ])  # fmt: skip
+    return folder / "small", metrics
 
 
 def known_dataset(num_classes=30, drawings=20, split=None):

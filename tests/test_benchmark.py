@@ -31,7 +31,7 @@ def test_course_network_and_ours_are_the_same_function():
     assert torch.allclose(ours(images, labels), course(images, labels), atol=1e-14)
     # One step of plain Adam and one of ours, which runs fused, end at the same parameters.
     course_step(course, torch.optim.Adam(course.parameters(), 1e-3), images, labels)
-    our_step(ours, torch.optim.Adam(ours.parameters(), 1e-3, fused=True), images, labels, "float32")
+    our_step(ours, torch.optim.Adam(ours.parameters(), 1e-3, fused=True), images, labels, torch.float32)
     for a, b in zip(ours.parameters(), course.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-8)
 

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from conftest import REPO
 
 import experiment
+import predict
 import protonet
 from backbone import Conv4
 from load_data import load_dataset
@@ -40,7 +41,7 @@ TRAINING = {
     "maml": ["--width", "4", "--num_query", "2", "--train_query", "1"],
     "meta_lstm": ["--num_query", "2", "--train_query", "1", "--meta_batch_size", "2"],
 }
-SCRIPTS = [*TRAINING, "profile_costs", "feature_weights", "benchmark", "reproduce", "load_data"]
+SCRIPTS = [*TRAINING, "predict", "profile_costs", "feature_weights", "benchmark", "reproduce", "load_data"]
 
 
 def flags_of(script, *more):
@@ -91,7 +92,8 @@ def test_every_flag_refuses_bad_values_in_one_line(script, monkeypatch, tmp_path
     """Exit 2, one line that names the flag, nothing written; a flag with a value of its type is always checked."""
     monkeypatch.chdir(tmp_path)
     parser = parser_of(script, monkeypatch)
-    first = [next(iter(action.choices)) for action in parser._get_positional_actions()]
+    first = [next(iter(action.choices or ["."])) for action in parser._get_positional_actions()]
+    first += [f"--{a.dest}=." for a in parser._actions if a.required and a.option_strings]
     cases = [(flag, [f"{flag}={value}"]) for action in parser._actions for flag in action.option_strings
              if flag.startswith("--") and flag != "--help" for value in bad_values(action)]  # fmt: skip
     cases += [("--nonsense", ["--nonsense"]), ("--num", ["--num", "1"]), ("extra", ["extra", "extra"])]
@@ -154,7 +156,7 @@ def test_class_names_of_all_kinds_just_work(work, tmp_path):
     shutil.copy(tmp_path / "asked" / "support" / NAMES[0] / "0.png", query / f"{NAMES[1]}.png")
     iio.imwrite(query / "dot.png", np.zeros((1, 1), np.uint8))
     iio.imwrite(query / "large.png", np.zeros((5000, 5000), np.uint8))
-    rows = protonet.main(["--predict", str(tmp_path / "asked"), "--checkpoint", str(tmp_path / "runs" / "a")])
+    rows = predict.main([str(tmp_path / "asked"), "--checkpoint", str(tmp_path / "runs" / "a")])
     assert [row["file"] for row in rows] == ["dot.png", f"{NAMES[1]}.png", "large.png"]
     assert rows[1]["predicted_class"] == NAMES[0]
 

@@ -16,8 +16,11 @@ import pytest
 import torch
 from conftest import REPO, has_omniglot, known_dataset, one_line_error
 
+import glyphs
 import load_data
-from load_data import DataGenerator, EpisodeSampler, UserError, draw_distinct, load_dataset
+import omniglot
+from experiment import UserError
+from load_data import DataGenerator, EpisodeSampler, draw_distinct, load_dataset
 
 # ----------------------------------------------------------------------------- the samplers
 
@@ -300,13 +303,13 @@ def test_glyphs_are_characters():
     within = (flat[:, 0] - flat[:, 1]).norm(dim=1).mean()
     between = (flat[:-1, 0] - flat[1:, 1]).norm(dim=1).mean()
     assert within < 0.85 * between
-    assert np.array_equal(load_data.draw_glyphs(30), load_data.draw_glyphs(30))
+    assert np.array_equal(glyphs.draw_glyphs(30), glyphs.draw_glyphs(30))
 
 
 @pytest.fixture
 def small_omniglot(tmp_path, monkeypatch):
     """Both archives with 4 and 3 invented characters in place of 964 and 659, and their digests."""
-    drawings = load_data.draw_glyphs(7, image_size=105).reshape(7, 20, 105, 105) > 127
+    drawings = glyphs.draw_glyphs(7, image_size=105).reshape(7, 20, 105, 105) > 127
     archives = {}
     parts = (("images_background", "Latin", range(4)), ("images_evaluation", "ULOG", range(4, 7)))
     for part, alphabet, characters in parts:
@@ -319,8 +322,8 @@ def small_omniglot(tmp_path, monkeypatch):
                     archive.writestr(f"{part}/{alphabet}/character{c:02d}/{c:04d}_{d:02d}.png", png)
                     sha.update(np.packbits(paper).tobytes())
         archives[part] = (len(characters), sha.hexdigest())
-    monkeypatch.setattr(load_data, "ARCHIVES", archives)
-    monkeypatch.setattr(load_data, "CACHE_FOLDER", tmp_path / "cache")
+    monkeypatch.setattr(omniglot, "ARCHIVES", archives)
+    monkeypatch.setattr(omniglot, "CACHE_FOLDER", tmp_path / "cache")
     monkeypatch.delenv("OMNIGLOT_DIR", raising=False)
     return tmp_path
 
@@ -337,7 +340,7 @@ def test_every_form_gives_the_same_array(small_omniglot, tmp_path):
     assert 0.03 < from_archives.mean() / 255 < 0.3  # ink is 255
 
     extracted = tmp_path / "extracted"
-    for part in load_data.ARCHIVES:
+    for part in omniglot.ARCHIVES:
         with zipfile.ZipFile(small_omniglot / f"{part}.zip") as archive:
             archive.extractall(extracted)
     assert np.array_equal(packed(extracted)[0], from_archives) and packed(extracted)[1] == names
@@ -357,13 +360,13 @@ def test_cache_is_used_checked_and_rebuilt(small_omniglot, monkeypatch, capsys):
     images, _ = packed(small_omniglot)
     cache = next((small_omniglot / "cache").iterdir())
     whole = cache.read_bytes()
-    monkeypatch.setattr(load_data, "read_image", lambda *_: pytest.fail("an image was opened"))
+    monkeypatch.setattr(omniglot, "read_image", lambda *_: pytest.fail("an image was opened"))
     assert np.array_equal(packed(small_omniglot)[0], images)
     monkeypatch.undo()  # also undoes small_omniglot: set it again
     archives = {"images_background": (4, None), "images_evaluation": (3, None)}
-    monkeypatch.setattr(load_data, "ARCHIVES", archives)
-    monkeypatch.setattr(load_data, "CACHE_FOLDER", small_omniglot / "cache")
-    monkeypatch.setattr(load_data, "check_pixels", lambda *_: None)
+    monkeypatch.setattr(omniglot, "ARCHIVES", archives)
+    monkeypatch.setattr(omniglot, "CACHE_FOLDER", small_omniglot / "cache")
+    monkeypatch.setattr(omniglot, "check_pixels", lambda *_: None)
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     for damaged in (whole[: len(whole) // 2], b"", bytes(flipped), b"not a zip" * 100):
@@ -430,7 +433,7 @@ def test_missing_folder_and_fallback(small_omniglot, tmp_path, monkeypatch, caps
         load_dataset("omniglot", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="cannot download .* put images_background.zip"):
         load_dataset("omniglot")
-    monkeypatch.setattr(load_data, "draw_glyphs", lambda n, size: np.full((n * 20, 1, size, size), 9, np.uint8))
+    monkeypatch.setattr(glyphs, "draw_glyphs", lambda n, size: np.full((n * 20, 1, size, size), 9, np.uint8))
     data = load_dataset("auto")
     assert data.name == "glyphs" and "GLYPHS" in capsys.readouterr().err
     monkeypatch.setenv("OMNIGLOT_DIR", str(small_omniglot))
@@ -458,14 +461,14 @@ def test_download(small_omniglot, tmp_path, monkeypatch):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(load_data, "DOWNLOAD_URL", f"http://127.0.0.1:{server.server_port}/")
-    md5 = {p: hashlib.md5((small_omniglot / f"{p}.zip").read_bytes()).hexdigest() for p in load_data.ARCHIVES}
-    monkeypatch.setattr(load_data, "ARCHIVE_MD5", md5 | {"images_evaluation": "0" * 32})
+    monkeypatch.setattr(omniglot, "DOWNLOAD_URL", f"http://127.0.0.1:{server.server_port}/")
+    md5 = {p: hashlib.md5((small_omniglot / f"{p}.zip").read_bytes()).hexdigest() for p in omniglot.ARCHIVES}
+    monkeypatch.setattr(omniglot, "ARCHIVE_MD5", md5 | {"images_evaluation": "0" * 32})
     with pytest.raises(UserError, match="images_evaluation.zip .the download is damaged"):
         load_dataset("omniglot")
     assert Quiet.asked == 1 + 1 + 3
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["images_background.zip"]  # no partial file is left
-    monkeypatch.setattr(load_data, "ARCHIVE_MD5", md5)
+    monkeypatch.setattr(omniglot, "ARCHIVE_MD5", md5)
     assert len(load_dataset("omniglot").images) == 140
     server.shutdown()
 
@@ -512,7 +515,7 @@ def test_bad_folders(tmp_path):
 
 def test_resize_keeps_the_mean_and_smooths():
     checks = np.indices((105, 105)).sum(0) % 2 * np.uint8(255)
-    small = load_data.resize(checks[None, None], 28)
+    small = omniglot.resize(checks[None, None], 28)
     assert small.shape == (1, 1, 28, 28) and small.dtype == np.uint8
     assert abs(small.mean() - 127.5) < 2 and small.std() < 10  # a nearest-pixel resize has std 127
 
@@ -534,7 +537,7 @@ def test_real_omniglot():
     data = load_dataset("omniglot")
     assert data.images.shape == (1623 * 20, 1, 28, 28)
     assert len({n.split("/")[0] for n in data.names[:964]}) == 30
-    assert {n.split("/")[0] for n in data.names[964:]} == load_data.EVALUATION_ALPHABETS
+    assert {n.split("/")[0] for n in data.names[964:]} == omniglot.EVALUATION_ALPHABETS
     assert abs(data.images.mean() / 255 - 0.0806) < 0.001
 
 

@@ -16,7 +16,8 @@ from torch import nn
 import benchmark
 import experiment
 import meta_lstm
-from load_data import EpisodeSampler, UserError
+from experiment import UserError
+from load_data import EpisodeSampler
 from meta_lstm import (
     EPS,
     HIDDEN,

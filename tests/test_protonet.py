@@ -1,28 +1,21 @@
-"""Prototypical networks: hand-computed probabilities, independence of queries, prediction on pictures."""
+"""Prototypical networks: hand-computed probabilities, independence of queries, training."""
 
-import csv
 import json
 
-import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from conftest import known_dataset, one_line_error
+from conftest import known_dataset
 from torch import nn
 
-import load_data
 import protonet
-from backbone import Conv4, prototypes
+from backbone import Conv4, Muon, Residual, orthogonal, prototypes
 from load_data import EpisodeSampler
 from protonet import (
-    Muon,
-    OneDrawer,
-    Residual,
     embed,
     embed_split,
     episode_loss,
     evaluate,
-    orthogonal,
     proto_logits,
     squared_distances,
 )
@@ -120,7 +113,8 @@ def test_tasks_of_one_drawer():
     The classes, the query order and the first class are those of the ordinary tasks; all drawers come up.
     """
     dataset, options = known_dataset(), {"within_alphabet": True}
-    lake, plain = (kind(dataset, "test", 4, 2, 3, 500, seed=1, **options) for kind in (OneDrawer, EpisodeSampler))
+    make = lambda **more: EpisodeSampler(dataset, "test", 4, 2, 3, 500, seed=1, **options, **more)
+    lake, plain = make(one_drawer=True), make()
     each = plain.same_count
     (rows, order), (plain_rows, plain_order) = lake.draw(), plain.draw()
     drawers = rows % each
@@ -212,29 +206,16 @@ def test_muon_survives_a_gradient_of_zero():
     assert torch.equal(p, torch.ones(3, 4))
 
 
-@pytest.fixture(scope="module")
-def trained(work, tmp_path_factory):
-    """A small network trained on the glyphs for some seconds."""
-    folder = tmp_path_factory.mktemp("proto")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(work)
-        metrics = protonet.main([
-            *SMOKE, "--width", "32", "--train_steps", "120", "--eval_freq", "60", "--train_classes", "30",
-            "--num_test_tasks", "60", "--log_dir", str(folder), "--run_name", "small",
-        ])  # fmt: skip
-    return folder / "small", metrics
-
-
-def test_training_learns(trained):
-    folder, metrics = trained
+def test_training_learns(trained_protonet):
+    folder, metrics = trained_protonet
     assert metrics["test_accuracy"] > 0.85 and metrics["batch_norm"] == "running"
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert metrics["test_accuracy_5way1shot"] == metrics["test_accuracy"] < metrics["test_accuracy_5way5shot"]
     assert metrics["test_accuracy_20way1shot"] < metrics["test_accuracy_20way5shot"] < 1
 
 
-def test_evaluation_at_other_n_and_k(trained):
-    folder, metrics = trained
+def test_evaluation_at_other_n_and_k(trained_protonet):
+    folder, metrics = trained_protonet
     base = ["--test", "--checkpoint", str(folder), "--num_test_tasks", "40"]
     one = protonet.main([*base, "--num_classes", "20"])
     five = protonet.main([*base, "--num_classes", "20", "--num_shot", "5"])
@@ -243,9 +224,9 @@ def test_evaluation_at_other_n_and_k(trained):
     assert protonet.main([*base, "--within_alphabet", "--split", "lake"])["within_alphabet"]
 
 
-def test_float32_and_bfloat16_agree(trained):
+def test_float32_and_bfloat16_agree(trained_protonet):
     """The same network in both: accuracies within one point, features within 3 % of their size."""
-    folder, _ = trained
+    folder, _ = trained_protonet
     base = ["--test", "--checkpoint", str(folder), "--num_test_tasks", "100"]
     wide, short = (protonet.main([*base, "--dtype", dtype])["test_accuracy"] for dtype in ("float32", "bfloat16"))
     assert abs(wide - short) < 0.01
@@ -266,89 +247,3 @@ def test_float32_and_bfloat16_agree(trained):
 def test_every_flag_in_a_smoke_run(flags, tmp_path):
     metrics = protonet.main([*SMOKE, "--log_dir", str(tmp_path), *flags])
     assert 0.2 < metrics["test_accuracy"] <= 1
-
-
-def photograph(character, size, ink, paper, noise=0):
-    """A glyph [28, 28] (1 is ink) as a picture: enlarged, off-centre, in colours, with noise."""
-    big = load_data.resize((character * 255).astype(np.uint8)[None, None], size)[0, 0][..., None] / 255
-    canvas = np.zeros((size + size // 2, size * 2, 1))
-    canvas[size // 4 : size // 4 + size, size // 2 : size // 2 + size] = big
-    picture = canvas * np.array(ink) + (1 - canvas) * np.array(paper)
-    picture = picture + np.random.default_rng(0).normal(0, noise, picture.shape)
-    return picture.clip(0, 255).round().astype(np.uint8)
-
-
-STYLES = [
-    {"size": 60, "ink": (0, 0, 0), "paper": (255, 255, 255)},
-    {"size": 150, "ink": (40, 40, 160), "paper": (235, 225, 200), "noise": 6},  # blue ink on yellowish paper
-    {"size": 90, "ink": (250, 250, 250), "paper": (20, 60, 20)},  # chalk on a board
-    {"size": 40, "ink": (90, 20, 20), "paper": (200, 200, 200), "noise": 3},
-]
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """support/<class>/* and query/* of five glyphs of the test split, in several styles and sizes."""
-    data = load_data.load_dataset("glyphs")
-    rng = np.random.default_rng(3)
-    classes = rng.choice(data.splits["test"], 5, replace=False)
-    for n, c in enumerate(classes):
-        drawings = data.images[data.starts[c] : data.starts[c] + 20, 0] / 255
-        folder = tmp_path / "support" / f"letter {n}"
-        folder.mkdir(parents=True)
-        for i in range(1 + n % 3):  # one or more each
-            iio.imwrite(folder / f"{i}.png", photograph(drawings[i], **STYLES[(n + i) % 4]))
-        (tmp_path / "query").mkdir(exist_ok=True)
-        for i, style in enumerate(STYLES):
-            suffix = ("png", "jpg")[i % 2]
-            iio.imwrite(tmp_path / "query" / f"letter {n} style {i}.{suffix}", photograph(drawings[10 + i], **style))
-    return tmp_path
-
-
-def test_predict_labels_pictures_of_any_look(trained, pictures, capsys):
-    folder, _ = trained
-    rows = protonet.main(["--predict", str(pictures), "--checkpoint", str(folder)])
-    assert len(rows) == 20
-    right = sum(row["file"].startswith(row["predicted_class"]) for row in rows)
-    assert right >= 18, rows
-    with open(folder / "predictions.csv") as file:
-        assert [row["predicted_class"] for row in csv.DictReader(file)] == [row["predicted_class"] for row in rows]
-    assert iio.imread(folder / "predictions.png").shape[0] > 300
-    assert "letter 0 style 0.png" in capsys.readouterr().out
-    assert {p.name for p in pictures.iterdir()} == {"support", "query"}  # nothing is written into DIR
-
-
-def test_ink_flag(trained, pictures):
-    inverted = [255 - load_data.read_image(p, "")[0] for p in sorted((pictures / "query").glob("*style 0.png"))]
-    for image in inverted:
-        dark = protonet.prepare_drawing(torch.from_numpy(255 - image[None]), "dark", 28)
-        assert torch.allclose(protonet.prepare_drawing(torch.from_numpy(image[None]), "bright", 28), dark, atol=1e-5)
-        assert torch.allclose(protonet.prepare_drawing(torch.from_numpy(image[None]), "auto", 28), dark, atol=1e-5)
-    blank = protonet.prepare_drawing(torch.full((3, 40, 40), 200, dtype=torch.uint8), "auto", 28)
-    assert blank.shape == (1, 28, 28) and not blank.any()
-
-
-def test_bad_folders_get_one_line(trained, pictures, tmp_path, run_script, capsys):
-    folder, _ = trained
-
-    def refused(*words):
-        with pytest.raises(SystemExit) as stop:
-            protonet.experiment.run_script(
-                lambda: protonet.main(["--predict", str(pictures), "--checkpoint", str(folder)])
-            )
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and err.count("\n") == 1 and all(word in err for word in words), err
-
-    (pictures / "query" / "bad.png").write_text("not a picture")
-    refused("cannot read the image", "bad.png")
-    (pictures / "query" / "bad.png").unlink()
-    (pictures / "support" / "empty").mkdir()
-    refused("empty", "has no pictures")
-    for p in list((pictures / "support").iterdir()):
-        if p.name != "letter 0":
-            p.rename(tmp_path / f"moved {p.name}")
-    refused("has 1 class folders")
-    (pictures / "support").rename(pictures / "elsewhere")
-    refused("support is missing")
-    one_line_error(run_script("protonet.py", "--predict", pictures), "--predict needs --checkpoint")
-    one_line_error(run_script("protonet.py", "--predict", pictures, "--checkpoint", tmp_path), "not a run folder")

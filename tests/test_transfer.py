@@ -8,7 +8,7 @@ from conftest import known_dataset
 import experiment
 import transfer
 from backbone import Conv4
-from load_data import UserError
+from experiment import UserError
 from transfer import Classifier, Drawings, fit_heads, held_out_accuracy
 
 SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]

@@ -1,0 +1,98 @@
+"""Prediction on the user's own pictures: of any look, in any order, with one line for every fault."""
+
+import csv
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from conftest import one_line_error
+
+import experiment
+import load_data
+import omniglot
+import predict
+
+
+def photograph(character, size, ink, paper, noise=0):
+    """A glyph [28, 28] (1 is ink) as a picture: enlarged, off-centre, in colours, with noise."""
+    big = omniglot.resize((character * 255).astype(np.uint8)[None, None], size)[0, 0][..., None] / 255
+    canvas = np.zeros((size + size // 2, size * 2, 1))
+    canvas[size // 4 : size // 4 + size, size // 2 : size // 2 + size] = big
+    picture = canvas * np.array(ink) + (1 - canvas) * np.array(paper)
+    picture = picture + np.random.default_rng(0).normal(0, noise, picture.shape)
+    return picture.clip(0, 255).round().astype(np.uint8)
+
+
+STYLES = [
+    {"size": 60, "ink": (0, 0, 0), "paper": (255, 255, 255)},
+    {"size": 150, "ink": (40, 40, 160), "paper": (235, 225, 200), "noise": 6},  # blue ink on yellowish paper
+    {"size": 90, "ink": (250, 250, 250), "paper": (20, 60, 20)},  # chalk on a board
+    {"size": 40, "ink": (90, 20, 20), "paper": (200, 200, 200), "noise": 3},
+]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """support/<class>/* and query/* of five glyphs of the test split, in several styles and sizes."""
+    data = load_data.load_dataset("glyphs")
+    rng = np.random.default_rng(3)
+    classes = rng.choice(data.splits["test"], 5, replace=False)
+    for n, c in enumerate(classes):
+        drawings = data.images[data.starts[c] : data.starts[c] + 20, 0] / 255
+        folder = tmp_path / "support" / f"letter {n}"
+        folder.mkdir(parents=True)
+        for i in range(1 + n % 3):  # one or more each
+            iio.imwrite(folder / f"{i}.png", photograph(drawings[i], **STYLES[(n + i) % 4]))
+        (tmp_path / "query").mkdir(exist_ok=True)
+        for i, style in enumerate(STYLES):
+            suffix = ("png", "jpg")[i % 2]
+            iio.imwrite(tmp_path / "query" / f"letter {n} style {i}.{suffix}", photograph(drawings[10 + i], **style))
+    return tmp_path
+
+
+def test_predict_labels_pictures_of_any_look(trained_protonet, pictures, capsys):
+    folder, _ = trained_protonet
+    rows = predict.main([str(pictures), "--checkpoint", str(folder)])
+    assert len(rows) == 20
+    right = sum(row["file"].startswith(row["predicted_class"]) for row in rows)
+    assert right >= 18, rows
+    with open(folder / "predictions.csv") as file:
+        assert [row["predicted_class"] for row in csv.DictReader(file)] == [row["predicted_class"] for row in rows]
+    assert iio.imread(folder / "predictions.png").shape[0] > 300
+    assert "letter 0 style 0.png" in capsys.readouterr().out
+    assert {p.name for p in pictures.iterdir()} == {"support", "query"}  # nothing is written into DIR
+
+
+def test_ink_flag(trained_protonet, pictures):
+    inverted = [255 - omniglot.read_image(p, "")[0] for p in sorted((pictures / "query").glob("*style 0.png"))]
+    for image in inverted:
+        dark = predict.prepare_drawing(torch.from_numpy(255 - image[None]), "dark", 28)
+        assert torch.allclose(predict.prepare_drawing(torch.from_numpy(image[None]), "bright", 28), dark, atol=1e-5)
+        assert torch.allclose(predict.prepare_drawing(torch.from_numpy(image[None]), "auto", 28), dark, atol=1e-5)
+    blank = predict.prepare_drawing(torch.full((3, 40, 40), 200, dtype=torch.uint8), "auto", 28)
+    assert blank.shape == (1, 28, 28) and not blank.any()
+
+
+def test_bad_folders_get_one_line(trained_protonet, pictures, tmp_path, run_script, capsys):
+    folder, _ = trained_protonet
+
+    def refused(*words):
+        with pytest.raises(SystemExit) as stop:
+            experiment.run_script(lambda: predict.main([str(pictures), "--checkpoint", str(folder)]))
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and all(word in err for word in words), err
+
+    (pictures / "query" / "bad.png").write_text("not a picture")
+    refused("cannot read the image", "bad.png")
+    (pictures / "query" / "bad.png").unlink()
+    (pictures / "support" / "empty").mkdir()
+    refused("empty", "has no pictures")
+    for p in list((pictures / "support").iterdir()):
+        if p.name != "letter 0":
+            p.rename(tmp_path / f"moved {p.name}")
+    refused("has 1 class folders")
+    (pictures / "support").rename(pictures / "elsewhere")
+    refused("support is missing")
+    one_line_error(run_script("predict.py", pictures), "--checkpoint")
+    one_line_error(run_script("predict.py", pictures, "--checkpoint", tmp_path), "not a run folder")
