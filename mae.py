@@ -182,8 +182,15 @@ def of_all_processes(features: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------- frozen features
 
 
+def quarters(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens [n, L, D] of a picture averaged over each of its quarters (which overlap): features [n, 4 * D]."""
+    n, L, D = tokens.shape
+    side = round(L**0.5)
+    return F.adaptive_avg_pool2d(tokens.transpose(1, 2).reshape(n, D, side, side), 2).flatten(1)
+
+
 @torch.no_grad()
-def embed(encoder: nn.Module, images: torch.Tensor, dtype: torch.dtype, views: int = 1, limits=(0, 0, 0), seed=0):
+def embed(encoder: ViT, images: torch.Tensor, dtype: torch.dtype, views: int = 1, limits=(0, 0, 0), seed=0):
     """Features [views, n, D] of uint8 images [n, C, H, W]: of each as it is, then of `views` - 1 distorted copies."""
     g = torch.Generator(images.device).manual_seed(seed)
     features = []
@@ -194,7 +201,8 @@ def embed(encoder: nn.Module, images: torch.Tensor, dtype: torch.dtype, views: i
             moves = torch.randn(len(part), 2, *GRID, generator=g, device=g.device)
             copy = distorted(part, noise, moves, limits) if view else part
             with experiment.autocast(images.device, dtype):
-                seen.append(encoder(copy).float())
+                tokens = encoder.tokens(patchify(copy, PATCH))
+            seen.append(quarters(tokens.float()))
         features.append(torch.stack(seen))
     return torch.cat(features, dim=1)
 
@@ -266,16 +274,15 @@ def probe(features: torch.Tensor, held_out: int, per_class: int, steps: int = 20
 
 
 @torch.no_grad()
-def frozen(args, encoder: nn.Module, dataset: Dataset, part: str, dtype: torch.dtype, device, views: int) -> dict:
+def frozen(args, encoder: ViT, dataset: Dataset, part: str, dtype: torch.dtype, device, views: int) -> dict:
     """Features of all images of a split: "plain", and "whitened" by what distortions change in training pictures.
 
-    Labels order the images and serve nothing else.
+    Labels order the images and serve nothing else. Whitened and averaged over `views`, or of "one_view" alone.
     """
     limits = args.jitter, args.shift, args.bend
-    g = torch.Generator().manual_seed(VAL_SEED)
     train = pictures(dataset, "train", device)
-    train = train[torch.randperm(len(train), generator=g)[: args.whitening_images].to(device)]
-    centre, matrix = whitening(embed(encoder, train, dtype, 4, limits, VAL_SEED))
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(VAL_SEED))[: args.whitening_images]
+    centre, matrix = whitening(embed(encoder, train[chosen.to(device)], dtype, 4, limits, VAL_SEED))
     # Distorted half as much as in training, a picture still looks like one that somebody has drawn.
     seen = embed(encoder, pictures(dataset, part, device), dtype, views, tuple(limit / 2 for limit in limits), VAL_SEED)
     one = unit(seen[0], centre, matrix)
@@ -303,7 +310,7 @@ def parse_args(argv=None):
     )
     parser.prog = "mae.py"
     add = groups["data"].add_argument
-    add("--rotations", action=argparse.BooleanOptionalAction, default=False, help="pictures turned by 90, 180, 270 too")
+    add("--rotations", action=argparse.BooleanOptionalAction, default=True, help="pictures turned by 90, 180, 270 too")
     add("--jitter", type=number(0, 1), default=0.2, help="random turn (radians), size and slant of training pictures")
     add("--shift", type=number(0, 1), default=0.1, help="random shift of training pictures, a share of half their size")
     add("--bend", type=number(0, 1), default=0.05, help="random bending, a share of half their size")
@@ -313,14 +320,14 @@ def parse_args(argv=None):
     add("--decoder_width", type=whole(8), default=32, help="numbers in a token of the decoder, a multiple of 8")
     add("--decoder_depth", type=whole(1, 100), default=1, help="blocks of the decoder")
     add = groups["optimisation"].add_argument
-    add("--mask_ratio", type=number(0.0, 0.99, above=True), default=0.75, help="share of the patches that is masked")
+    add("--mask_ratio", type=number(0.0, 0.99, above=True), default=0.5, help="share of the patches that is masked")
     normalise = "predict each patch with its mean and variance taken out"
     add("--normalise", action=argparse.BooleanOptionalAction, default=True, help=normalise)
-    add("--contrast", type=number(), default=0.0, help="weight of the agreement of two masked views; 0: MAE alone")
+    add("--contrast", type=number(), default=0.3, help="weight of the agreement of two masked views; 0: MAE alone")
     add("--learning_rate", type=number(above=True), default=0.02, help="of Muon, at its peak")
     add = groups["evaluation"].add_argument
     add("--views", type=whole(1), default=8, help="slightly distorted copies whose features the final test averages")
-    add("--whitening_images", type=whole(2), default=4000, help="training pictures that the whitening is fitted to")
+    add("--whitening_images", type=whole(2), default=2000, help="training pictures that the whitening is fitted to")
     add(
         "--held_out",
         type=whole(1),
@@ -394,8 +401,8 @@ def test_report(args, model: MAE, dataset: Dataset, dtype: torch.dtype, device: 
     """Accuracies on the fixed test tasks, of the trained and of the untrained network, and the linear probe."""
     test, val = (fixed_tasks(dataset, part, args, device) for part in ("test", "val"))
     features = frozen(args, model.encoder, dataset, "test", dtype, device, args.views)
-    untrained = make_model(args, dataset.images.shape[1]).to(device).encoder
-    before = frozen(args, untrained, dataset, "test", dtype, device, args.views)
+    before = frozen(args, make_model(args, dataset.images.shape[1]).to(device).encoder, dataset, "test", dtype, device,
+                    args.views)  # fmt: skip
     chosen_by = frozen(args, model.encoder, dataset, "val", dtype, device, args.views)
     n = args.num_test_tasks
     accuracies = proto_accuracy(features["whitened"], test, n)

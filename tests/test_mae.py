@@ -282,11 +282,16 @@ def test_pictures_are_in_the_samplers_order():
         assert torch.equal(mae.pictures(data, part, "cpu"), sampler.images)
 
 
+def test_quarters_on_a_hand_made_example():
+    tokens = torch.arange(16.0).view(1, 16, 1)  # 4 x 4 places
+    assert mae.quarters(tokens).tolist() == [[2.5, 4.5, 10.5, 12.5]]
+
+
 def test_features_do_not_depend_on_other_images_or_labels():
     torch.manual_seed(0)
     encoder, images = ViT(1, 16, 28, 1), torch.randint(256, (8, 1, 28, 28), dtype=torch.uint8)
     whole = mae.embed(encoder, images, torch.float32, 3, (0.1, 0.1, 0.1), seed=2)
-    assert whole.shape == (3, 8, 16)
+    assert whole.shape == (3, 8, 64)
     assert torch.allclose(whole[0, :3], mae.embed(encoder, images[:3], torch.float32)[0], atol=1e-5)
     assert not torch.allclose(whole[0], whole[1], atol=1e-4)
 
@@ -351,7 +356,7 @@ def test_reconstruction_keeps_visible_pixels():
     error, masked, completed = mae.reconstruct(args, model, images, torch.float32)
     true = images.float() / 255
     shown = (patchify(masked, 4) == patchify(true, 4)).all(-1)
-    assert error > 0 and (shown.sum(1) == 12).all()
+    assert error > 0 and (shown.sum(1) >= 25).all()  # an empty patch may be all grey
     assert torch.equal(patchify(completed, 4)[shown], patchify(true, 4)[shown])
     assert not torch.allclose(completed, true, atol=0.1)
 
@@ -393,7 +398,7 @@ def test_torchrun_has_the_gradient_of_one_process(work, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--no-normalise", "--rotations", "--mask_ratio", "0.5", "--contrast", "0.2", "--depth", "2", "--split", "lake"],
+    ["--no-normalise", "--no-rotations", "--mask_ratio", "0.75", "--contrast", "0", "--depth", "2", "--split", "lake"],
     ["--decoder_depth", "2", "--decoder_width", "8", "--jitter", "0", "--shift", "0", "--bend", "0", "--views", "1",
      "--image_size", "32", "--num_shot", "2", "--num_query", "3", "--held_out", "8", "--learning_rate", "1e-3"],
 ])  # fmt: skip
