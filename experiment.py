@@ -41,6 +41,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 VAL_SEED, TEST_SEED = 1_000_001, 1_000_002  # of the fixed tasks, the same for every method and seed
+INIT_FROM = {"metavar": "RUN_DIR", "help": "start from the weights of this run, of whatever method"}  # of --init_from
 RUN_FLAGS = {"resume", "checkpoint", "test", "device", "num_test_tasks"}  # may differ when a run continues
 WHERE_FLAGS = ("--log_dir", "--run_name", "--out")
 NOT_FLAGS = ("command", "git_commit", "resume", "checkpoint", "test")  # of the attributes of parsed arguments
@@ -612,6 +613,22 @@ def report(args, script: str, dataset: str, metrics: dict, path: Path | None = N
         only_in_file = ("accuracies", "curves", "flags", "versions", "episode", "examples", "errors", "history", "path")
         print(json.dumps({k: v for k, v in metrics.items() if k not in only_in_file}))
     return metrics
+
+
+def init_from(args, model: torch.nn.Module) -> None:
+    """Start `model` from the weights of the run --init_from, or from that run's part `encoder` if it has one.
+
+    For scripts that offer the flag: add_argument("--init_from", **INIT_FROM). Nothing is loaded where --resume or
+    --checkpoint names weights of the run's own.
+    """
+    if not args.init_from or args.resume or args.checkpoint:
+        return
+    path = Path(args.init_from) / "best.pt"
+    if not path.exists():
+        raise UserError(f"--init_from {args.init_from} has no best.pt; name the folder of a trained run")
+    state = load_checkpoint(path).get("model", {})
+    part = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+    load_state(model, part or state, path)
 
 
 def processor() -> str:
