@@ -531,7 +531,7 @@ def main(argv=None) -> dict:
         step = experiment.load_best(args.checkpoint, learner)
         return experiment.report(args, "memorization", name, {"best_step": step} | final_report(args, learner, stream))
 
-    optimizer = torch.optim.Adam(learner.parameters(), args.learning_rate, eps=1e-7)
+    optimizer = torch.optim.Adam(learner.parameters(), args.learning_rate, eps=1e-7, fused=True)
     run = Run(args, "memorization", name)
     run.track(model=learner, optimizer=optimizer, sampler=train)
     for _ in run.steps():
