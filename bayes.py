@@ -32,22 +32,12 @@ from torch import nn
 
 import experiment
 from backbone import Conv4
-from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
-from load_data import Dataset, EpisodeSampler, load_dataset
+from experiment import TEST_SEED, VAL_SEED, Run, number, whole
+from load_data import load_dataset
+from tasks import KnownBatch, OfAlphabet, Stream, known_sinusoids
 
 UNUSED = ("--dtype", "--split", "--image_size", "--rotations")
-NOISE = 0.2  # standard deviation of the sinusoids' y; the model learns it
 LEVELS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]  # of the predictive intervals
-
-
-class Batch(NamedTuple):
-    """B tasks: the context's x [B, K, i] and y [B, K, o], the targets', and metadata m [B, M], zeros where unknown."""
-
-    context_x: torch.Tensor
-    context_y: torch.Tensor
-    target_x: torch.Tensor
-    target_y: torch.Tensor
-    m: torch.Tensor
 
 
 class Gaussian(NamedTuple):
@@ -69,68 +59,6 @@ def kl(q: Gaussian, p: Gaussian) -> torch.Tensor:
     """KL(q || p) of every element, in nats."""
     ratio = (q.std / p.std).square()
     return (ratio + ((q.mean - p.mean) / p.std).square() - 1 - ratio.log()) / 2
-
-
-# ----------------------------------------------------------------------------------- the tasks
-
-
-def sinusoids(B: int, K: int, Q: int, g: torch.Generator, metadata: str) -> Batch:
-    """y = a sin(x + phase) + 0.2 noise, a ~ U(0.5, 2.5), phase ~ U(0, 2 pi), x ~ U(-pi, pi).
-
-    m [B, 6]: whether anything is known (1), the amplitude with noise 0.2, the quarter of the phase (one-hot).
-    """
-    a, phase = 0.5 + 2 * torch.rand(B, 1, 1, generator=g), 2 * math.pi * torch.rand(B, 1, 1, generator=g)
-    x = math.pi * (2 * torch.rand(B, K + Q, 1, generator=g) - 1)
-    y = a * (x + phase).sin() + NOISE * torch.randn(x.shape, generator=g)
-    noisy = a[:, :, 0] + 0.2 * torch.randn(B, 1, generator=g)
-    quarter = F.one_hot((phase.view(B) / (math.pi / 2)).long().clamp_(max=3), 4).float()
-    known = torch.tensor([1.0, metadata == "amplitude"] + 4 * [metadata == "phase"])
-    m = torch.cat([torch.ones(B, 1), noisy, quarter], dim=1) * known
-    return Batch(x[:, :K], y[:, :K], x[:, K:], y[:, K:], m)
-
-
-class Stream:
-    """Endless meta-batches from an own generator; each process keeps its share of every one."""
-
-    def __init__(self, args, part: str, seed: int, batch_size: int, dataset: Dataset | None, shard=(0, 1)):
-        self.args, self.seed, self.B, self.shard, self.episodes = args, seed, batch_size, shard, None
-        if batch_size % shard[1]:
-            raise UserError(f"--meta_batch_size {batch_size} does not divide over {shard[1]} processes")
-        if dataset:
-            self.episodes = EpisodeSampler(dataset, part, args.num_classes, args.num_shot, args.num_query, batch_size,
-                                           seed, within_alphabet=True, shard=shard)  # fmt: skip
-            names = [name.rsplit("/", 1)[0] for name in dataset.names]
-            order = {name: i for i, name in enumerate(dict.fromkeys(names))}
-            chosen = dataset.splits[part]
-            of_class = torch.tensor([order[names[c]] for c in chosen])
-            self.alphabets = of_class.repeat_interleave(torch.tensor(dataset.counts[chosen]))  # of the rows of images
-            self.num_alphabets = len(order)
-        self.generator = self.episodes.generator if dataset else torch.Generator()
-        self.reset()
-
-    def reset(self) -> None:
-        self.generator.manual_seed(self.seed)
-
-    def state_dict(self) -> dict:
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.generator.set_state(state["generator"].cpu())
-
-    def sample(self) -> Batch:
-        """Images come as [B, P, C, H, W], the context in the order of shots: any first n * N of it are n-shot."""
-        a, e = self.args, self.episodes
-        if e is None:
-            batch = sinusoids(self.B, a.num_shot, a.num_query, self.generator, a.metadata)
-            rank, world = self.shard
-            return Batch(*(t[rank * self.B // world : (rank + 1) * self.B // world] for t in batch))
-        rows, _ = e.draw()  # [B, N, K + Q]
-        m = F.one_hot(self.alphabets[rows[:, 0, 0]], self.num_alphabets).float()
-        m = torch.cat([torch.ones(len(m), 1), m], dim=1)
-        rows = rows.transpose(1, 2)  # [B, K + Q, N]
-        y = torch.eye(e.N).expand(*rows.shape, -1).flatten(1, 2)  # [B, (K + Q) * N, N]
-        images, cut = e.gather(rows.flatten(1)), e.K * e.N
-        return Batch(images[:, :cut], y[:, :cut], images[:, cut:], y[:, cut:], m)
 
 
 # ---------------------------------------------------------------------------------- the model
@@ -205,8 +133,8 @@ class Characters(Sinusoid):
         del self.pairs, self.decoder
 
     def inputs(self, x: torch.Tensor) -> torch.Tensor:
-        """Features [B, P, D2] of images; batch norm with all images of the call (transductive)."""
-        return self.place(self.conv(x, norm="batch"))
+        """Features [B, P, D2] of images; batch norm with all images of the task (transductive)."""
+        return self.place(self.conv(x, norm="support", num_support=x.shape[1]))
 
     def q2(self, x: torch.Tensor, y: torch.Tensor) -> Gaussian:
         counts = y.sum(1)[..., None]  # [B, N, 1]
@@ -257,10 +185,11 @@ def standard_log_prob(x: torch.Tensor) -> torch.Tensor:
     return -x.square() / 2 - math.log(2 * math.pi) / 2
 
 
-def noise(model, S: int, B: int, g: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `bound` makes S samples for B tasks of: [S, B, G, D2] and [S, B, 1, D1]."""
-    G, D1, D2 = model.sizes
-    return torch.randn(S, B, G, D2, generator=g), torch.randn(S, B, 1, D1, generator=g)
+def noise(model, S: int, B: int, g: torch.Generator | None = None, shard=(0, 1)) -> list[torch.Tensor]:
+    """What `bound` makes S samples for B tasks of, [S, B, G, D2] and [S, B, 1, D1]: this process's share of all."""
+    (G, D1, D2), (rank, world) = model.sizes, shard
+    drawn = [torch.randn(S, world * B, *size, generator=g) for size in ((G, D2), (1, D1))]
+    return [t[:, rank * B : (rank + 1) * B] for t in drawn]
 
 
 def posterior(model, x, y, m, S: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -287,7 +216,9 @@ def posterior(model, x, y, m, S: int, g: torch.Generator) -> tuple[torch.Tensor,
 
 
 @torch.no_grad()
-def evaluate(model, stream: Stream, num_tasks: int, sizes: list[int], samples: int) -> dict:
+def evaluate(
+    model, stream: Stream | OfAlphabet, num_tasks: int, sizes: list[int], samples: int, drop_phi1=False
+) -> dict:
     """What the model predicts of the targets of the stream's first tasks, for contexts of `sizes` points (or shots).
 
     Returns, by (size, known): nll [tasks] (mean over targets, nats), evidence [tasks] of the context, its bound
@@ -301,24 +232,24 @@ def evaluate(model, stream: Stream, num_tasks: int, sizes: list[int], samples: i
     done = 0
     while done < num_tasks:
         batch = stream.sample()
-        features = model.inputs(torch.cat([batch.context_x, batch.target_x], dim=1))
-        x, target_x = features.split([batch.context_x.shape[1], batch.target_x.shape[1]], dim=1)
+        features = model.inputs(torch.cat([batch.support_x, batch.query_x], dim=1))
+        x, target_x = features.split([batch.support_x.shape[1], batch.query_x.shape[1]], dim=1)
         for size in sizes:
             for known in (True, False):
                 g = torch.Generator().manual_seed(VAL_SEED + done)
                 m = batch.m * float(known)
-                context = x[:, : size * ways], batch.context_y[:, : size * ways]
+                context = x[:, : size * ways], batch.support_y[:, : size * ways]
                 phi2, weights, evidence = posterior(model, *context, m, samples, g)
-                likelihood = model.log_likelihood(phi2, target_x, batch.target_y)  # [S, B, Q]
+                likelihood = model.log_likelihood(phi2, target_x, batch.query_y)  # [S, B, Q]
                 nll = -(likelihood + weights[..., None]).logsumexp(0).mean(-1)
-                claimed = bound(model, *context, m, *noise(model, 8, len(m), g), drop_phi1=stream.args.drop_phi1)
+                claimed = bound(model, *context, m, *noise(model, 8, len(m), g), drop_phi1=drop_phi1)
                 rows = {"nll": nll, "evidence": evidence, "bound": claimed.mean(0)}
                 if isinstance(model, Characters):
                     shares = (model.logits(phi2, target_x).log_softmax(-1) + weights[..., None, None]).logsumexp(0)
-                    rows["accuracy"] = (shares.argmax(-1) == batch.target_y.argmax(-1)).float().mean(-1)
+                    rows["accuracy"] = (shares.argmax(-1) == batch.query_y.argmax(-1)).float().mean(-1)
                 else:
                     y = model.decode(phi2, target_x)
-                    below = torch.special.ndtr((batch.target_y - y.mean) / y.std)[..., 0]  # [S, B, Q]
+                    below = torch.special.ndtr((batch.query_y - y.mean) / y.std)[..., 0]  # [S, B, Q]
                     rows["place"] = (weights.exp()[..., None] * below).sum(0)
                 for name, values in rows.items():
                     found.setdefault((size, known), {}).setdefault(name, []).append(values)
@@ -335,7 +266,7 @@ def coverage(place: torch.Tensor, level: float) -> torch.Tensor:
 def final_report(args, model, test: Stream) -> dict:
     """The curves by size and metadata as lists, with intervals; what metadata gains is paired by task."""
     sizes = args.sizes
-    found = evaluate(model, test, args.num_test_tasks, sizes, args.test_samples)
+    found = evaluate(model, test, args.num_test_tasks, sizes, args.test_samples, args.drop_phi1)
     metrics: dict = {"world": args.world, "metadata": args.metadata, "drop_phi1": args.drop_phi1, "points": sizes,
                      "num_test_tasks": args.num_test_tasks}  # fmt: skip
     for known, end in ((True, "with"), (False, "without")):
@@ -356,14 +287,14 @@ def final_report(args, model, test: Stream) -> dict:
 def drawn_functions(model: Sinusoid, test: Stream, sizes=(0, 1, 3, 10), functions: int = 12) -> dict:
     """Functions from the posterior of the first test task, as lists: what the picture of posteriors shows."""
     test.reset()
-    batch = Batch(*(t[:1] for t in test.sample()))
+    batch = KnownBatch(*(t[:1] for t in test.sample()))
     grid = torch.linspace(-math.pi, math.pi, 61).view(1, -1, 1)
     rounded = lambda t: [round(v, 2) for v in t.flatten().tolist()]
-    drawn: dict = {"x": rounded(grid), "context_x": rounded(batch.context_x), "context_y": rounded(batch.context_y)}
-    for size in [s for s in sizes if s <= batch.context_x.shape[1]]:
+    drawn: dict = {"x": rounded(grid), "context_x": rounded(batch.support_x), "context_y": rounded(batch.support_y)}
+    for size in [s for s in sizes if s <= batch.support_x.shape[1]]:
         for known in (True, False):
             g = torch.Generator().manual_seed(0)
-            context = batch.context_x[:, :size], batch.context_y[:, :size], batch.m * float(known)
+            context = batch.support_x[:, :size], batch.support_y[:, :size], batch.m * float(known)
             phi2, weights, _ = posterior(model, *context, 2000, g)
             chosen = phi2[weights[:, 0].exp().multinomial(functions, replacement=True, generator=g)]
             curves = model.decode(chosen, grid).mean[:, 0, :, 0]
@@ -413,7 +344,7 @@ def parse_args(argv=None):
     add("--learning_rate", type=number(above=True), default=2e-3, help="of Adam; falls to 0 in a line")
     add("--samples", type=whole(1), default=1, help="of phi1 and phi2 for each task in training")
     add("--drop_phi1", action="store_true", help="leave out the two terms of phi1: no bound any more")
-    groups["evaluation"].add_argument("--test_samples", type=whole(2), default=200, help="of the posterior, for each task")
+    groups["evaluation"].add_argument("--test_samples", type=whole(2), default=200, help="of the posterior of a task")
     smoke = {"train_steps": 20, "eval_freq": 10, "num_val_tasks": 20, "num_test_tasks": 40, "test_samples": 20}
     shapes = ("world", "num_classes", "phi1_dim", "phi2_dim", "hidden_dim")
     args = experiment.parse(parser, argv, smoke, fixed=shapes)
@@ -433,8 +364,15 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)  # the networks are small: they stay on the CPU
     dataset = load_dataset(args.dataset, args.data_folder, "course", 28) if args.world == "omniglot" else None
-    stream = lambda part, seed, B, **options: Stream(args, part, seed, B, dataset, **options)
-    train = stream("train", args.random_seed, args.meta_batch_size, shard=experiment.shard())
+
+    def stream(part: str, seed: int, B: int, shard: tuple[int, int] = (0, 1)) -> Stream | OfAlphabet:
+        K, Q = args.num_shot, args.num_query
+        if dataset:
+            return OfAlphabet(dataset, part, args.num_classes, K, Q, B, seed, shard)
+        return Stream(lambda B, g: known_sinusoids(B, K, Q, g, args.metadata), seed, B, shard)
+
+    shard = experiment.shard()
+    train = stream("train", args.random_seed, args.meta_batch_size, shard=shard)
     val, test = (stream(part, seed, 20 if dataset else 50) for part, seed in (("val", VAL_SEED), ("test", TEST_SEED)))
     if dataset:
         model: Sinusoid = Characters(args.num_classes, args.phi1_dim, args.phi2_dim, args.hidden_dim,
@@ -453,13 +391,15 @@ def main(argv=None) -> dict:
     for _ in run.steps():
         batch = train.sample()
         B, ways = len(batch.m), model.sizes[0]
-        m = batch.m * (torch.rand(B, 1) >= args.forget)
-        x = model.inputs(torch.cat([batch.context_x, batch.target_x], dim=1))
-        y = torch.cat([batch.context_y, batch.target_y], dim=1)
-        size = ways * int(torch.randint(args.num_shot + 1, ()))  # the context: as many points for all tasks of the step
-        bounds = [bound(model, x[:, :n], y[:, :n], m, *noise(model, args.samples, B), drop_phi1=args.drop_phi1)
-                  for n in (size, x.shape[1])]  # fmt: skip
-        loss = -sum(b.mean() for b in bounds) / (size + x.shape[1])
+        rank, world = shard
+        m = batch.m * (torch.rand(world * B, 1) >= args.forget)[rank * B : (rank + 1) * B]
+        x = model.inputs(torch.cat([batch.support_x, batch.query_x], dim=1))
+        y = torch.cat([batch.support_y, batch.query_y], dim=1)
+        sizes = ways * int(torch.randint(args.num_shot + 1, ())), x.shape[1]  # the context, then all points
+        loss = torch.zeros(())
+        for n in sizes:
+            made_of = noise(model, args.samples, B, None, shard)
+            loss = loss - bound(model, x[:, :n], y[:, :n], m, *made_of, args.drop_phi1).mean() / sum(sizes)
         optimizer.zero_grad()
         loss.backward()
         experiment.average_gradients(model)

@@ -12,15 +12,9 @@ Here it is measured: what is left of the accuracy when the support set is emptie
     python memorization.py --smoke                                     a complete run in seconds
 
 MEASURED_LINE
-The tasks (--task), each with an own recipe of sizes, rates and costs in `RECIPES`:
-    basis       y = w . (fixed basis functions of x): the same x has another y in another task
-    diseased    label 0: characters of one pool, the healthy; label 1: the character of the task, a disease
-    grasping    three glyphs; find the target. Its name is written beside them in training only; the support set
-                shows it always
-    sinusoid    the paper's: y = A sin x, and a one-hot vector beside x names A in training; at test A is new
-    characters  20-way 1-shot Omniglot where training characters keep their labels (MAML of a whole network on the same
-                tasks: maml.py --fixed_labels)
-All figures and what they teach: docs/memorization.md.
+    python maml.py --num_classes 20 --fixed_labels                     the same tasks, MAML of the whole network
+
+The five task distributions: tasks.py. All figures and what they teach: docs/memorization.md.
 """
 
 from __future__ import annotations
@@ -29,7 +23,6 @@ import math
 from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -37,7 +30,8 @@ from torch import nn
 import experiment
 from backbone import Conv4, conv4
 from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
-from load_data import Dataset, EpisodeSampler, draw_distinct, load_dataset
+from load_data import load_dataset
+from tasks import Batch, Diseased, FixedLabels, Grasping, Stream, basis_tasks, sinusoid_tasks
 
 CONDITIONS = ("own", "emptied", "other")  # whose support set the learner gets: the task's, nobody's, the next task's
 UNUSED = ("--dtype", "--split", "--image_size", "--num_classes", "--num_shot", "--rotations", "--patience")
@@ -76,154 +70,6 @@ RECIPES = {
 }
 
 
-# ----------------------------------------------------------------------------------- the tasks
-
-
-class Batch(NamedTuple):
-    """B tasks. Inputs [B, P, d] (images [B, P, C, H, W] for characters), outputs [B, P, o]: a number, or 0 and 1.
-
-    For grasping a picture is three points, its glyphs; the target's output is 1.
-    """
-
-    support_x: torch.Tensor
-    support_y: torch.Tensor
-    query_x: torch.Tensor
-    query_y: torch.Tensor
-
-
-def basis_tasks(B: int, K: int, Q: int, g: torch.Generator) -> Batch:
-    """y = w . (1, sin x, cos x, sin 2x, cos 2x) + 0.1 noise, x ~ U(-pi, pi); w ~ N(0, 1) is new in every task."""
-    x = math.pi * (2 * torch.rand(B, K + Q, 1, generator=g) - 1)
-    functions = torch.cat([torch.ones_like(x), x.sin(), x.cos(), (2 * x).sin(), (2 * x).cos()], dim=-1)
-    y = functions @ torch.randn(B, 5, 1, generator=g) + 0.1 * torch.randn(x.shape, generator=g)
-    return Batch(x[:, :K], y[:, :K], x[:, K:], y[:, K:])
-
-
-def sinusoid_tasks(B: int, K: int, Q: int, g: torch.Generator, part: str, amplitudes: int = 20) -> Batch:
-    """y = A sin x with A of 20 between 0.1 and 4, x ~ U(-5, 5), noise 0.1; beside x a one-hot vector of A's number.
-
-    As in the authors' code only the first 16 amplitudes are trained on; in val and test A ~ U(0.1, 4) beside the
-    number of any of them, the noise of the support set is drawn twice, and the Q queries are a grid over 9/10 of x's
-    range.
-    """
-    numbers = torch.randint(amplitudes - 4, (B,), generator=g)
-    A = torch.linspace(0.1, 4, amplitudes)[numbers].view(B, 1, 1)
-    x = 10 * torch.rand(B, K + Q, 1, generator=g) - 5
-    noise = 0.1 * torch.randn(x.shape, generator=g)
-    if part != "train":
-        A = 0.1 + 3.9 * torch.rand(B, 1, 1, generator=g)
-        x[:, K:] = torch.linspace(-4.5, 4.5, Q).view(1, Q, 1)
-        noise[:, :K] += 0.1 * torch.randn(B, K, 1, generator=g)
-    y = A * x.sin() + noise
-    x = torch.cat([x, F.one_hot(numbers, amplitudes).float()[:, None].expand(-1, K + Q, -1)], dim=-1)
-    return Batch(x[:, :K], y[:, :K], x[:, K:], y[:, K:])
-
-
-def small_drawings(dataset: Dataset, part: str) -> torch.Tensor:
-    """The characters of a split as [classes, drawings, 196]: pictures of 14 x 14, 1 is ink."""
-    size, fewest = dataset.images.shape[-1], int(dataset.counts.min())
-    classes = dataset.splits[part]
-    rows = np.concatenate([np.arange(s, s + fewest) for s in dataset.starts[classes]])
-    images = torch.from_numpy(dataset.images[rows]).float().mean(dim=1, keepdim=True) / 255
-    return F.adaptive_avg_pool2d(images, size // 2).reshape(len(classes), fewest, -1)
-
-
-class Diseased:
-    """Two classes, of which label 0 is always the healthy pool; 50 training diseases, new ones in val and test.
-
-    The last quarter of the healthy drawings is kept for val and test.
-    """
-
-    def __init__(self, dataset: Dataset, healthy: int = 100, diseases: int = 50):
-        train = small_drawings(dataset, "train")
-        if len(train) < healthy + diseases:
-            raise UserError(f"--dataset {dataset.name} has {len(train)} training classes, fewer than the "
-                            f"{healthy + diseases} of --task diseased; use --dataset glyphs or omniglot")  # fmt: skip
-        cut = train.shape[1] * 3 // 4
-        self.healthy = {"train": train[:healthy, :cut].flatten(0, 1)}
-        self.healthy |= dict.fromkeys(("val", "test"), train[:healthy, cut:].flatten(0, 1))
-        self.diseases = {part: small_drawings(dataset, part) for part in ("val", "test")}
-        self.diseases["train"] = train[healthy : healthy + diseases]
-
-    def sample(self, B: int, K: int, Q: int, g: torch.Generator, part: str) -> Batch:
-        """K healthy and K diseased support points, Q and Q queries: x [B, ., 196], y 0 or 1."""
-        healthy, diseases, n = self.healthy[part], self.diseases[part], K + Q
-        well = healthy[draw_distinct(B, len(healthy), n, g)]  # [B, n, 196]
-        disease = torch.randint(len(diseases), (B, 1), generator=g)
-        ill = diseases[disease, draw_distinct(B, diseases.shape[1], n, g)]
-        cat = lambda first, last: torch.cat([well[:, first:last], ill[:, first:last]], dim=1)
-        y = lambda n: torch.arange(2.0).repeat_interleave(n).view(1, -1, 1).repeat(B, 1, 1)
-        return Batch(cat(0, K), y(K), cat(K, n), y(Q))
-
-
-class Grasping:
-    """Pictures of three glyphs, one of them the target: each glyph is 196 pixels and 16 numbers, the target's name.
-
-    50 training targets have names, random signs; in val and test the targets are new and the name is zeros.
-    """
-
-    NAME = 16
-
-    def __init__(self, dataset: Dataset, targets: int = 50):
-        self.glyphs = {part: small_drawings(dataset, part) for part in ("train", "val", "test")}
-        self.glyphs["train"] = self.glyphs["train"][:targets]
-        g = torch.Generator().manual_seed(0)
-        self.names = torch.randint(2, (targets, self.NAME), generator=g) * 2.0 - 1
-
-    def sample(self, B: int, K: int, Q: int, g: torch.Generator, part: str, slots: int = 3) -> Batch:
-        """K support and Q query pictures as points [B, K * 3, 212]; the target stands in a random place."""
-        glyphs, n = self.glyphs[part], K + Q
-        target = torch.randint(len(glyphs), (B, 1), generator=g)
-        others = torch.randint(1, len(glyphs), (B, n, slots), generator=g)  # so many places further: never the target
-        place = torch.randint(slots, (B, n, 1), generator=g)
-        is_target = torch.arange(slots) == place  # [B, n, slots]
-        shown = torch.where(is_target, target[:, None], (target[:, None] + others) % len(glyphs))
-        x = glyphs[shown, torch.randint(glyphs.shape[1], shown.shape, generator=g)]  # [B, n, slots, 196]
-        name = self.names[target[:, 0]] if part == "train" else torch.zeros(B, self.NAME)
-        x = torch.cat([x, name[:, None, None].expand(-1, n, slots, -1)], dim=-1)
-        points = lambda t, first, last: t[:, first:last].flatten(1, 2)
-        y = is_target.float()[..., None]
-        return Batch(points(x, 0, K), points(y, 0, K), points(x, K, n), points(y, K, n))
-
-
-class Stream:
-    """Endless meta-batches of one part (train, val, test) of a task distribution, from an own generator."""
-
-    def __init__(self, args, part: str, seed: int, batch_size: int, world, dataset: Dataset | None, shard=(0, 1)):
-        self.args, self.part, self.seed, self.B, self.world, self.shard = args, part, seed, batch_size, world, shard
-        if batch_size % shard[1]:
-            raise UserError(f"--meta_batch_size {batch_size} does not divide over {shard[1]} processes")
-        self.episodes = None
-        if args.task == "characters":
-            self.episodes = EpisodeSampler(dataset, part, args.num_classes, args.num_shot, args.num_query, batch_size,
-                                           seed, fixed_labels=part == "train", shard=shard)  # fmt: skip
-        self.generator = self.episodes.generator if self.episodes else torch.Generator()
-        self.reset()
-
-    def reset(self) -> None:
-        self.generator.manual_seed(self.seed)
-
-    def state_dict(self) -> dict:
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.generator.set_state(state["generator"].cpu())
-
-    def sample(self) -> Batch:
-        """The next meta-batch, of which each process keeps its share."""
-        if self.episodes:
-            support, support_labels, query, query_labels = self.episodes.sample(one_hot=True)
-            return Batch(support, support_labels, query, query_labels)
-        a, trains = self.args, self.part == "train"
-        K, Q = (a.num_shot, a.num_query) if trains else (a.test_shot, a.num_query)
-        if a.task == "sinusoid" and not trains:
-            Q = 200
-        options = {} if a.task == "basis" else {"part": self.part}
-        batch = self.world(self.B, K, Q, self.generator, **options)
-        rank, world = self.shard
-        return Batch(*(t[rank * self.B // world : (rank + 1) * self.B // world] for t in batch))
-
-
 # ---------------------------------------------------------------------------------- the model
 
 
@@ -253,6 +99,12 @@ def mlp(layers: list[tuple[torch.Tensor, torch.Tensor]], x: torch.Tensor) -> tor
     return x
 
 
+def own_noise(like: torch.Tensor) -> torch.Tensor:
+    """Standard normal numbers [B, ...] for this process's tasks: what one process would draw for them."""
+    rank, world = experiment.shard()
+    return torch.randn(world * len(like), *like.shape[1:])[rank * len(like) : (rank + 1) * len(like)]
+
+
 def kl_to_standard(mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """KL(N(mean, std^2) || N(0, 1)) of each element, in nats."""
     return (std.square() + mean.square() - 1) / 2 - std.log()
@@ -277,7 +129,7 @@ class Activations(nn.Module):
         else:
             h = torch.relu(self.body(x))
         mean, std = self.mean(h), F.softplus(self.raw_std(h))
-        z = mean + std * torch.randn_like(std) if sample else mean
+        z = mean + std * own_noise(std) if sample else mean
         return z, kl_to_standard(mean, std)[:, num_support:].mean()
 
 
@@ -443,14 +295,13 @@ def task_figures(outputs: torch.Tensor, y: torch.Tensor, kind: str, ways: int) -
 
 
 @torch.no_grad()
-def evaluate(learner: Learner, stream: Stream, num_tasks: int, args, condition: str = "own") -> dict:
+def evaluate(learner: Learner, stream: Stream, num_tasks: int, args, steps: int, condition: str = "own") -> dict:
     """Figure and loss of each of the stream's first `num_tasks` tasks: {"figure": [n], "loss": [n]}.
 
     The encoder gives means, without noise. With condition="other" each task gets its neighbour's support set.
     """
     stream.reset()
     learner.eval()
-    steps = args.inner_steps if stream.part == "train" else args.test_inner_steps
     found = []
     while len(found) * stream.B < num_tasks:
         batch = stream.sample()
@@ -488,6 +339,8 @@ def parse_args(argv=None):
     add("--inner_lr", type=number(above=True), help="rate of MAML's inner steps" + own)
     add("--inner_steps", type=whole(1), help="MAML's gradient steps on a support set in training" + own)
     add("--learning_rate", type=number(above=True), default=1e-3, help="of Adam")
+    add("--fresh_adam", choices=["none", "encoder", "all"], default="none",
+        help="what a new Adam moves in every step, by the rate in the gradient's sign: the authors' code")  # fmt: skip
     groups["evaluation"].add_argument("--test_inner_steps", type=whole(1), help="the same in validation and test" + own)
     smoke = {"train_steps": 20, "eval_freq": 10, "num_val_tasks": 20, "num_test_tasks": 40}
     shapes = ("task", "learner", "regulariser", "hidden_dim", "code_dim")
@@ -522,8 +375,17 @@ def main(argv=None) -> dict:
         if args.task != "characters":
             world = (Diseased if args.task == "diseased" else Grasping)(dataset)
             inputs, outputs, world = 196 + (args.task == "grasping") * Grasping.NAME, 1, world.sample
-    stream = lambda part, seed, B, **options: Stream(args, part, seed, B, world, dataset, **options)
-    train = stream("train", args.random_seed, args.meta_batch_size, shard=experiment.shard())
+
+    def stream(part: str, seed: int, B: int, shard: tuple[int, int] = (0, 1)) -> Stream | FixedLabels:
+        K, Q = (args.num_shot if part == "train" else args.test_shot), args.num_query
+        if args.task == "characters":
+            return FixedLabels(
+                dataset, part, args.num_classes, K, Q, B, seed, fixed_labels=part == "train", shard=shard
+            )
+        Q = 200 if args.task == "sinusoid" and part != "train" else Q
+        return Stream(lambda B, g: world(B, K, Q, g, part), seed, B, shard)
+
+    train = stream("train", args.random_seed, args.meta_batch_size, experiment.shard())
     val = stream("val", VAL_SEED, min(100, args.num_val_tasks))
     learner = Learner(args, inputs, outputs)
     name = dataset.name if dataset else args.task
@@ -541,13 +403,15 @@ def main(argv=None) -> dict:
         optimizer.zero_grad()
         (error + args.beta * cost).backward()
         experiment.average_gradients(learner)
+        for p in {"none": [], "encoder": learner.encoder.parameters(), "all": learner.parameters()}[args.fresh_adam]:
+            optimizer.state.pop(p, None)
         optimizer.step()
         run.record(error + 0 * cost)
         if run.time_to_evaluate():
             with run.clock_stopped():
-                scalars = {"Regulariser/nats": float(cost)}
+                scalars = {"Regulariser/nats": cost.item()}
                 for condition in CONDITIONS:
-                    found = evaluate(learner, val, args.num_val_tasks, args, condition)
+                    found = evaluate(learner, val, args.num_val_tasks, args, args.test_inner_steps, condition)
                     tag = "" if condition == "own" else f"_{condition}"
                     scalars[f"Loss/val{tag}"] = found["loss"].mean().item()
                     if args.kind != "square":
@@ -564,10 +428,10 @@ def final_report(args, learner: Learner, stream) -> dict:
     metrics = {"task": args.task, "learner": args.learner, "regulariser": args.regulariser, "beta": args.beta,
                "figure": "mean squared error" if args.kind == "square" else "accuracy",
                "num_test_tasks": args.num_test_tasks}  # fmt: skip
-    for part, seed in (("train", TEST_SEED + 1), ("test", TEST_SEED)):
+    for part, seed, steps in (("train", TEST_SEED + 1, args.inner_steps), ("test", TEST_SEED, args.test_inner_steps)):
         for condition in CONDITIONS:
             tasks = stream(part, seed, min(100, args.num_test_tasks))
-            figure = evaluate(learner, tasks, args.num_test_tasks, args, condition)["figure"]
+            figure = evaluate(learner, tasks, args.num_test_tasks, args, steps, condition)["figure"]
             mean, ci95 = experiment.mean_and_ci95(figure)
             metrics |= {f"{part}_{condition}": mean, f"{part}_{condition}_ci95": ci95}
             if (part, condition) == ("test", "own"):
