@@ -417,7 +417,7 @@ def probe_train(images, classes, steps, hidden):
     optimizer = torch.optim.Adam(model.parameters(), 4e-3)
     for _ in range(steps):
         x, y = sampler.sample_rows()
-        loss = model.loss_function(model(x, y), y)
+        loss = model.loss_function(model(x.float(), y.float()), y.float())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
