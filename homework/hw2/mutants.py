@@ -46,7 +46,11 @@ MUTANTS = [
     ("adapt_plain", "every step starts from theta", "p[k] - sizes[k] * g", "path[0][k] - sizes[k] * g"),
     ("adapt_plain", "all steps use the first rates", "sizes[k] * g", "step_sizes[0][k] * g"),
     ("adapt_plain", "one rate for all tensors", "sizes[k] * g", 'sizes["head_bias"] * g'),
-    ("adapt_plain", "first_order is ignored", "here = p if not s.first_order else", "here = p if True else"),
+    ("adapt_plain", "first_order is ignored", "v.detach().requires_grad_() if s.first_order else v.clone()",
+     "v.clone()"),
+    ("adapt_plain", "the step goes through the making of the head", "v.clone() for k, v in p.items()}",
+     "v for k, v in p.items()}"),
+
     ("adapt_plain", "freeze_body is ignored", 'name.startswith("head_") or not s.freeze_body', "True"),
     ("adapt_plain", "the head alone moves, always", 'name.startswith("head_") or not s.freeze_body',
      'name.startswith("head_")'),

@@ -60,7 +60,7 @@ def adapt_plain(theta, step_sizes, support, labels, s):
     path = [dict(p)]
     for sizes in step_sizes:
         with torch.enable_grad():
-            here = p if not s.first_order else {k: v.detach().requires_grad_() for k, v in p.items()}
+            here = {k: v.detach().requires_grad_() if s.first_order else v.clone() for k, v in p.items()}
             loss = F.cross_entropy(classify(here, support, s, len(support)), labels)
             grads = torch.autograd.grad(loss, [here[k] for k in names], create_graph=not s.first_order)
         p = dict(p)

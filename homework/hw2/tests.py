@@ -223,6 +223,7 @@ def oracle_adapt(theta, step_sizes, support, labels, options):
         p = {**p, "head_weight": 2 * centres, "head_bias": -centres.square().sum(dim=1)}
     path = [dict(p)]
     for sizes in step_sizes:
+        p = {name: value.clone() for name, value in p.items()}  # each tensor's gradient with the others held fixed
         loss = F.cross_entropy(oracle_network(p, support, strided=True), labels)
         moving = [n for n in p if n.startswith("head") or not options.get("freeze_body")]
         first_order = options.get("first_order", False)
