@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import experiment
-from backbone import EPS, Conv4, fast_dtype, norm_of_all, prototypes
+from backbone import EPS, Conv4, Muon, fast_dtype, norm_of_all, prototypes
 from experiment import Run, UserError, number, whole
 from load_data import (
     IMAGE_SUFFIXES,
@@ -134,44 +134,6 @@ class Residual(Conv4):
 def make_encoder(args, channels: int) -> Conv4:
     """The encoder that --encoder, --width and --image_size describe."""
     return (Residual if args.encoder == "residual" else Conv4)(channels, args.width, args.image_size)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose every step is orthogonal (Jordan et al. 2024, "Muon"; torch.optim.Muon takes matrices only).
-
-    The filters of a convolution are a matrix [filters, inputs]. A gradient changes it most in the few directions that
-    all images share; an orthogonal step, its singular values all near 1, learns the rare directions as fast. The step
-    of a vector, here of batch norm's scales and shifts, has length 1. `lr` multiplies both.
-    """
-
-    def __init__(self, parameters, lr: float, momentum: float = 0.9):
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"].mul_(group["momentum"]).add_(p.grad)
-                ahead = p.grad + group["momentum"] * momentum  # Nesterov's
-                step = orthogonal(ahead.flatten(1)) if p.ndim > 1 else ahead / (ahead.norm() + 1e-7)
-                p.sub_(step.view_as(p), alpha=group["lr"])
-
-
-def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """About U V^T of a matrix U S V^T [rows, columns], times sqrt(rows / columns) where there are more rows.
-
-    Newton-Schulz: an odd polynomial of a matrix is the polynomial of its singular values; this one moves them to
-    between 0.7 and 1.2 in five steps.
-    """
-    tall = matrix.shape[0] > matrix.shape[1]
-    X = matrix.T if tall else matrix
-    X = X / (X.norm() + 1e-7)
-    for _ in range(steps):
-        A = X @ X.T
-        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-    return X.T * (matrix.shape[0] / matrix.shape[1]) ** 0.5 if tall else X
 
 
 @torch.no_grad()

@@ -12,17 +12,15 @@ from torch import nn
 
 import load_data
 import protonet
-from backbone import Conv4, prototypes
+from backbone import Conv4, Muon, orthogonal, prototypes
 from load_data import EpisodeSampler
 from protonet import (
-    Muon,
     OneDrawer,
     Residual,
     embed,
     embed_split,
     episode_loss,
     evaluate,
-    orthogonal,
     proto_logits,
     squared_distances,
 )
