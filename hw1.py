@@ -6,6 +6,8 @@ An LSTM has to store which picture bore which label; labels are drawn anew for e
 weights can only learn how to learn. The loss is the cross entropy of the N query predictions alone.
 
     python hw1.py --num_shot 1 --num_classes 2            about two minutes on two CPU cores
+    python hw1.py --memory attention --num_classes 5      attention in place of the LSTM (memory.py)
+    python hw1.py --memory external                       an external memory, sequences of 50 images
     python hw1.py --num_shot 1 --num_classes 2 --smoke    a complete run in seconds
     python hw1.py --num_shot 1 --num_classes 2 --head recurrent --logit_scale 1 --forget_bias 0 --no-rotations \\
         --schedule constant --learning_rate 1e-3 --clip 0 --train_steps 25000    the course's recipe
@@ -20,18 +22,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import experiment
+import memory
 from backbone import Conv4, Muon
 from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
 from load_data import EpisodeSampler, draw_distinct, episode_figure, load_dataset
-from memory import (
-    CausalAttention,
-    ExternalMemory,
-    accuracy_by_sight,
-    attention_figure,
-    memory_figure,
-    one_step_late,
-    sights_figure,
-)
+from memory import CausalAttention, ExternalMemory, accuracy_by_sight, one_step_late
 
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 RECIPES = {  # what --memory changes of the defaults
@@ -42,8 +37,7 @@ RECIPES = {  # what --memory changes of the defaults
     },
     "external": {
         "protocol": "sequence", "num_shot": 9, "hidden_dim": 200, "meta_batch_size": 16, "learning_rate": 1e-3,
-        "jitter": 0.1, "shift": 0.1, "train_steps": 100_000, "eval_freq": 1000, "num_val_tasks": 400,
-        "num_test_tasks": 2000,
+        "jitter": 0.1, "shift": 0.1, "train_steps": 20_000, "eval_freq": 1000, "num_val_tasks": 400,
     },
 }  # fmt: skip
 
@@ -211,16 +205,6 @@ def features_once(model: MANN, sampler: EpisodeSampler, num_tasks: int) -> torch
     return torch.cat([model.encode(part.flatten(1).float() / 255) for part in sampler.images.split(1000)])
 
 
-def sample_features(model: MANN, sampler: EpisodeSampler, once: torch.Tensor | None):
-    """The tasks of `sampler.sample_rows` as features [B, K+1, N, D], and their labels; `once`: see `features_once`."""
-    if once is None:
-        images, labels = sampler.sample_rows()
-        return model.encode(images), labels
-    support, labels, query, asked = sampler.sample(one_hot=True, features=once)
-    support, labels = (x.unflatten(1, (sampler.N, sampler.K)).transpose(1, 2) for x in (support, labels))
-    return torch.cat([support, query[:, None]], dim=1), torch.cat([labels, asked[:, None]], dim=1)
-
-
 @torch.no_grad()
 def evaluate_sights(model: MANN, sampler: EpisodeSampler, num_tasks: int) -> tuple[torch.Tensor, float]:
     """Accuracy [num_tasks, K+1] at the first, second, ... sight of a class in sequences with late labels; mean loss."""
@@ -229,7 +213,8 @@ def evaluate_sights(model: MANN, sampler: EpisodeSampler, num_tasks: int) -> tup
     model.eval()
     once, right, losses = features_once(model, sampler, num_tasks), [], []
     while sum(map(len, right)) < num_tasks:
-        features, labels = sample_features(model, sampler, once)
+        images, labels = sampler.sample_rows(features=once)
+        features = model.encode(images) if once is None else images
         sequence, targets, sights = one_step_late(features, labels, sampler.generator)
         logits = model.read(sequence)[0]
         losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item())
@@ -250,12 +235,9 @@ def evaluate(model: MANN, sampler: EpisodeSampler, num_tasks: int, alone: bool =
     correct, losses = [], []
     once = features_once(model, sampler, num_tasks)
     while (done := sum(map(len, correct))) < num_tasks:
-        if once is None:
-            images, labels = sampler.sample_rows()
-            preds = model.forward_alone(images, labels)[:, None] if alone else model(images, labels)
-        else:
-            features, labels = sample_features(model, sampler, once)
-            preds = model.classify_alone(features, labels)[:, None] if alone else model.classify(features, labels)
+        images, labels = sampler.sample_rows(features=once)
+        together, apart = (model, model.forward_alone) if once is None else (model.classify, model.classify_alone)
+        preds = apart(images, labels)[:, None] if alone else together(images, labels)
         losses.append(model.loss_function(preds, labels).item())
         right = preds[:, -1].argmax(dim=-1) == labels[:, -1].argmax(dim=-1)  # [B, N]
         correct.append(right.float().mean(dim=1)[: num_tasks - done].cpu())
@@ -271,36 +253,31 @@ def log_episode(run: Run, model: MANN, sampler: EpisodeSampler) -> None:
     images, labels = (x[:1] for x in sampler.sample_rows())
     model.eval()
     with torch.no_grad():
-        guesses = model(images, labels)[0, -1].argmax(dim=-1)
+        features = model.encode(images)
+        guesses = model.classify(features, labels)[0, -1].argmax(dim=-1)
+        looks = model.attention.look(features, labels)[0, -len(guesses) :] if model.attention else None
     model.train()
-    shape, model_labels = sampler.images.shape[1:], labels
+    shape = sampler.images.shape[1:]
     labels = labels[0].argmax(dim=-1)
     support, query = images[0, :-1].reshape(-1, *shape), images[0, -1].reshape(-1, *shape)
     figure = episode_figure(support, labels[:-1].flatten(), query, labels[-1], guesses)
     run.writer.add_figure("episode", figure, run.step)
-    if model.attention:
-        model.eval()
-        with torch.no_grad():
-            weights = model.attention.look(model.encode(images), model_labels)[0, -len(query) :]
-        model.train()
-        run.writer.add_figure("attention", attention_figure(support, query, weights), run.step)
+    if looks is not None:
+        run.writer.add_figure("attention", memory.attention_figure(support, query, looks), run.step)
 
 
 def log_sequence(run: Run, model: MANN, sampler: EpisodeSampler, accuracy: torch.Tensor) -> None:
     """Send the accuracy by sight [K+1] to TensorBoard, and what an external memory reads and writes in a sequence."""
     if not run.writes:
         return
-    run.writer.add_figure("accuracy_by_sight", sights_figure(accuracy, sampler.N), run.step)
-    if not isinstance(model.layers[0], ExternalMemory):
-        return
-    sampler.reset()
-    trace: list = []
-    model.eval()
-    with torch.no_grad():
-        images, labels = (x[:1] for x in sampler.sample_rows())
-        model.layers[0](one_step_late(model.encode(images), labels, sampler.generator)[0], trace=trace)
-    model.train()
-    run.writer.add_figure("memory", memory_figure(trace), run.step)
+    run.writer.add_figure("accuracy_by_sight", memory.sights_figure(accuracy, sampler.N), run.step)
+    if isinstance(model.layers[0], ExternalMemory):
+        sampler.reset()
+        model.eval()
+        with torch.no_grad():
+            images, labels = sampler.sample_rows(1)
+            sequence = one_step_late(model.encode(images), labels, sampler.generator)[0]
+            run.writer.add_figure("memory", memory.memory_figure(model.layers[0], sequence), run.step)
 
 
 def parse_args(argv=None):
@@ -336,31 +313,28 @@ def parse_args(argv=None):
     add("--jitter", type=number(0, 1), default=0.0, help="random turn (radians), size and slant of training images")
     add("--shift", type=number(0, 1), default=0.0, help="random shift of training images, a share of half their size")
     add("--fixed_labels", action="store_true", help="training characters keep their labels: the memorisation lesson")
-    smoke = {"train_steps": 40, "eval_freq": 20, "num_val_tasks": 200, "num_test_tasks": 600, "hidden_dim": 32,
-             "meta_batch_size": 32}  # fmt: skip
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--memory", nargs="?", default="lstm")
-    memory = chosen.parse_known_args(argv)[0].memory
-    parser.set_defaults(**RECIPES.get(memory, {}))
-    smoke |= {
-        "attention": {"meta_batch_size": 8, "shared_classes": 8, "train_steps": 10, "eval_freq": 5},
-        "external": {"meta_batch_size": 4, "num_shot": 3, "train_steps": 10, "eval_freq": 5},
-    }.get(memory, {})
+    kind = chosen.parse_known_args(argv)[0].memory
+    parser.set_defaults(**RECIPES.get(kind, {}))
+    smoke = {"train_steps": 40, "eval_freq": 20, "num_val_tasks": 200, "num_test_tasks": 600, "hidden_dim": 32,
+             "meta_batch_size": 32}  # fmt: skip
+    if kind != "lstm":
+        smoke |= {"meta_batch_size": 4, "train_steps": 10, "eval_freq": 5}
+        smoke |= {"shared_classes": 8} if kind == "attention" else {"num_shot": 3}
     shapes = tuple("memory heads hidden_dim recurrent num_layers head logit_scale encoder image_size".split())
-    shapes += () if memory == "attention" else ("num_classes",)  # attention may be asked for other N than it learned
+    shapes += () if kind == "attention" else ("num_classes",)  # attention may be asked for other N than it learned
     args = experiment.parse(parser, argv, smoke, fixed=shapes)
     if args.num_query != 1:
         raise UserError(f"--num_query {args.num_query}: the sequence has one query of each class; drop the flag")
-    if args.shared_classes and args.shared_classes < args.num_classes:
+    if not args.test and 0 < args.shared_classes < args.num_classes:
         raise UserError(f"--shared_classes {args.shared_classes} is less than --num_classes {args.num_classes}")
     if args.encoder != "none" and args.image_size != 28:
         raise UserError(f"--encoder {args.encoder} reads 28x28 images; drop --image_size {args.image_size}")
     if args.encoder_rate and args.encoder == "none":
         raise UserError(f"--encoder_rate {args.encoder_rate:g} needs an encoder; add --encoder conv4")
-    if args.protocol == "sequence" and args.memory == "attention":
-        raise UserError("--protocol sequence needs a memory with an order; use --memory external or lstm")
-    if args.protocol == "sequence" and args.shared_classes:
-        raise UserError(f"--shared_classes {args.shared_classes} deals support sets; drop it with --protocol sequence")
+    if args.protocol == "sequence" and (args.memory == "attention" or args.shared_classes):
+        raise UserError("--protocol sequence has no support set: use --memory external or lstm, no --shared_classes")
     if args.memory == "attention" and (64 if args.encoder != "none" else args.image_size**2) % args.heads:
         raise UserError(f"--heads {args.heads} does not divide the features of an image; use 1, 2 or 4")
     return args
@@ -396,10 +370,9 @@ def main(argv=None) -> dict:
     if encoder:
         optimizers["encoder_optimizer"] = Muon(encoder.values(), args.encoder_rate)
     linear = args.schedule == "linear"
+    share = lambda done: min(1.0, 2 * (1 - done / args.train_steps)) if linear else 1.0
     schedules = {
-        name.replace("optimizer", "schedule"): torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda done: min(1.0, 2 * (1 - done / args.train_steps)) if linear else 1.0
-        )
+        name.replace("optimizer", "schedule"): torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         for name, optimizer in optimizers.items()
     }
     in_sequence = args.protocol == "sequence"

@@ -218,23 +218,25 @@ def attention_figure(support: torch.Tensor, query: torch.Tensor, weights: torch.
         for j in range(-1, S):
             ax, image = axes[i, j + 1], query[i] if j < 0 else support[j]
             share = 1.0 if j < 0 else float(weights[i, j])
-            ax.imshow(1 - image.mean(dim=0), cmap="gray", vmin=0, vmax=1, alpha=0.15 + 0.85 * share)
+            ax.imshow(1 - image.mean(dim=0).numpy(), cmap="gray", vmin=0, vmax=1, alpha=0.15 + 0.85 * share)
             ax.set_title("query" if j < 0 else f"{100 * share:.0f} %", fontsize=8, pad=2)
             ax.axis("off")
     return figure
 
 
-def memory_figure(trace: list, task: int = 0):
-    """A matplotlib figure of the read and the write weights of a sequence: a row of the memory by a step of time.
+def memory_figure(memory: ExternalMemory, sequence: torch.Tensor):
+    """A matplotlib figure of the weights with which the first task of a sequence [B, T, D + N] is read and written.
 
-    trace: what `ExternalMemory` appends; heads are added up.
+    A row is a row of the memory, a column a step of time; the heads are added up.
     """
     from matplotlib.figure import Figure
 
+    trace: list = []
+    memory(sequence[:1], trace=trace)
     figure = Figure(figsize=(8, 6), layout="constrained")
     for ax, which, name in zip(figure.subplots(2, 1), zip(*trace, strict=True), ("read", "write"), strict=True):
-        weights = torch.stack([w[task].detach().sum(dim=0).cpu() for w in which], dim=1)  # [R, T]
-        drawn = ax.imshow(weights, aspect="auto", cmap="magma", interpolation="nearest")
+        weights = torch.stack([w[0].detach().sum(dim=0).cpu() for w in which], dim=1)  # [R, T]
+        drawn = ax.imshow(weights.numpy(), aspect="auto", cmap="magma", interpolation="nearest")
         figure.colorbar(drawn, ax=ax)
         ax.set(title=f"{name} weights", xlabel="image of the sequence", ylabel="row of the memory")
     return figure
@@ -246,7 +248,7 @@ def sights_figure(accuracy: torch.Tensor, N: int):
 
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     ax = figure.subplots()
-    ax.plot(range(1, len(accuracy) + 1), 100 * accuracy.cpu(), marker="o")
+    ax.plot(range(1, len(accuracy) + 1), 100 * accuracy.cpu().numpy(), marker="o")
     ax.axhline(100 / N, color="grey", linestyle=":", label="guessing")
     ax.set(xlabel="sight of a character", ylabel="accuracy in %", ylim=(0, 101))
     ax.legend()
