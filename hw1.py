@@ -319,9 +319,8 @@ def parse_args(argv=None):
     parser.set_defaults(**RECIPES.get(kind, {}))
     smoke = {"train_steps": 40, "eval_freq": 20, "num_val_tasks": 200, "num_test_tasks": 600, "hidden_dim": 32,
              "meta_batch_size": 32}  # fmt: skip
-    if kind != "lstm":
-        smoke |= {"meta_batch_size": 4, "train_steps": 10, "eval_freq": 5}
-        smoke |= {"shared_classes": 8} if kind == "attention" else {"num_shot": 3}
+    less = {"meta_batch_size": 4, "train_steps": 10, "eval_freq": 5}
+    smoke |= {"attention": less | {"shared_classes": 8}, "external": less | {"num_shot": 3}}.get(kind, {})
     shapes = tuple("memory heads hidden_dim recurrent num_layers head logit_scale encoder image_size".split())
     shapes += () if kind == "attention" else ("num_classes",)  # attention may be asked for other N than it learned
     args = experiment.parse(parser, argv, smoke, fixed=shapes)
@@ -369,8 +368,7 @@ def main(argv=None) -> dict:
     optimizers = {"optimizer": torch.optim.Adam(others, args.learning_rate, fused=True)}
     if encoder:
         optimizers["encoder_optimizer"] = Muon(encoder.values(), args.encoder_rate)
-    linear = args.schedule == "linear"
-    share = lambda done: min(1.0, 2 * (1 - done / args.train_steps)) if linear else 1.0
+    share = lambda done: min(1.0, 2 * (1 - done / args.train_steps)) if args.schedule == "linear" else 1.0
     schedules = {
         name.replace("optimizer", "schedule"): torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         for name, optimizer in optimizers.items()
