@@ -142,14 +142,14 @@ class ExternalMemory(nn.Module):
         super().__init__()
         self.rows, self.width, self.heads, self.decay = rows, width, heads, decay
         self.units = hidden + heads * width
-        self.controller = nn.LSTMCell(inputs + heads * width, hidden)
+        self.into, self.back = nn.Linear(inputs, 4 * hidden), nn.Linear(self.units, 4 * hidden, bias=False)
         self.keys = nn.Linear(hidden, heads * width)
         self.gate = nn.Linear(hidden, heads)
         self.sharpness = nn.Parameter(torch.full((heads, 1), float(sharpness)))
 
     def start(self, B: int, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The state before the first item: everything zero."""
-        hidden = self.controller.hidden_size
+        hidden = self.keys.in_features
         shapes = [(hidden,), (hidden,), (self.rows, self.width), (self.heads, self.rows), (self.rows,)]
         return tuple(like.new_zeros(1, B, *shape) for shape in shapes)
 
@@ -161,8 +161,10 @@ class ExternalMemory(nn.Module):
         h, c, memory, weights, usage = (s[0] for s in state or self.start(len(sequence), sequence))
         got = weights @ memory  # what the step before has read
         outputs = []
-        for x in sequence.unbind(dim=1):
-            h, c = self.controller(torch.cat([x, got.flatten(1)], dim=-1), (h, c))
+        for gates in self.into(sequence).unbind(dim=1):  # the images' share of the LSTM's gates, all at once
+            i, f, g, o = (gates + self.back(torch.cat([h, got.flatten(1)], dim=-1))).chunk(4, dim=-1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
             keys = self.keys(h).tanh().unflatten(-1, (self.heads, self.width))
             memory, written = write(memory, weights, usage, keys, self.gate(h).sigmoid()[..., None])
             got, weights = read(memory, keys, self.sharpness)
@@ -203,7 +205,7 @@ def accuracy_by_sight(right: torch.Tensor, sights: torch.Tensor, R: int) -> torc
 
 
 def attention_figure(support: torch.Tensor, query: torch.Tensor, weights: torch.Tensor, S_max: int = 25):
-    """A matplotlib figure of where each query looks: one row a query, one column a support image, darker is less.
+    """A matplotlib figure of where each query looks: one row a query, one column a support image, paler is less.
 
     support [S, C, H, W] in class order and query [Q, C, H, W] in [0, 1]; weights [Q, S]. At most `S_max` columns and as
     many rows.

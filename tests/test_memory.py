@@ -216,15 +216,14 @@ def tiny(inputs=5, **options):
 
 def plain_memory(m, sequence):
     """Outputs of one sequence [T, inputs], equation by equation, in loops over heads and rows."""
-    R, W, H, hidden = m.rows, m.width, m.heads, m.controller.hidden_size
+    R, W, H, hidden = m.rows, m.width, m.heads, m.keys.in_features
     table = [[0.0] * W for _ in range(R)]
     w_r, w_u = [[0.0] * R for _ in range(H)], [0.0] * R
     r, h, c = [0.0] * (H * W), torch.zeros(hidden).double(), torch.zeros(hidden).double()
     outputs, traces = [], []
-    cell = m.controller
     for x in sequence:
-        x = torch.cat([x, torch.tensor(r, dtype=torch.float64)])
-        gates = cell.weight_ih @ x + cell.bias_ih + cell.weight_hh @ h + cell.bias_hh
+        past = torch.cat([h, torch.tensor(r, dtype=torch.float64)])
+        gates = m.into.weight @ x + m.into.bias + m.back.weight @ past
         i, f, g, o = gates.split(hidden)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
