@@ -208,6 +208,19 @@ def products_of_a_step(course: CourseMANN, B: int, T: int):
     return products
 
 
+def kept_for_backward(call) -> float:
+    """Megabytes of all tensors that `call` keeps for its backward pass, each counted once."""
+    storages = {}
+
+    def remember(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        call()
+    return round(sum(storages.values()) / 1e6, 2)
+
+
 def bench_mann(args, device: torch.device, dataset: Dataset) -> dict:
     sampler = EpisodeSampler(
         dataset, "train", args.num_classes, args.num_shot, 1, args.meta_batch_size, args.random_seed, device
@@ -221,11 +234,21 @@ def bench_mann(args, device: torch.device, dataset: Dataset) -> dict:
         adam = torch.optim.Adam(ours.parameters(), 1e-3, fused=True)
         step = lambda ours=ours, adam=adam, dtype=dtype: our_step(ours, adam, images, labels, dtype)
         contestants[f"our step, {str(dtype).removeprefix('torch.')}"] = step
+    features, kept = torch.rand(*images.shape[:3], 64, device=device), {}  # as an encoder would give them
+    for memory in ("lstm", "attention", "external"):
+        ours = MANN(
+            args.num_classes, args.num_shot + 1, args.hidden_dim, head="linear", dim_input=64, memory=memory
+        ).to(device)
+        adam = torch.optim.Adam(ours.parameters(), 1e-3, fused=True)
+        step = lambda ours=ours, adam=adam: our_step(ours, adam, features, labels, torch.float32)
+        contestants[f"{memory}, 64 features an image"] = step
+        kept[memory] = kept_for_backward(step)
     contestants["the step's matrix products alone, float32"] = products_of_a_step(
         course, len(images), images.shape[1] * images.shape[2]
     )
     title = f"mann, B {args.meta_batch_size}, K {args.num_shot}, N {args.num_classes}, hidden {args.hidden_dim}"
-    return print_race(title, race(contestants, args.repeats), device)
+    print("  megabytes kept for the backward pass:", kept)
+    return print_race(title, race(contestants, args.repeats), device) | {"megabytes_kept": kept}
 
 
 # ----------------------------------------------------------------------------------- protonet
