@@ -80,7 +80,7 @@ class MANN(nn.Module):
         self.encoder = None if encoder == "none" else Conv4(dim_input // 784, strided=encoder == "strided")
         features = self.encoder.out_features if self.encoder else dim_input
         # Averaged over space, the features of all images are alike at first; this brings out the difference.
-        self.standardise = nn.BatchNorm1d(features, affine=False) if encoder == "conv" else nn.Identity()
+        self.standardise = nn.BatchNorm1d(features, affine=False) if encoder == "strided" else nn.Identity()
         self.attention = CausalAttention(features, num_layers, heads) if memory == "attention" else None
         self.layers, self.readout, self.logit_scale = nn.ModuleList(), None, 1.0
         if memory == "external":

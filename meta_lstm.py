@@ -112,7 +112,7 @@ class Learner(NamedTuple):
             averages = None if statistics is None else tuple(statistics[i])
             gamma, beta = p[f"gamma{i}"].flatten(), p[f"beta{i}"].flatten()
             if num_support:
-                x = batch_norm(x[None], gamma, beta, "support", num_support=num_support, eps=EPS)[0]
+                x = batch_norm(x, gamma, beta, "support", num_support=num_support, eps=EPS)
             else:
                 norm = "batch" if statistics is None or momentum > 0 else "running"
                 x = batch_norm(x, gamma, beta, norm, averages, momentum=momentum, eps=EPS)

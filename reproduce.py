@@ -45,6 +45,7 @@ from omniglot import ARCHIVES
 HERE = Path(__file__).resolve().parent
 OWN_OUTPUT = ("costs", "features")  # parts whose script writes several files itself, to --out
 PARTS = ("mann", "meta_lstm", "comparison", "costs", "features")
+WHERE = {"device", "data_folder", "dataset", "log_dir", "run_name", "out"}  # flags that change no figure
 TOLERANCE = 1e-3  # relative, of pulses taken on two machines whose old code is not at hand
 COURSE = "--head recurrent --logit_scale 1 --forget_bias 0 --no-rotations --schedule constant --clip 0"
 LAKE = "--split lake --num_classes 20 --within_alphabet"
@@ -261,7 +262,7 @@ def drift(job: Job, ledger: Ledger, out: Path) -> str | None:
     found, reasons = collected(job, out), []
     if found.exists():
         now, before = flags_now(job), json.loads(found.read_text())["flags"]
-        for name in sorted(now.keys() & before.keys() - {"device", "data_folder", "dataset", "log_dir", "run_name"}):
+        for name in sorted(now.keys() & before.keys() - WHERE):
             if now[name] != before[name]:
                 reasons.append(f"--{name} {before[name]} -> {now[name]}")
     before = ledger.pulse_of(job)

@@ -483,7 +483,7 @@ def test_smoke_runs_leave_their_figures(tmp_path):
 
 @pytest.mark.parametrize("flags", [
     ["--memory", "attention", "--encoder", "none", "--encoder_rate", "0", "--shared_classes", "0", "--num_layers", "1"],
-    ["--memory", "attention", "--encoder", "conv", "--num_shot", "2", "--heads", "2", "--shift", "0", "--jitter", "0"],
+    ["--memory", "attention", "--encoder", "strided", "--num_shot", "2", "--heads", "2", "--shift", "0", "--jitter", "0"],
     ["--memory", "external", "--protocol", "support", "--num_shot", "1", "--encoder", "conv4", "--shared_classes", "6"],
     ["--protocol", "sequence", "--num_shot", "2", "--heads", "1"],
     ["--memory", "external", "--heads", "2", "--dtype", "bfloat16"],
@@ -529,7 +529,7 @@ BAD_FLAGS = {
     "--memory attention --protocol sequence": "--protocol sequence",
     "--protocol sequence --shared_classes 10": "--protocol sequence",
     "--encoder_rate 0.1": "--encoder_rate 0.1 needs an encoder",
-    "--encoder_rate -1 --encoder conv": "--encoder_rate",
+    "--encoder_rate -1 --encoder strided": "--encoder_rate",
     "--memory attention --image_size 32": "--image_size 32",
     "--memory attention --num_classes 61": "--shared_classes 60 is less than --num_classes 61",
     "--memory external --num_shot 20": "--num_shot 20",
