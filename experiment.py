@@ -145,8 +145,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, smoke: dict, 
     With --resume every flag but RUN_FLAGS must be the run's own, with --checkpoint those in `fixed`
     (what shapes the model).
     """
-    typed = argparse.Namespace(**{action.dest: None for action in parser._actions})
-    typed = {k: v for k, v in vars(parser.parse_args(argv, typed)).items() if v is not None}
+    first = parser.parse_args(argv)
+    words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    typed = {a.dest: getattr(first, a.dest) for a in parser._actions if words & set(a.option_strings)}
     if typed.get("smoke"):
         parser.set_defaults(**smoke)
     saved_run = typed.get("resume") or typed.get("checkpoint")

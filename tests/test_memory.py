@@ -483,7 +483,8 @@ def test_smoke_runs_leave_their_figures(tmp_path):
 
 @pytest.mark.parametrize("flags", [
     ["--memory", "attention", "--encoder", "none", "--encoder_rate", "0", "--shared_classes", "0", "--num_layers", "1"],
-    ["--memory", "attention", "--encoder", "strided", "--num_shot", "2", "--heads", "2", "--shift", "0", "--jitter", "0"],
+    ["--memory", "attention", "--encoder", "strided", "--num_shot", "2", "--heads", "2", "--shift", "0",
+     "--jitter", "0"],
     ["--memory", "external", "--protocol", "support", "--num_shot", "1", "--encoder", "conv4", "--shared_classes", "6"],
     ["--protocol", "sequence", "--num_shot", "2", "--heads", "1"],
     ["--memory", "external", "--heads", "2", "--dtype", "bfloat16"],
