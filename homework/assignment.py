@@ -9,15 +9,10 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-import sys
 import textwrap
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # comes with pytest there
 
 HERE = Path(__file__).resolve().parent.parent  # the scripts
 WIDTH = 120
