@@ -20,7 +20,7 @@ from torch import nn
 import experiment
 from backbone import Conv4
 from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
-from load_data import EpisodeSampler, deal_tasks, load_dataset, log_episode
+from load_data import EpisodeSampler, deal_tasks, load_dataset, log_episode, refuse_trained_classes
 
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
@@ -195,7 +195,10 @@ def parse_args(argv=None):
     smoke = {"train_steps": 40, "eval_freq": 20, "num_val_tasks": 200, "num_test_tasks": 600, "hidden_dim": 32,
              "meta_batch_size": 32}  # fmt: skip
     shapes = ("num_classes", "hidden_dim", "recurrent", "num_layers", "head", "logit_scale", "encoder", "image_size")
-    args = experiment.parse(parser, argv, smoke, fixed=shapes)
+    groups["run"].add_argument("--init_from", **experiment.INIT_FROM)
+    falls = "its learning rate falls to zero there (--schedule linear)"
+    longer = lambda flags: falls if flags["schedule"] == "linear" else None
+    args = experiment.parse(parser, argv, smoke, fixed=shapes, longer=longer)
     if args.num_query != 1:
         raise UserError(f"--num_query {args.num_query}: the sequence has one query of each class; drop the flag")
     if args.shared_classes and args.shared_classes < args.num_classes:
@@ -214,12 +217,14 @@ def main(argv=None) -> dict:
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
 
     def sampler(part: str, seed: int, B: int, num_classes: int = args.num_classes, **options) -> EpisodeSampler:
-        return EpisodeSampler(dataset, part, num_classes, args.num_shot, 1, B, seed, device, **options)
+        flags = ("num_classes" if num_classes == args.num_classes else "shared_classes", "num_shot", None)
+        return EpisodeSampler(dataset, part, num_classes, args.num_shot, 1, B, seed, device, flags=flags, **options)
 
     B, N, P = args.meta_batch_size, args.num_classes, args.shared_classes
     train = sampler("train", args.random_seed, 1 if P else B, num_classes=P or N, rotations=args.rotations,
                     fixed_labels=args.fixed_labels, jitter=args.jitter, shard=experiment.shard())  # fmt: skip
     val, test = sampler("val", VAL_SEED, 200), sampler("test", TEST_SEED, 200)
+    refuse_trained_classes(args, dataset)
     model = MANN(
         args.num_classes, args.num_shot + 1, args.hidden_dim, args.recurrent, args.num_layers, args.head,
         args.logit_scale, args.forget_bias, args.encoder, dim_input=dataset.images[0].size,
@@ -229,6 +234,7 @@ def main(argv=None) -> dict:
         metrics = {"best_step": step} | test_report(args, model, test, dtype, device)
         return experiment.report(args, "hw1", dataset.name, metrics, digest=dataset.digest)
 
+    experiment.init_from(args, model)
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
     linear = args.schedule == "linear"
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -192,7 +192,10 @@ def parse_args(argv=None):
     groups["evaluation"].add_argument("--views", type=whole(1), default=8, help=views)
     smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "train_classes": 10,
              "width": 16, "views": 2}  # fmt: skip
-    return experiment.parse(parser, argv, smoke, fixed=("encoder", "width", "image_size"))
+    groups["run"].add_argument("--init_from", **experiment.INIT_FROM)
+    falls = "its learning rate falls to zero there (one cycle)"
+    shapes = ("encoder", "width", "image_size")
+    return experiment.parse(parser, argv, smoke, fixed=shapes, longer=lambda flags: falls)
 
 
 def main(argv=None) -> dict:
@@ -214,12 +217,14 @@ def main(argv=None) -> dict:
     train = EpisodeSampler(
         dataset, "train", N, args.train_shot, args.train_query, args.meta_batch_size, args.random_seed, device,
         rotations=args.rotations, within_alphabet=args.train_within_alphabet, jitter=args.jitter, shift=args.shift,
-        shard=experiment.shard(),
+        shard=experiment.shard(), flags=("train_classes", "train_shot", "train_query"),
     )  # fmt: skip
+    experiment.init_from(args, encoder)
     optimizer = Muon(encoder.parameters(), args.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(  # fewer than 20 steps it cannot divide into phases
         optimizer, args.learning_rate, max(20, args.train_steps + 1), pct_start=0.2, cycle_momentum=False
     )
+    args.inverted = dataset.inverted  # predict.py prepares pictures the same way
     run = Run(args, "protonet", dataset.name, dataset.digest)
     run.track(model=encoder, optimizer=optimizer, schedule=schedule, sampler=train)
     for _ in run.steps():
