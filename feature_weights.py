@@ -288,7 +288,7 @@ def parse_args(argv=None):
     add("--max_points", type=whole(1), default=64, help="the curves go from 1 to this many training points")
     smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_features": 100, "max_points": 40,
              "alias_steps": 3000, "alias_growth": 1e-2}  # fmt: skip
-    args = experiment.parse(parser, argv, smoke)
+    args = experiment.parse(parser, argv, smoke, longer=lambda flags: None)  # its learning rate is constant
     args.patience = 0  # the last weights count; there is no early stop
     if args.num_true > args.num_features:
         raise UserError(f"--num_true {args.num_true} is more than --num_features {args.num_features}; use fewer")

@@ -25,7 +25,7 @@ import experiment
 import memory
 from backbone import Conv4, Muon
 from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
-from load_data import EpisodeSampler, deal_tasks, load_dataset, log_episode
+from load_data import EpisodeSampler, deal_tasks, load_dataset, log_episode, refuse_trained_classes
 from memory import CausalAttention, ExternalMemory, accuracy_by_sight, one_step_late
 
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
@@ -307,7 +307,10 @@ def parse_args(argv=None):
     smoke |= {"attention": less | {"shared_classes": 8}, "external": less | {"num_shot": 3}}.get(kind, {})
     shapes = tuple("memory heads hidden_dim recurrent num_layers head logit_scale encoder image_size".split())
     shapes += () if kind == "attention" else ("num_classes",)  # attention may be asked for other N than it learned
-    args = experiment.parse(parser, argv, smoke, fixed=shapes)
+    groups["run"].add_argument("--init_from", **experiment.INIT_FROM)
+    falls = "its learning rate falls to zero there (--schedule linear)"
+    longer = lambda flags: falls if flags["schedule"] == "linear" else None
+    args = experiment.parse(parser, argv, smoke, fixed=shapes, longer=longer)
     if not args.test and 0 < args.shared_classes < args.num_classes:
         raise UserError(f"--shared_classes {args.shared_classes} is less than --num_classes {args.num_classes}")
     if args.encoder != "none" and args.image_size != 28:
@@ -330,13 +333,15 @@ def main(argv=None) -> dict:
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
 
     def sampler(part: str, seed: int, B: int, num_classes: int = args.num_classes, **options) -> EpisodeSampler:
-        return EpisodeSampler(dataset, part, num_classes, args.num_shot, 1, B, seed, device, **options)
+        flags = ("num_classes" if num_classes == args.num_classes else "shared_classes", "num_shot", None)
+        return EpisodeSampler(dataset, part, num_classes, args.num_shot, 1, B, seed, device, flags=flags, **options)
 
     B, N, P = args.meta_batch_size, args.num_classes, args.shared_classes
     train = sampler("train", args.random_seed, 1 if P else B, num_classes=P or N, rotations=args.rotations,
                     fixed_labels=args.fixed_labels, jitter=args.jitter, shift=args.shift,
                     shard=experiment.shard())  # fmt: skip
     val, test = sampler("val", VAL_SEED, 200), sampler("test", TEST_SEED, 200)
+    refuse_trained_classes(args, dataset)
     model = MANN(
         args.num_classes, args.num_shot + 1, args.hidden_dim, args.recurrent, args.num_layers, args.head,
         args.logit_scale, args.forget_bias, args.encoder, dataset.images[0].size, args.memory, args.heads,
@@ -346,6 +351,7 @@ def main(argv=None) -> dict:
         metrics = {"best_step": step} | test_report(args, model, test, dtype, device)
         return experiment.report(args, "hw1", dataset.name, metrics, digest=dataset.digest)
 
+    experiment.init_from(args, model)
     encoder = dict(model.encoder.named_parameters(prefix="encoder")) if args.encoder_rate else {}
     others = [p for name, p in model.named_parameters() if name not in encoder]
     optimizers = {"optimizer": torch.optim.Adam(others, args.learning_rate, fused=True)}

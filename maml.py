@@ -260,7 +260,8 @@ def parse_args(argv=None):
     smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "width": 16,
              "encoder": "strided", "train_classes": 8, "warmup_steps": 5}  # fmt: skip
     shapes = ("num_classes", "image_size", "encoder", "width", "head", "inner_steps")
-    args = experiment.parse(parser, argv, smoke, fixed=shapes)
+    groups["run"].add_argument("--init_from", **experiment.INIT_FROM)
+    args = experiment.parse(parser, argv, smoke, fixed=shapes, longer=why_no_longer)
     if args.head == "linear" and args.inner_steps == 0:
         raise UserError("--inner_steps 0 with --head linear: a shared head cannot know a task's labels; use 1 or more")
     if args.learn_inner_lrs and args.inner_steps == 0:
@@ -270,6 +271,13 @@ def parse_args(argv=None):
     if args.warmup_steps >= args.train_steps:
         raise UserError(f"--warmup_steps {args.warmup_steps} must be less than --train_steps {args.train_steps}")
     return args
+
+
+def why_no_longer(flags: dict) -> str | None:
+    """Why a run with these flags cannot be resumed with more steps; None when it can."""
+    if flags["schedule"] == "cosine":
+        return "its learning rate falls until then (--schedule cosine)"
+    return "the weights of --multi_step_loss are shares of its length" if flags["multi_step_loss"] else None
 
 
 def main(argv=None) -> dict:
@@ -295,19 +303,21 @@ def main(argv=None) -> dict:
 
     val = fixed_tasks(dataset, "val", args, device)
 
-    def training_tasks(N: int, K: int, Q: int, B: int, seed: int) -> EpisodeSampler:
+    def training_tasks(N: int, K: int, Q: int, B: int, seed: int, *flags) -> EpisodeSampler:
         return EpisodeSampler(dataset, "train", N, K, Q, B, seed, device, rotations=args.rotations,
-                              jitter=args.jitter, shift=args.shift, shard=experiment.shard())  # fmt: skip
+                              jitter=args.jitter, shift=args.shift, shard=experiment.shard(), flags=flags)  # fmt: skip
 
     # Prototypes make a head for any number of classes; harder tasks teach the encoder faster.
     N, B = args.train_classes, max(experiment.shard()[1], args.meta_batch_size // 4)
-    warmup = training_tasks(N, 1, 1, B, args.random_seed + 1)
+    warmup = training_tasks(N, 1, 1, B, args.random_seed + 1, "train_classes", None, None)
     if args.head == "linear":
         train = training_tasks(
-            args.num_classes, args.num_shot, args.train_query, args.meta_batch_size, args.random_seed
-        )
+            args.num_classes, args.num_shot, args.train_query, args.meta_batch_size, args.random_seed,
+            "num_classes", "num_shot", "train_query",
+        )  # fmt: skip
     else:
-        train = training_tasks(N, args.num_shot, 1, B, args.random_seed)
+        train = training_tasks(N, args.num_shot, 1, B, args.random_seed, "train_classes", "num_shot", None)
+    experiment.init_from(args, learner)
     s_warmup = s._replace(head="proto" if args.head == "proto" else "one_step", num_classes=warmup.N)
     s_train = s._replace(num_classes=train.N)
     trained = [p for p in learner.parameters() if p.requires_grad]

@@ -445,17 +445,22 @@ def parse_args(argv=None):
         parser.set_defaults(**PAPER, num_classes=preset[0], num_shot=preset[1], **preset[2])
     smoke = {"train_steps": 4, "eval_freq": 2, "num_test_tasks": 8, "num_val_tasks": 8, "meta_batch_size": 2,
              "inner_epochs": 2, "num_query": 2, "train_query": 2, "tasks_at_once": 2}  # fmt: skip
-    args = experiment.parse(parser, argv, smoke)
+    args = experiment.parse(parser, argv, smoke, longer=why_no_longer)
     if args.second_order and args.trained_share < 1:
         raise UserError("--second_order needs --trained_share 1; it takes the gradient through every coordinate")
     if args.reset_theta0 and not args.test:
         raise UserError("--reset_theta0 needs --test --checkpoint RUN_DIR, the run whose rule is tested")
-    if args.checkpoint and not args.test:
-        raise UserError("--checkpoint needs --test; to train on use --resume RUN_DIR")
     if 0 < args.fixed_pool < args.num_shot + args.train_query:
         need = f"{args.num_shot} + {args.train_query}"
         raise UserError(f"--fixed_pool {args.fixed_pool} is less than --num_shot plus --train_query ({need})")
     return args
+
+
+def why_no_longer(flags: dict) -> str | None:
+    """Why a run with these flags cannot be resumed with more steps; None when it can."""
+    if flags["schedule"] == "cosine":
+        return "its learning rates fall until then (--schedule cosine)"
+    return "--query_norm both changes at half of it" if flags["query_norm"] == "both" else None
 
 
 def chosen_preset(argv) -> str | None:
@@ -483,6 +488,7 @@ def main(argv=None) -> dict:
     train = EpisodeSampler(
         offered, "train", args.num_classes, args.num_shot, args.train_query, args.meta_batch_size, args.random_seed,
         device, rotations=args.rotations, jitter=args.jitter, shard=experiment.shard(),
+        flags=("num_classes", "num_shot", "train_query"),
     )  # fmt: skip
     gates = [p for name, p in rule.named_parameters() if name != "theta0"]
     optimizer = torch.optim.Adam(

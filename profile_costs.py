@@ -379,9 +379,9 @@ def read_csv(path: Path) -> list[dict]:
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--out: cannot read {path} ({error}); delete it") from None
+        raise UserError(f"--out: cannot read {path} ({error}); choose another --out") from None
     if tuple(reader.fieldnames or ()) != COLUMNS or any(None in row or None in row.values() for row in rows):
-        raise UserError(f"--out: {path} is not a table of this script; delete it or choose another --out")
+        raise UserError(f"--out: {path} is not a table of this script; choose another --out")
     return rows
 
 
