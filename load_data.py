@@ -334,7 +334,8 @@ class EpisodeSampler:
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Float32 images [B, ..., C, H, W] in [0, 1] of int64 rows [B, ...]."""
         images = self.images.index_select(0, rows.reshape(-1)).to(torch.float32).div_(255)
-        if limits := [self.jitter] * 4 * (self.jitter > 0 or self.shift > 0) + [self.shift] * 2 * (self.shift > 0):
+        if self.jitter > 0 or self.shift > 0:
+            limits = [self.jitter] * 4 + ([self.shift] * 2 if self.shift > 0 else [])
             rank, world = self.shard
             shape = (world, rows.numel(), len(limits))  # all ranks draw for all and use their own
             noise = torch.rand(shape, generator=self.generator, device=rows.device)[rank]

@@ -79,7 +79,7 @@ class Learner(NamedTuple):
             if "weight" in name:
                 parts.append((2 * torch.rand(shape) - 1) / math.sqrt(math.prod(shape[1:])))
             else:
-                parts.append(torch.full(shape, float("gamma" in name)))
+                parts.append(torch.ones(shape) if "gamma" in name else torch.zeros(shape))
         return torch.cat([part.flatten() for part in parts])
 
     def unpack(self, theta: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -297,7 +297,8 @@ def adapt(rule, learner: Learner, support, labels, inner: Inner, second_order=Fa
     statistics = learner.fresh_statistics(theta)
     # Image 1 of every class, then image 2 of every class, ...: a batch holds all classes in equal parts.
     order = torch.arange(n, device=labels.device).view(learner.num_classes, -1).t().flatten()
-    for batch in order.split(inner.batch) * inner.epochs:
+    batches = [batch for _ in range(inner.epochs) for batch in order.split(inner.batch)]
+    for batch in batches:
         keep_graph = second_order and torch.is_grad_enabled()
         with torch.enable_grad():
             point = theta if keep_graph else theta.detach().requires_grad_()
