@@ -32,7 +32,7 @@ TITLES = {"transfer": "fine-tuning", "mann": "MANN, conv", "protonet": "ProtoNet
           "protomaml": "Proto-MAML (f.o.)", "maml": "MAML", "anil": "ANIL", "meta_lstm": "meta-LSTM"}  # fmt: skip
 COST_TITLES = {"maml": "MAML", "es": "ES", "fomaml": "first-order MAML", "checkpoint": "checkpointed MAML"}
 COST_COLOURS = {"maml": BLUE, "es": RED, "fomaml": GREEN, "checkpoint": PINK}
-SWEEPS = {"inner_steps": "inner steps", "layers": "hidden layers", "hidden_size": "hidden units"}
+SWEEPS = {"inner_steps": "inner steps", "layers": "hidden layers", "hidden_dim": "hidden units"}
 
 # ------------------------------------------------------------------------------------- results
 
@@ -286,7 +286,7 @@ def draw_costs(out: Path) -> None:
                 lower.errorbar(x, [row["peak_bytes"] / 1e6 for row in curve], **style)
         for ax in (upper, lower):
             ax.set_xlabel(SWEEPS[sweep])
-            if sweep == "hidden_size":
+            if sweep == "hidden_dim":
                 ax.set_xscale("log")
                 ax.set_yscale("log")
                 ax.minorticks_off()

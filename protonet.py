@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import experiment
-from backbone import Conv4, Residual, prototypes
-from experiment import Run, number, whole
+from backbone import Conv4, Muon, Residual, ViT, prototypes
+from experiment import Run, UserError, number, whole
 from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_dataset, log_episode
 
 # ---------------------------------------------------------------------------------- the method
@@ -76,47 +76,9 @@ def episode_loss(encoder: nn.Module, episode, num_classes: int, dtype: torch.dty
     return loss
 
 
-def make_encoder(args, channels: int) -> Conv4:
+def make_encoder(args, channels: int) -> nn.Module:
     """The encoder that --encoder, --width and --image_size describe."""
-    return (Residual if args.encoder == "residual" else Conv4)(channels, args.width, args.image_size)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose every step is orthogonal (Jordan et al. 2024, "Muon"; torch.optim.Muon takes matrices only).
-
-    The filters of a convolution are a matrix [filters, inputs]. A gradient changes it most in the few directions that
-    all images share; an orthogonal step, its singular values all near 1, learns the rare directions as fast. The step
-    of a vector, here of batch norm's scales and shifts, has length 1. `lr` multiplies both.
-    """
-
-    def __init__(self, parameters, lr: float, momentum: float = 0.9):
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"].mul_(group["momentum"]).add_(p.grad)
-                ahead = p.grad + group["momentum"] * momentum  # Nesterov's
-                step = orthogonal(ahead.flatten(1)) if p.ndim > 1 else ahead / (ahead.norm() + 1e-7)
-                p.sub_(step.view_as(p), alpha=group["lr"])
-
-
-def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """About U V^T of a matrix U S V^T [rows, columns], times sqrt(rows / columns) where there are more rows.
-
-    Newton-Schulz: an odd polynomial of a matrix is the polynomial of its singular values; this one moves them to
-    between 0.7 and 1.2 in five steps.
-    """
-    tall = matrix.shape[0] > matrix.shape[1]
-    X = matrix.T if tall else matrix
-    X = X / (X.norm() + 1e-7)
-    for _ in range(steps):
-        A = X @ X.T
-        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-    return X.T * (matrix.shape[0] / matrix.shape[1]) ** 0.5 if tall else X
+    return {"conv4": Conv4, "residual": Residual, "vit": ViT}[args.encoder](channels, args.width, args.image_size)
 
 
 @torch.no_grad()
@@ -175,8 +137,10 @@ def parse_args(argv=None):
         __doc__, meta_batch_size=1, train_steps=2500, eval_freq=250, rotations=True, num_val_tasks=1000
     )
     parser.prog = "protonet.py"
+    groups["run"].add_argument("--init_from", **experiment.INIT_FROM)
     add = groups["data"].add_argument
     add("--train_classes", type=whole(2), default=60, help="classes in a training task; the paper: 60")
+    add("--train_characters", type=whole(0), default=0, help="train on the first so many characters alone; 0: all")
     add("--train_shot", type=whole(1), default=1, help="support images of each class in training")
     add("--train_query", type=whole(1), default=1, help="query images of each class in training")
     add("--jitter", type=number(0, 1), default=0.1, help="random turn (radians), size and slant of training images")
@@ -184,15 +148,23 @@ def parse_args(argv=None):
     add("--within_alphabet", action="store_true", help="test tasks of characters of one alphabet (Lake et al.)")
     add("--train_within_alphabet", action="store_true", help="training tasks too: likeness is learned where it is hard")
     add = groups["model"].add_argument
-    add("--encoder", choices=["conv4", "residual"], default="conv4", help="residual: twelve convolutions, not four")
-    add("--width", type=whole(1), default=64, help="filters of each convolution")
+    encoders = "residual: twelve convolutions, not four; vit: a transformer, as mae.py pre-trains it"
+    add("--encoder", choices=["conv4", "residual", "vit"], default="conv4", help=encoders)
+    add("--width", type=whole(1), default=64, help="filters of each convolution, numbers in a token")
     add = groups["optimisation"].add_argument
     add("--learning_rate", type=number(above=True), default=0.1, help="of Muon, at its peak")
     views = "the final test averages the features of so many slightly distorted copies of each image"
     groups["evaluation"].add_argument("--views", type=whole(1), default=8, help=views)
     smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "train_classes": 10,
              "width": 16, "views": 2}  # fmt: skip
-    return experiment.parse(parser, argv, smoke, fixed=("encoder", "width", "image_size"))
+    falls = "its learning rate falls to zero there (one cycle)"
+    shapes = ("encoder", "width", "image_size")
+    args = experiment.parse(parser, argv, smoke, fixed=shapes, longer=lambda flags: falls)
+    if args.encoder == "vit" and args.width % 8:
+        raise UserError(f"--width {args.width}: --encoder vit takes a multiple of 8 (four heads, sines and cosines)")
+    if args.encoder == "vit" and args.image_size % 4:
+        raise UserError(f"--image_size {args.image_size}: --encoder vit takes a multiple of 4, the side of a patch")
+    return args
 
 
 def main(argv=None) -> dict:
@@ -200,6 +172,8 @@ def main(argv=None) -> dict:
     device = experiment.setup(args)
     dtype = experiment.precision(args, device)
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
+    if args.train_characters:
+        dataset.splits["train"] = dataset.splits["train"][: args.train_characters]
     encoder = make_encoder(args, dataset.images.shape[1]).to(device, memory_format=torch.channels_last)
 
     if args.test:
@@ -214,12 +188,14 @@ def main(argv=None) -> dict:
     train = EpisodeSampler(
         dataset, "train", N, args.train_shot, args.train_query, args.meta_batch_size, args.random_seed, device,
         rotations=args.rotations, within_alphabet=args.train_within_alphabet, jitter=args.jitter, shift=args.shift,
-        shard=experiment.shard(),
+        shard=experiment.shard(), flags=("train_classes", "train_shot", "train_query"),
     )  # fmt: skip
+    experiment.init_from(args, encoder)
     optimizer = Muon(encoder.parameters(), args.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(  # fewer than 20 steps it cannot divide into phases
         optimizer, args.learning_rate, max(20, args.train_steps + 1), pct_start=0.2, cycle_momentum=False
     )
+    args.inverted = dataset.inverted  # predict.py prepares pictures the same way
     run = Run(args, "protonet", dataset.name, dataset.digest)
     run.track(model=encoder, optimizer=optimizer, schedule=schedule, sampler=train)
     for _ in run.steps():

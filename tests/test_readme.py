@@ -30,7 +30,7 @@ SMALLEST = {
                f"--meta_batch_size 1 --num_query 1 --train_query 1 --train_classes 5 {GLYPHS}",
     "meta_lstm.py": "--train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --meta_batch_size 1 "
                     f"--inner_epochs 1 --num_query 1 --train_query 1 {GLYPHS}",
-    "profile_costs.py": "--smoke --outer_steps 2 --meta_batch_size 2 --hidden_size 8",
+    "profile_costs.py": "--smoke --outer_steps 2 --meta_batch_size 2 --hidden_dim 8",
     "feature_weights.py": "--smoke --train_steps 2 --eval_freq 1 --num_test_tasks 4 --alias_steps 20 --max_points 33",
 }  # fmt: skip
 
@@ -144,7 +144,7 @@ def test_the_method_of_the_page_trains_resumes_and_passes_its_own_test(tmp_path)
     assert blocks["linear.py"].strip().count("\n") < 75
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
                           cwd=tmp_path, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{REPO}"},
-                          capture_output=True, text=True, timeout=200)  # fmt: skip
+                          capture_output=True, text=True, timeout=3600)  # fmt: skip
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr
     checked = subprocess.run(["ruff", "check", "--config", str(REPO / "pyproject.toml"), str(tmp_path)],
                              capture_output=True, text=True)  # fmt: skip
