@@ -290,8 +290,8 @@ def test_every_flag_in_a_smoke_run(flags, tmp_path):
 
 
 def test_fixed_labels_keep_the_last_model_and_report_the_training_tasks(tmp_path):
-    flags = ["--fixed_labels", "--num_test_tasks", "4", "--num_val_tasks", "4", "--num_query", "3", "--train_steps", "4",
-             "--warmup_steps", "0", "--eval_freq", "2"]  # fmt: skip
+    flags = ["--fixed_labels", "--num_test_tasks", "4", "--num_val_tasks", "4", "--num_query", "3", "--eval_freq", "2",
+             "--warmup_steps", "0", "--train_steps", "4"]  # fmt: skip
     metrics = maml.main([*SMOKE, *flags, "--log_dir", str(tmp_path)])
     assert metrics["best_step"] == 4 and 0 <= metrics["train_accuracy"] <= 1
     assert abs(metrics["train_accuracy_before"] - 0.2) < 0.2
