@@ -249,7 +249,7 @@ def ridge_accuracy(features: torch.Tensor, sampler: EpisodeSampler, num_tasks: i
     return torch.cat(correct).cpu()
 
 
-def probe(features: torch.Tensor, held_out: int, per_class: int, steps: int = 200) -> torch.Tensor:
+def probe(features: torch.Tensor, held_out: int, per_class: int, steps: int) -> torch.Tensor:
     """Whether a linear classifier of all characters at once labels each of the last drawings right.
 
     features [classes * per_class, D] in class order; the first drawings of each train it (softmax regression).
@@ -334,8 +334,10 @@ def parse_args(argv=None):
         default=5,
         help="drawings of each test character that the linear probe is tested on",
     )
+    add("--probe_steps", type=whole(0), default=200, help="steps of AdamW that fit the linear probe; 0: no probe")
     smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "width": 16, "depth": 1,
-             "decoder_width": 16, "meta_batch_size": 32, "views": 2, "whitening_images": 100}  # fmt: skip
+             "decoder_width": 16, "meta_batch_size": 32, "views": 2, "whitening_images": 100,
+             "probe_steps": 5}  # fmt: skip
     shapes = ("width", "depth", "decoder_width", "decoder_depth", "image_size")
     args = experiment.parse(parser, argv, smoke, fixed=shapes)
     for flag in ("width", "decoder_width"):
@@ -415,8 +417,8 @@ def test_report(args, model: MAE, dataset: Dataset, dtype: torch.dtype, device: 
         "test_accuracy_untrained_plain": proto_accuracy(before["plain"], test, n),
         "val_accuracy": proto_accuracy(chosen_by["whitened"], val, args.num_val_tasks),
     }
-    if test.same_count and args.held_out < test.same_count:
-        named["probe_accuracy"] = probe(features["whitened"], args.held_out, test.same_count)
+    if args.probe_steps and test.same_count and args.held_out < test.same_count:
+        named["probe_accuracy"] = probe(features["whitened"], args.held_out, test.same_count, args.probe_steps)
     metrics = {"num_test_tasks": n, "accuracies": [round(a, 4) for a in accuracies.tolist()]}
     for name, values in named.items():
         interval = name.replace("test_accuracy", "ci95").replace("accuracy", "ci95")
