@@ -254,25 +254,24 @@ def test_known_features_are_labelled_right_and_blind_ones_are_not():
     classes = torch.arange(30).repeat_interleave(20)
     told, blind = torch.eye(30)[classes], torch.zeros(600, 2)
     told = told + 0.01 * torch.randn(600, 30)
-    for accuracy in (mae.proto_accuracy, mae.ridge_accuracy):
-        assert accuracy(told, sampler, 10).tolist() == [1.0] * 10
-        assert abs(accuracy(blind + 1e-9, sampler, 60).mean() - 0.2) < 0.08
-    assert mae.probe(told, 5, 20, 100).tolist() == [1.0] * 150
-    assert mae.probe(torch.randn(600, 30), 5, 20, 100).mean() < 0.2
+    for head in (mae.nearest, mae.ridge):
+        assert mae.task_accuracy(told, sampler, 10, head).tolist() == [1.0] * 10
+        assert abs(mae.task_accuracy(blind, sampler, 60, head).mean() - 0.2) < 0.08
+    assert mae.probe(told, 5, 20).tolist() == [1.0] * 150
+    assert mae.probe(torch.randn(600, 30), 5, 20).mean() < 0.2
 
 
 def test_ridge_head_is_the_minimum_of_its_objective():
-    """Against the normal equations of the other form: W = (X'X + I)^-1 X'Y."""
+    """Against the normal equations of the other form: W = (X'X + I)^-1 X'Y; and the nearest mean by hand."""
     torch.manual_seed(0)
-    data = known_dataset()
-    features = torch.randn(600, 7)
-    sampler = EpisodeSampler(data, "test", 5, 2, 3, 4, seed=1)
-    support, labels, query, query_labels = sampler.sample(features=features)
-    X, Q = (nn.functional.pad(x.double(), (0, 1), value=1.0) for x in (support, query))
-    Y = nn.functional.one_hot(labels, 5).double()
-    W = torch.linalg.solve(X.mT @ X + torch.eye(8), X.mT @ Y)
-    right = ((Q @ W).argmax(-1) == query_labels).float().mean(dim=1)
-    assert torch.allclose(mae.ridge_accuracy(features, sampler, 4), right)
+    support, query = torch.randn(2, 6, 7, dtype=torch.float64), torch.randn(2, 9, 7, dtype=torch.float64)
+    labels = torch.tensor([0, 0, 1, 1, 2, 2]).expand(2, 6)
+    X, Q = (nn.functional.pad(x, (0, 1), value=1.0) for x in (support, query))
+    W = torch.linalg.solve(X.mT @ X + torch.eye(8), X.mT @ nn.functional.one_hot(labels, 3).double())
+    assert torch.allclose(mae.ridge(support, labels, query, 3), Q @ W, atol=1e-10)
+    means = torch.stack([support[:, 2 * c : 2 * c + 2].mean(dim=1) for c in range(3)], dim=1)
+    distances = (query[:, :, None] - means[:, None]).norm(dim=-1)
+    assert torch.allclose(mae.nearest(support, labels, query, 3), -distances, atol=1e-10)
 
 
 def test_pictures_are_in_the_samplers_order():
@@ -400,8 +399,7 @@ def test_torchrun_has_the_gradient_of_one_process(work, tmp_path):
 @pytest.mark.parametrize("flags", [
     ["--no-normalise", "--no-rotations", "--mask_ratio", "0.75", "--contrast", "0", "--depth", "2", "--split", "lake"],
     ["--decoder_depth", "2", "--decoder_width", "8", "--jitter", "0", "--shift", "0", "--bend", "0", "--views", "1",
-     "--image_size", "32", "--num_shot", "2", "--num_query", "3", "--held_out", "8", "--probe_steps", "3",
-     "--learning_rate", "1e-3"],
+     "--image_size", "32", "--num_shot", "2", "--num_query", "3", "--held_out", "8", "--learning_rate", "1e-3"],
 ])  # fmt: skip
 def test_every_flag_in_a_smoke_run(flags, tmp_path):
     metrics = mae.main([*SMOKE, "--train_steps", "4", "--eval_freq", "4", "--log_dir", str(tmp_path), *flags])
