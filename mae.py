@@ -129,21 +129,19 @@ class Drawings:
         self.images, self.limits, self.shard = images, (jitter, shift, bend), shard
         self.generator = torch.Generator(images.device).manual_seed(seed)
 
-    def draw(self, size: int, copies: int = 1) -> torch.Tensor:
-        """Float32 images [copies * n, C, H, W]; the copies of a picture, differently distorted, stand n apart."""
+    def draw(self, size: int, copies: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Float32 images [copies * n, C, H, W] and an order of the L patches of each [copies * n, L].
+
+        The copies of a picture, differently distorted, stand n apart.
+        """
         g, (rank, world) = self.generator, self.shard
         mine = slice(rank * size // world, (rank + 1) * size // world)
         rows = torch.randint(len(self.images), (size,), generator=g, device=g.device)[mine]
         noise = torch.rand(copies, size, 6, generator=g, device=g.device)[:, mine].flatten(0, 1) * 2 - 1
         moves = torch.randn(copies, size, 2, *GRID, generator=g, device=g.device)[:, mine].flatten(0, 1)
+        order = random_order(copies * size, (self.images.shape[-1] // PATCH) ** 2, g)
         images = self.images[rows].float().div(255).repeat(copies, 1, 1, 1)
-        return distorted(images, noise, moves, self.limits)
-
-    def orders(self, size: int, copies: int, L: int) -> torch.Tensor:
-        """An order of the L patches of each image of a `draw` [copies * n, L]."""
-        rank, world = self.shard
-        mine = slice(rank * size // world, (rank + 1) * size // world)
-        return random_order(copies * size, L, self.generator).view(copies, size, L)[:, mine].flatten(0, 1)
+        return distorted(images, noise, moves, self.limits), order.unflatten(0, (copies, size))[:, mine].flatten(0, 1)
 
     def state_dict(self) -> dict:
         return {"generator": self.generator.get_state()}
@@ -157,10 +155,8 @@ def losses(model: MAE, train: Drawings, args, dtype: torch.dtype) -> tuple[torch
 
     The encoder sees each view once, masked, for both.
     """
-    copies = 2 if args.contrast else 1
-    patches = patchify(train.draw(args.meta_batch_size, copies), PATCH)
-    order = train.orders(args.meta_batch_size, copies, patches.shape[1])
-    visible = count_visible(patches.shape[1], args.mask_ratio)
+    images, order = train.draw(args.meta_batch_size, copies=2 if args.contrast else 1)
+    patches, visible = patchify(images, PATCH), count_visible(order.shape[1], args.mask_ratio)
     with experiment.autocast(patches.device, dtype):
         predicted, tokens = model(patches, order, visible)
     error = masked_error(predicted.float(), targets(patches, args.normalise), order, visible)

@@ -182,13 +182,14 @@ def test_training_completes_a_picture():
     """One image of bars, many masks: the network learns to draw the hidden bars."""
     torch.manual_seed(0)
     model = MAE(1, 32, 28, 1, 32, 1)
-    images = torch.zeros(1, 1, 28, 28)
-    images[..., ::6], images[..., 10:13, :] = 1, 1
-    train = Drawings((images * 255).to(torch.uint8), seed=0)
+    bars = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
+    bars[..., ::6], bars[..., 10:13, :] = 255, 255
+    train = Drawings(bars, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
     errors = []
     for _ in range(120):
-        patches, order = patchify(train.draw(16), 4), train.orders(16, 1, 49)
+        images, order = train.draw(16)
+        patches = patchify(images, 4)
         loss = masked_error(model(patches, order, 12)[0], patches, order, 12)
         optimizer.zero_grad()
         loss.backward()
@@ -203,7 +204,7 @@ def test_training_completes_a_picture():
 def test_drawings_are_pictures_of_the_set_and_shards_partition_them():
     data = known_dataset(num_classes=6)
     images = torch.from_numpy(data.images)
-    plain = Drawings(images, 3).draw(8, 2)
+    plain, _ = Drawings(images, 3).draw(8, 2)
     assert torch.equal(plain[:8], plain[8:]) and plain.shape == (16, 1, 28, 28)  # undistorted copies are equal
     known = {tuple(image[0, 0, :2].tolist()) for image in images}
     assert all(tuple((image[0, 0, :2] * 255).round().int().tolist()) in known for image in plain)
@@ -211,8 +212,8 @@ def test_drawings_are_pictures_of_the_set_and_shards_partition_them():
     whole = Drawings(images, 3, **options)
     parts = [Drawings(images, 3, **options, shard=(rank, 4)) for rank in range(4)]
     for _ in range(2):
-        drawn, order = whole.draw(8, 2).unflatten(0, (2, 8)), whole.orders(8, 2, 49).unflatten(0, (2, 8))
-        pieces = [(part.draw(8, 2).unflatten(0, (2, 2)), part.orders(8, 2, 49).unflatten(0, (2, 2))) for part in parts]
+        drawn, order = (x.unflatten(0, (2, 8)) for x in whole.draw(8, 2))
+        pieces = [[x.unflatten(0, (2, 2)) for x in part.draw(8, 2)] for part in parts]
         assert torch.allclose(drawn, torch.cat([image for image, _ in pieces], dim=1), atol=1e-6)
         assert torch.equal(order, torch.cat([order for _, order in pieces], dim=1))
     assert not torch.allclose(drawn[0], drawn[1], atol=1e-3)  # two distortions of the same pictures
