@@ -339,7 +339,10 @@ def parse_args(argv=None):
 def main(argv=None) -> dict:
     args = parse_args(argv)
     names = NAMES if args.name == "all" else [args.name]
-    assignments = [load_assignment(name, args.level) for name in names]
+    try:
+        assignments = [load_assignment(name, args.level) for name in names]
+    except Missing as error:
+        raise UserError(f"{error}; mend homework/NAME/assignment.toml") from None
     if args.command == "grade":
         return grade(assignments[0], args.submission, args.json)
     if args.command == "build":

@@ -35,7 +35,7 @@ from guards import LIBC, take_guards
 OUTPUT_LIMIT = 2**20  # bytes that a test may print
 REPLY_LIMIT = 2**28  # bytes of an answer
 MEMORY_LIMIT = 3 * 2**30  # bytes beside what Python and torch take
-WALL_FACTOR, WALL_EXTRA = 4, 20  # seconds of wall clock = factor * processor seconds + extra: others may be busy
+WALL_FACTOR, WALL_EXTRA = 3, 10  # seconds of wall clock = factor * processor seconds + extra: others may be busy
 
 # ------------------------------------------------------------------------------------ messages
 
