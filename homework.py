@@ -16,7 +16,6 @@ How to teach with it: docs/teaching.md.
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import json
 import os
@@ -44,6 +43,7 @@ from assignment import (  # noqa: E402
     load_assignment,
     locate,
     mutants,
+    parsed,
     starter,
     variants,
 )
@@ -105,7 +105,7 @@ class Grader:
         if file not in texts:
             raise Missing(f"{file} is not in the submission")
         try:
-            ast.parse(texts[file])
+            parsed(texts[file])
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             line = getattr(error, "lineno", None)
             raise Missing(f"{file} is no Python: {type(error).__name__}{f' in line {line}' if line else ''}") from None
@@ -164,7 +164,7 @@ class Grader:
         """The result of every test, in the order of the questions."""
         broken = {file: self.importable(texts, file) for file in dict.fromkeys(b.file for b in self.a.blanks)}
         extra = {f: t for f, t in texts.items() if f not in self.package}
-        results, lost = [], {}
+        results, lost, grafts = [], {}, {}
         for test in sorted(self.a.tests, key=lambda f: f.graded["whole"]):
             question = test.graded["question"]
             try:
@@ -176,7 +176,9 @@ class Grader:
                         raise Missing(broken[file])
                     if lost.get(question) == "time":
                         raise Missing("not run: an earlier test of this question took too long")
-                    outcome = self.run(test, self.package | extra | {file: self.grafted(texts, file, [question])})
+                    if question not in grafts:
+                        grafts[question] = self.grafted(texts, file, [question])
+                    outcome = self.run(test, self.package | extra | {file: grafts[question]})
             except Missing as error:
                 outcome = Outcome(0.0, str(error), "open")
             if not outcome.share and not (lost.get(question) == "time"):
