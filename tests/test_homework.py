@@ -206,7 +206,7 @@ HOSTILE_BODIES = {
     "10 GB of tensors": ("x = [torch.ones(2**27) for _ in range(20)]\nreturn x", "memory"),
     "ten million lines": ("for _ in range(10**7):\n    print('spam')", "printed more"),
     "recursion": ("return logistic_steps(A, y, n, steps, lr)", "RecursionError"),
-    "not a tensor": ("return {1, 2}", "a set where a tensor"),
+    "not a tensor": ("return {1, 2}", "AttributeError"),
     "nothing": ("return None", ""),
     "enormous answer": ("return torch.zeros(1, 1).expand(30000, 30000)", ""),
 }
