@@ -139,6 +139,27 @@ def test_queries_are_shuffled(student):
     uniform(labels[:, -1], list(itertools.permutations(range(3))), "the order of the queries")
 
 
+def probe_features(N, K, B):
+    """The images of a meta-batch, and the same meta-batch from a table of their marks, as features."""
+    import load_data
+
+    sampler = load_data.EpisodeSampler(known([20] * 30), "train", N, K, 1, B, 9)
+    images, labels = sampler.sample_rows()
+    table = sampler.images.flatten(1)[:, :2].float() / 255
+    sampler.reset()
+    features, again = sampler.sample_rows(features=table)
+    return {"marks": images[..., :2], "features": features, "labels": labels, "again": again}
+
+
+@graded("1b")
+def test_rows_of_features(student):
+    """A table of features stands in place of the images; the tasks are the same."""
+    found = student.run(probe_features, N=4, K=2, B=6)
+    marks = shaped(found["marks"], (6, 3, 4, 2), "the images")
+    close(found["features"], marks, "the features", 1e-6)
+    same(found["again"], shaped(found["labels"], (6, 3, 4, 4), "the labels"), "the labels of the features")
+
+
 @graded("1b")
 def test_drawings_of_the_rows_are_uniform(student):
     """Every drawing of a class is a query as often as a support image."""
