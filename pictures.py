@@ -282,7 +282,7 @@ def cost_figure(rows: list[dict], engine: str, summary: dict):
             style = {"color": COST_COLOURS[method], "marker": marker, "markersize": 4, "capsize": 2}
             if curve:
                 upper.errorbar(x, ms, bars, **style, label=COST_TITLES[method])
-                lower.errorbar(x, [row["peak_bytes"] / 1e6 for row in curve], **style)
+                lower.errorbar(x, [row["peak_bytes"] / 1e6 for row in curve], **style, label=COST_TITLES[method])
         for ax in (upper, lower):
             ax.set_xlabel(SWEEPS[sweep])
             if sweep == "hidden_dim":
