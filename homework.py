@@ -8,7 +8,7 @@ exactly its question, and right answers written in other ways lose nothing.
 
     python homework.py build hw1 --out dist/hw1                  student/, solution/, autograder.zip for Gradescope
     python homework.py grade hw1 --submission DIR                the grader here; --json results.json for Gradescope
-    python homework.py check all                                 the proof, results/homework.json
+    python homework.py check all --out results/homework.json     the proof
 
 How to teach with it: docs/teaching.md.
 """
@@ -325,7 +325,9 @@ def parse_args(argv=None):
     parser.add_argument("command", choices=["build", "grade", "check"])
     parser.add_argument("name", choices=[*NAMES, "all"], help="the assignment")
     parser.add_argument("--level", choices=["easy", "hard"], default="hard", help="easy leaves fewer functions open")
-    parser.add_argument("--out", type=Path, help="build: the folder to write; check: the file of the proof")
+    parser.add_argument(
+        "--out", type=Path, help="build: the folder to write; check: the file whose proof of the assignment is replaced"
+    )
     parser.add_argument("--submission", type=Path, help="grade: the folder with the student's files")
     parser.add_argument("--json", type=Path, help="grade: write the result for Gradescope here")
     parser.add_argument("--jobs", type=int, default=2, help="check: submissions graded at once (default: 2)")
@@ -357,7 +359,8 @@ def main(argv=None) -> dict:
         return {}
     found = {a.name: check(a, max(1, args.jobs)) for a in assignments}
     if args.out:
-        write_json(args.out, found)
+        before = json.loads(args.out.read_text()) if args.out.exists() else {}
+        write_json(args.out, before | found)
     if not all(case["as_expected"] for result in found.values() for case in result["cases"]):
         raise UserError("the grader of these assignments is not right yet; see above")
     return found
