@@ -152,7 +152,7 @@ def load_dataset(
     images, counts, names, remarks, cache_file = cached(name, held, image_size, build)
     splits = make_splits(name, names, split)
     notes += remarks.get("notes", [])
-    if name == "folder" and names[0].startswith("train/") and not any(n.startswith("val/") for n in names):
+    if name == "folder" and {n.split("/")[0] for n in names} == {"train", "test"}:
         notes.append(f"no val/ with classes: {len(splits['val'])} classes of train/ are for validation")
     for note in notes:
         print(f"note: {source}: {note}", file=sys.stderr)
@@ -283,12 +283,17 @@ class EpisodeSampler:
         self.reset()
 
     def __getstate__(self) -> dict:
-        """What pickle and copy take, for worker processes that do not start as copies of this one."""
-        return self.__dict__ | {"generator": self.generator.get_state()}
+        """What pickle and copy take, for worker processes that do not start as copies of this one: arrays, no tensors."""
+        arrays = {k: v.cpu().numpy() for k, v in self.__dict__.items() if isinstance(v, torch.Tensor)}
+        return self.__dict__ | arrays | {"generator": self.generator.get_state().numpy(), "device": self.generator.device}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__ |= state | {"generator": torch.Generator(state["counts"].device)}
-        self.generator.set_state(state["generator"])
+        generator, device = torch.from_numpy(state.pop("generator").copy()), state.pop("device")
+        self.__dict__ |= {
+            k: torch.from_numpy(v.copy()).to(device) if isinstance(v, np.ndarray) else v for k, v in state.items()
+        }
+        self.generator = torch.Generator(device)
+        self.generator.set_state(generator)
 
     def reset(self) -> None:
         """Start the stream of tasks again from the seed."""
