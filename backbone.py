@@ -66,7 +66,7 @@ def conv4(
 ) -> torch.Tensor:
     """Conv4 as a function of `parameters` (weight0, gamma0, beta0, ... of a `Conv4`).
 
-    images: [n, C, H, W], or [B, n, C, H, W] for B tasks, which norm="support" needs.
+    images: [n, C, H, W] of one task, or [B, n, C, H, W] of B tasks, which norm="support" keeps apart.
     running: mean0, var0, ...; needed for norm="running", updated in place where momentum > 0. Under torchrun these
     are the statistics of the images of all processes, as if one had them all.
     """
@@ -131,7 +131,7 @@ def batch_norm(
     eps: float = EPS,
     all_processes: bool = False,
 ) -> torch.Tensor:
-    """Batch norm of x [n, C, H, W], with norm="support" of B tasks [B, n, C, H, W]; gamma, beta [C].
+    """Batch norm of x [n, C, H, W], with norm="support" also of B tasks [B, n, C, H, W]; gamma, beta [C].
 
     averages: running mean and variance [C] each; they normalise with norm="running", and with norm="batch" and
     momentum > 0 the statistics of x enter them. all_processes: under torchrun these are the statistics of the images of
@@ -140,8 +140,8 @@ def batch_norm(
     if norm not in NORMS:
         raise ValueError(f"norm {norm!r} is unknown; use one of {NORMS}")
     if norm == "support":
-        if x.dim() != 5 or not 0 < num_support <= x.shape[1]:
-            raise ValueError("norm='support' needs images [B, n, C, H, W] and 0 < num_support <= n")
+        if not 0 < num_support <= x.shape[-4]:
+            raise ValueError("norm='support' needs the images of tasks and 0 < num_support <= n")
         return support_norm(x, gamma, beta, num_support, eps)
     if norm == "running":
         return F.batch_norm(x, *averages, gamma, beta, training=False, eps=eps)
@@ -152,11 +152,11 @@ def batch_norm(
 
 
 def support_norm(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, num_support: int, eps: float):
-    """Batch norm of x [B, n, C, H, W] with each task's statistics of its first `num_support` images."""
-    support = x[:, :num_support]
+    """Batch norm of x [B, n, C, H, W], or [n, C, H, W], with each task's statistics of its first num_support images."""
+    support = x.narrow(-4, 0, num_support)
     support = support if x.dtype == torch.float64 else support.float()  # statistics in bfloat16 have two digits
-    var, mean = torch.var_mean(support, dim=(1, 3, 4), correction=0, keepdim=True)
-    if len(x) == 1 and not torch.is_grad_enabled():  # fused, but blind to the statistics' own gradient
+    var, mean = torch.var_mean(support, dim=(-4, -2, -1), correction=0, keepdim=True)
+    if x.dim() == 5 and len(x) == 1 and not torch.is_grad_enabled():  # fused, but blind to the statistics' own gradient
         return F.batch_norm(x[0], mean.flatten(), var.flatten(), gamma, beta, training=False, eps=eps)[None]
     scale = gamma.view(-1, 1, 1) * (var + eps).rsqrt()
     return (x - mean) * scale + beta.view(-1, 1, 1)
@@ -195,3 +195,114 @@ def norm_of_all(x: torch.Tensor, mean, var, gamma, beta, momentum: float, eps: f
 def prototypes(support: torch.Tensor, num_classes: int) -> torch.Tensor:
     """Mean feature of each class (Snell et al. 2017, eq. 1): support [B, N*K, D] in class order -> [B, N, D]."""
     return support.unflatten(1, (num_classes, -1)).mean(dim=2)
+
+
+class ViT(nn.Module):
+    """Vision transformer (Dosovitskiy et al. 2021): images [n, C, H, W] to features [n, out_features].
+
+    Each square of `patch` x `patch` pixels is a token, told its place by fixed sines and cosines; `depth` blocks of
+    attention and a two-layer network follow, layer norm before each. The features are the mean over the tokens.
+    """
+
+    def __init__(self, channels: int = 1, width: int = 64, image_size: int = 28, depth: int = 4, patch: int = 4):
+        super().__init__()
+        if image_size % patch or width % 8:
+            raise ValueError(f"image_size {image_size} must divide by {patch} and width {width} by 8")
+        self.patch, self.side, self.out_features = patch, image_size // patch, width
+        self.embed = nn.Linear(channels * patch * patch, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.register_buffer("places", sines_and_cosines(self.side, width), persistent=False)
+
+    def tokens(self, patches: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens [n, V, width] of patches [n, L, C*patch*patch]: of all, or of those at `visible` [n, V] alone."""
+        if visible is None:
+            x = self.embed(patches) + self.places
+        else:
+            rows = torch.arange(len(patches), device=patches.device)[:, None]
+            x = self.embed(patches[rows, visible]) + self.places[visible]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, images: torch.Tensor, norm: str = "running", momentum: float = 0.0) -> torch.Tensor:
+        """Features; `norm` and `momentum` are Conv4's and change nothing here: layer norm knows no other image."""
+        return self.tokens(patchify(images, self.patch)).mean(dim=1)
+
+
+class Block(nn.Module):
+    """Attention of all tokens to all (Vaswani et al. 2017) and a two-layer network, each added to its input."""
+
+    def __init__(self, width: int, heads: int = 4):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens [n, L, width] to tokens of the same shape."""
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # [n, L, 3, heads, width / heads]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+def sines_and_cosines(side: int, width: int) -> torch.Tensor:
+    """Place of each of side x side tokens, rows first [side^2, width]: a quarter each of sin y, cos y, sin x, cos x."""
+    rates = 10_000 ** (-torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(side)[:, None] * rates  # [side, width / 4]
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.cat([waves.repeat_interleave(side, 0), waves.repeat(side, 1)], dim=1)
+
+
+def patchify(images: torch.Tensor, patch: int) -> torch.Tensor:
+    """Images [n, C, H, W] cut into L squares, rows first: [n, L, C * patch * patch]."""
+    n, C, H, W = images.shape
+    squares = images.reshape(n, C, H // patch, patch, W // patch, patch)
+    return squares.permute(0, 2, 4, 1, 3, 5).reshape(n, -1, C * patch * patch)
+
+
+def unpatchify(patches: torch.Tensor, patch: int, channels: int) -> torch.Tensor:
+    """The images [n, C, H, W], H = W, whose squares are `patches` [n, L, C * patch * patch]."""
+    side = round(patches.shape[1] ** 0.5)
+    squares = patches.reshape(len(patches), side, side, channels, patch, patch)
+    return squares.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), channels, side * patch, side * patch)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every step is orthogonal (Jordan et al. 2024, "Muon"; torch.optim.Muon takes matrices only).
+
+    The filters of a convolution are a matrix [filters, inputs]. A gradient changes it most in the few directions that
+    all images share; an orthogonal step, its singular values all near 1, learns the rare directions as fast. The step
+    of a vector, here of batch norm's scales and shifts, has length 1. `lr` multiplies both.
+    """
+
+    def __init__(self, parameters, lr: float, momentum: float = 0.9):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].mul_(group["momentum"]).add_(p.grad)
+                ahead = p.grad + group["momentum"] * momentum  # Nesterov's
+                step = orthogonal(ahead.flatten(1)) if p.ndim > 1 else ahead / (ahead.norm() + 1e-7)
+                p.sub_(step.view_as(p), alpha=group["lr"])
+
+
+def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """About U V^T of a matrix U S V^T [rows, columns], times sqrt(rows / columns) where there are more rows.
+
+    Newton-Schulz: an odd polynomial of a matrix is the polynomial of its singular values; this one moves them to
+    between 0.7 and 1.2 in five steps.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    X = matrix.T if tall else matrix
+    X = X / (X.norm() + 1e-7)
+    for _ in range(steps):
+        A = X @ X.T
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return X.T * (matrix.shape[0] / matrix.shape[1]) ** 0.5 if tall else X

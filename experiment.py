@@ -156,8 +156,9 @@ def parse(
     (what shapes the model). A run may be resumed with more --train_steps where longer(its flags) is None; otherwise
     that is the reason why not, say, a learning rate that falls to zero at its end.
     """
-    typed = argparse.Namespace(**{action.dest: None for action in parser._actions})
-    typed = {k: v for k, v in vars(parser.parse_args(argv, typed)).items() if v is not None}
+    first = parser.parse_args(argv)
+    words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    typed = {a.dest: getattr(first, a.dest) for a in parser._actions if words & set(a.option_strings)}
     if typed.get("smoke"):
         parser.set_defaults(**smoke)
     saved_run = typed.get("resume") or typed.get("checkpoint")
@@ -677,7 +678,7 @@ def report(args, script: str, dataset: str, metrics: dict, path: Path | None = N
     if shard()[0] == 0:
         if path:
             write_json(path, metrics)
-        only_in_file = ("accuracies", "curves", "flags", "versions")
+        only_in_file = ("accuracies", "curves", "flags", "versions", "episode", "examples", "errors", "history", "path")
         print(json.dumps({k: v for k, v in metrics.items() if k not in only_in_file}))
     return metrics
 

@@ -13,6 +13,7 @@ functions" (Berkeley CS 182), whose parts are named here.
     python feature_weights.py --part logistic          (h) inner loop logistic regression
     python feature_weights.py                          all of them, one to two minutes on two CPU cores
     python feature_weights.py --smoke                  all of them, tiny, in seconds
+    python report.py --run RUN_DIR                     draws one of them
 
 Shapes: d features, n training points, T tasks. Tasks that share their points (a grid) are the columns of one group,
 [1, ..., n, T]; tasks with points of their own are groups of one column, [T, ..., n, 1].
@@ -38,10 +39,11 @@ GD_STEPS = {"gradient": [5, 1], "logistic": [10]}  # inner steps of the parts th
 OPTIMIZERS = {"closed_form": ["sgd", "adam"]}  # of the feature weights; elsewhere sgd alone
 LEARNING_RATE = {"closed_form": 0.1, "gradient": 0.1, "classification": 0.3, "logistic": 1.0}  # of sgd
 ADAM = 0.01  # learning rate of adam
-# 0.032 is n / (2 d): with all weights 1 one step on the grid is then the min-norm solution.
-INNER_LEARNING_RATE = {"gradient": 0.032, "logistic": 0.128}
+# 0.032 is n / (2 d): with all weights 1 one step on the grid is then nearly the min-norm solution, within 4 %. It would
+# be exact if all eigenvalues of A A^T were d = 500; at 32 points they are 480 to 512.
+INNER_LR = {"gradient": 0.032, "logistic": 0.128}
 ALIAS_STARTS = [(1.0, 1.0), (0.5, 1.5), (-1.2, 0.4), (0.3, -0.6)]
-MEASURED_FLAGS = ("part", "points", "num_features", "num_true", "num_points", "num_gd_steps", "inner_learning_rate",
+MEASURED_FLAGS = ("part", "points", "num_features", "num_true", "num_points", "num_gd_steps", "inner_lr",
                   "optimizer", "learning_rate", "meta_batch_size", "train_steps", "num_test_tasks")
 UNUSED = ("--dtype", "--test", "--checkpoint", "--dataset", "--data_folder", "--split", "--image_size", "--num_classes",
           "--num_shot", "--num_query", "--rotations", "--patience", "--num_val_tasks")  # fmt: skip
@@ -155,7 +157,7 @@ def adapt(c: torch.Tensor, phi: torch.Tensor, y: torch.Tensor, n: torch.Tensor, 
         beta = min_norm(A, y)
     else:
         learner = regression_steps if args.part == "gradient" else logistic_steps
-        beta = learner(A, y, n, args.num_gd_steps, args.inner_learning_rate)
+        beta = learner(A, y, n, args.num_gd_steps, args.inner_lr)
     return c[:, None] * beta
 
 
@@ -255,89 +257,6 @@ def regression(args) -> bool:
     return args.part in ("closed_form", "gradient")
 
 
-# ------------------------------------------------------------------------------------------ figures
-
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # told apart by the colour-blind
-
-
-def alias_figure(paths: torch.Tensor):
-    """The iterates [steps + 1, B, 2] in the plane of the weights, on circles around 0, and c_1 over the steps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    plane, decay = figure.subplots(1, 2)
-    colours = [BLUE, ORANGE, GREEN, "#CC79A7"]
-    steps = torch.logspace(0, math.log10(len(paths) - 1), 400).long().unique()
-    turn = torch.linspace(0, 2 * math.pi, 200)
-    for path, colour in zip(paths.transpose(0, 1), colours, strict=False):
-        norm = path[0].norm().item()
-        plane.plot(norm * turn.cos(), norm * turn.sin(), ":", color=GREY, linewidth=0.7)
-        shown = path[torch.cat([torch.zeros(1, dtype=torch.long), steps])]
-        plane.plot(shown[:, 0], shown[:, 1], color=colour, linewidth=2)
-        plane.plot(*path[0], "o", color=colour)
-        plane.plot(*path[-1], "X", color=colour, markersize=9)
-        decay.loglog(steps, path[steps, 1].abs(), color=colour, label=f"start ({path[0, 0]:g}, {path[0, 1]:g})")
-    plane.axhline(0, color="black", linewidth=0.5)
-    plane.set(xlabel="$c_0$, weight of the true feature", ylabel="$c_1$, weight of its alias", aspect="equal",
-              title="Gradient descent keeps ‖c‖: start ●, end ✖")  # fmt: skip
-    decay.set(xlabel="step", ylabel="$|c_1|$", title="The alias loses its weight")
-    decay.legend(frameon=False)
-    return figure
-
-
-def curve_panel(ax, outcome: dict, args) -> None:
-    """Test error against the number of training points: mean and 10-90 % band over tasks."""
-    sizes, top = outcome["sizes"], 1.25 if regression(args) else 0.6
-    zero = ("predicting zero", 1.0) if regression(args) else ("guessing", 0.5)
-    ax.axhline(zero[1], color=GREY, linestyle="--", linewidth=1, label=zero[0])
-    ax.axvline(args.num_points, color=GREY, linestyle=":", linewidth=1, label="points in meta-training")
-    for name, label, colour in (("ones", "all weights 1", ORANGE), ("meta", "meta-learned", BLUE),
-                                ("oracle", "oracle (knows S)", GREEN)):  # fmt: skip
-        errors = outcome["errors"][name]
-        ax.fill_between(sizes, errors.quantile(0.1, dim=1), errors.quantile(0.9, dim=1), color=colour, alpha=0.2, lw=0)
-        ax.plot(sizes, errors.mean(dim=1), color=colour, label=label)
-    ax.set(xlabel="training points n", xlim=(1, sizes[-1]), ylim=(0, top),
-           ylabel="mean squared test error" if regression(args) else "fraction of wrong signs")  # fmt: skip
-
-
-def weights_panel(ax, history: torch.Tensor, args) -> None:
-    """The weights over the steps of meta-training, in three groups."""
-    steps = torch.tensor([min(i * args.eval_freq, args.train_steps) for i in range(len(history))] + [math.nan])
-    history = torch.cat([history, torch.full_like(history[:1], math.nan)])  # a gap ends each curve of the one line
-    groups = groups_of_features(args)
-    for name, label, colour in (("others", "other features", GREY), ("aliases", "look like S on the grid", ORANGE),
-                                ("S", "features in S", BLUE)):  # fmt: skip
-        number = int(groups[name].sum())
-        curves = history[:, groups[name]].T.flatten()
-        ax.plot(steps.repeat(number), curves, color=colour, linewidth=0.6, label=f"{label} ({number})")
-    ax.set(xlabel="step of meta-training", ylabel="feature weight $c_k$", xlim=(0, args.train_steps))
-    legend = ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1, frameon=False, fontsize=8)
-    for handle in legend.get_lines():
-        handle.set_linewidth(2)
-
-
-def part_figure(outcomes: list[dict]):
-    """One row for each meta-training: test error against n, and the weights over time."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.6 * len(outcomes)), layout="constrained")
-    for (left, right), outcome in zip(figure.subplots(len(outcomes), 2, squeeze=False), outcomes, strict=True):
-        args = outcome["args"]
-        curve_panel(left, outcome, args)
-        weights_panel(right, outcome["history"], args)
-        steps = f"{args.num_gd_steps} gradient step{'s' if args.num_gd_steps != 1 else ''}"
-        title = {"closed_form": "regression, closed form", "classification": "classification by regression on signs",
-                 "logistic": f"classification, logistic, {steps}", "gradient": f"regression, {steps}"}  # fmt: skip
-        left.set_title(f"{title[args.part]} ({args.optimizer} {args.learning_rate:g})", loc="left", fontsize=10)
-    figure.axes[0].legend(edgecolor="none", fontsize=8)
-    return figure
-
-
-def save_figure(figure, *paths: Path) -> None:
-    for path in paths:
-        experiment.write_atomically(path, lambda out: figure.savefig(out, dpi=90, format="png"))
-
-
 # --------------------------------------------------------------------------------------- the script
 
 
@@ -349,7 +268,7 @@ def parse_args(argv=None):
     parser.prog = "feature_weights.py"
     add = groups["run"].add_argument
     add("--part", choices=[*PARTS, "all"], default="all", help="of the homework: d, e, f, g, h")
-    add("--results_dir", metavar="DIR", help="copy figures and numbers there as features_<part>.png, features.json")
+    add("--out", metavar="DIR", help="add the results to features.json there, which report.py draws")
     add = groups["data"].add_argument
     add("--num_features", type=whole(2), default=500, metavar="d", help="Fourier features")
     add("--num_true", type=whole(1), default=11, help="features in S: the first ones")
@@ -358,7 +277,7 @@ def parse_args(argv=None):
     add("--num_fresh", type=whole(1), default=128, help="uniform points of the meta-loss in each step")
     add = groups["model"].add_argument
     add("--num_gd_steps", type=whole(1), help=f"inner gradient steps (default: {GD_STEPS})")
-    add("--inner_learning_rate", type=number(above=True), help=f"of these steps (default: {INNER_LEARNING_RATE})")
+    add("--inner_lr", type=number(above=True), help=f"of these steps (default: {INNER_LR})")
     add = groups["optimisation"].add_argument
     add("--optimizer", choices=["sgd", "adam"], help="of the feature weights (default: sgd; closed_form: both)")
     add("--learning_rate", type=number(above=True), help=f"of adam (default: {ADAM}) or sgd (default: {LEARNING_RATE})")
@@ -375,8 +294,8 @@ def parse_args(argv=None):
         raise UserError(f"--num_true {args.num_true} is more than --num_features {args.num_features}; use fewer")
     if args.num_points > args.max_points:
         raise UserError(f"--num_points {args.num_points} is beyond the curves; use --max_points {args.num_points}")
-    if args.results_dir:
-        read_results(Path(args.results_dir))  # refused now rather than after the work
+    if args.out:
+        read_results(Path(args.out))  # refused now rather than after the work
     return args
 
 
@@ -389,11 +308,11 @@ def trainings(args) -> list[argparse.Namespace]:
             for optimizer in [args.optimizer] if args.optimizer else OPTIMIZERS.get(part, ["sgd"]):
                 one = argparse.Namespace(**vars(args))
                 one.part, one.num_gd_steps, one.optimizer = part, steps, optimizer
-                one.inner_learning_rate = args.inner_learning_rate or INNER_LEARNING_RATE.get(part)
+                one.inner_lr = args.inner_lr or INNER_LR.get(part)
                 one.learning_rate = args.learning_rate or (LEARNING_RATE[part] if optimizer == "sgd" else ADAM)
                 one.name = part + (f"_{steps}_steps" if steps else "") + ("_adam" if optimizer == "adam" else "")
                 one.name += "_random" if args.points == "random" else ""
-                one.results_dir = None  # a resumed run does not replace the results of all
+                one.out = None  # a resumed run does not replace the results of all
                 planned.append(one)
     if args.run_name and len(planned) > 1:
         for one in planned:
@@ -415,11 +334,11 @@ def untrained_aliases(args, n: int) -> float:
 
 
 def measure(args, device: torch.device) -> dict:
-    """One meta-training; its test curves beside those of weights 1 and of the oracle; its metrics."""
+    """One meta-training; its metrics with the test curves beside those of weights 1 and of the oracle."""
     run, model = meta_train(args, device)
     sizes = torch.arange(1, args.max_points + 1)
     # To gradient steps the size of the weights matters: at 1 / sqrt(2 lr) one step of regression is exact.
-    scale = 1 / math.sqrt(2 * args.inner_learning_rate) if args.part == "gradient" else 1.0
+    scale = 1 / math.sqrt(2 * args.inner_lr) if args.part == "gradient" else 1.0
     oracle = scale * (torch.arange(args.num_features, device=device) < args.num_true).double()
     weights = {"meta": model.c.detach(), "ones": torch.ones_like(oracle), "oracle": oracle}
     errors = {name: test_curve(c, sizes, args, device).cpu() for name, c in weights.items()}
@@ -428,6 +347,8 @@ def measure(args, device: torch.device) -> dict:
     above = (errors["meta"].mean(dim=1) > errors["ones"].mean(dim=1) + 1e-12).nonzero().flatten()
     metrics = {
         "error": "expected squared error" if regression(args) else "fraction of wrong signs",
+        "errors": {name: spread(error) for name, error in errors.items()},
+        "history": history(model, args),
         **{name: {str(m): errors[name][m - 1].mean().item() for m in shown} for name in weights},
         "ci95": {name: {str(m): experiment.mean_and_ci95(errors[name][m - 1])[1] for m in shown} for name in weights},
         "at_most_ones_from": int(above[-1]) + 2 if len(above) else 1,  # number of points
@@ -437,21 +358,33 @@ def measure(args, device: torch.device) -> dict:
         **{flag: getattr(args, flag) for flag in MEASURED_FLAGS},
         "train_seconds": round(run.seconds, 2), "device": experiment.device_name(device),
     }  # fmt: skip
-    outcome = {"sizes": sizes, "errors": errors, "history": model.history.cpu(), "args": args, "folder": run.folder}
-    run.writer.add_figure("test", part_figure([outcome]), run.step)
     run.writer.close()
-    save_figure(part_figure([outcome]), run.folder / "figure.png")
     print(f"\n{args.name}: {metrics['error']} after learning from m points")
     print("".join(f"{x:>12}" for x in ("m", *weights)))
     for m in shown:
         print(f"{m:12d}" + "".join(f"{metrics[name][str(m)]:12.3g}" for name in weights))
     print("weights: " + ", ".join(f"{k} {w['min']:.3g} to {w['max']:.3g}" for k, w in metrics["weights"].items()))
-    outcome["metrics"] = experiment.report(args, "feature_weights", args.name, metrics, run.folder / "metrics.json")
-    return outcome
+    return experiment.report(args, "feature_weights", args.name, metrics, run.folder / "metrics.json")
 
 
-def alias_part(args) -> tuple[dict, object]:
-    """Gradient descent from each of ALIAS_STARTS: start, norm and end, printed and returned with the figure."""
+def spread(errors: torch.Tensor) -> dict[str, list[float]]:
+    """Mean and 10 to 90 % of the tasks' errors [sizes, T] at each number of points, with four digits."""
+    rows = {"mean": errors.mean(1), "p10": errors.quantile(0.1, dim=1), "p90": errors.quantile(0.9, dim=1)}
+    return {name: [float(f"{v:.4g}") for v in row.tolist()] for name, row in rows.items()}
+
+
+def history(model: FeatureWeights, args) -> dict:
+    """At each evaluation the step and the smallest, mean and largest weight of each group of features."""
+    past, kept = model.history.cpu(), {}
+    for name, k in groups_of_features(args).items():
+        if k.any():
+            rows = torch.stack([past[:, k].amin(1), past[:, k].mean(1), past[:, k].amax(1)], dim=1)
+            kept[name] = [[round(v, 4) for v in row] for row in rows.tolist()]
+    return {"steps": [min(i * args.eval_freq, args.train_steps) for i in range(len(past))]} | kept
+
+
+def alias_part(args) -> dict:
+    """Gradient descent from each of ALIAS_STARTS: start, norm, end and path, printed and returned."""
     run = Run(args, "feature_weights", "alias")
     start = torch.tensor(ALIAS_STARTS, dtype=torch.float64)
     path = alias_descent(start, args.alias_learning_rate, args.alias_growth, args.alias_steps)
@@ -463,37 +396,36 @@ def alias_part(args) -> tuple[dict, object]:
               f"beta ({beta[i, 0]:.6f}, {beta[i, 1]:.1e}), 1 / norm {1 / norm:.6f}")  # fmt: skip
     metrics = {"start": start.tolist(), "norm": start.norm(dim=1).tolist(), "end": end.tolist(), "beta": beta.tolist(),
                "meta_loss": [alias_loss(start).tolist(), alias_loss(end).tolist()], "steps": args.alias_steps,
-               "learning_rate": args.alias_learning_rate, "growth": args.alias_growth}  # fmt: skip
+               "learning_rate": args.alias_learning_rate, "growth": args.alias_growth,
+               "path": thin(path)}  # fmt: skip
     run.track()
     for step in range(0, args.alias_steps + 1, max(1, args.alias_steps // 100)):
         for i in range(len(ALIAS_STARTS)):
             run.writer.add_scalars(f"Weights/start {i}", {"c0": path[step, i, 0], "c1": path[step, i, 1]}, step)
-    figure = alias_figure(path)
-    run.writer.add_figure("paths", figure, args.alias_steps)
     run.writer.close()
-    save_figure(figure, run.folder / "figure.png")
-    return experiment.report(args, "feature_weights", "alias", metrics, run.folder / "metrics.json"), figure
+    return experiment.report(args, "feature_weights", "alias", metrics, run.folder / "metrics.json")
+
+
+def thin(path: torch.Tensor, points: int = 150) -> list:
+    """[[step, iterates [B, 2]], ...] of a path [steps + 1, B, 2]: the start, then steps evenly spaced in logarithm."""
+    steps = torch.logspace(0, math.log10(len(path) - 1), points).round().long().unique()
+    return [[step, [[float(f"{v:.5g}") for v in c] for c in path[step].tolist()]] for step in [0, *steps.tolist()]]
 
 
 def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)
-    results, figures = {}, {}
+    results = {}
     if args.part in ("alias", "all"):
         one = argparse.Namespace(**vars(args) | {"part": "alias"})
         if args.run_name and args.part == "all":
             one.run_name = f"{args.run_name}_alias"
-        results["alias"], figures["alias"] = alias_part(one)
-    outcomes = []
+        results["alias"] = alias_part(one)
     for one in trainings(args) if args.part != "alias" else []:
         experiment.setup(one)  # each meta-training has the stream that it would have alone
-        outcomes.append(measure(one, device))
-        results[one.name] = outcomes[-1]["metrics"]
-    suffix = "_random" if args.points == "random" else ""
-    for part in dict.fromkeys(outcome["args"].part for outcome in outcomes):
-        figures[part + suffix] = part_figure([outcome for outcome in outcomes if outcome["args"].part == part])
-    if args.results_dir:
-        write_results(Path(args.results_dir), results, figures)
+        results[one.name] = measure(one, device)
+    if args.out:
+        write_results(Path(args.out), results)
     if len(results) > 1:
         print(json.dumps(results))
     return results
@@ -502,15 +434,13 @@ def main(argv=None) -> dict:
 def read_results(folder: Path) -> dict:
     """What features.json holds so far; UserError when it, or the folder, cannot be used."""
     if not folder.is_dir():
-        raise UserError(f"--results_dir {folder} is not a folder; create it first")
-    return experiment.read_json(folder / "features.json", "results_dir") if (folder / "features.json").exists() else {}
+        raise UserError(f"--out {folder} is not a folder; create it first")
+    return experiment.read_json(folder / "features.json", "out") if (folder / "features.json").exists() else {}
 
 
-def write_results(folder: Path, results: dict, figures: dict) -> None:
-    """features_<part>.png, and features.json with the parts of this run replaced."""
+def write_results(folder: Path, results: dict) -> None:
+    """features.json with the parts of this run replaced; report.py draws it."""
     experiment.write_json(folder / "features.json", read_results(folder) | results)
-    for name, figure in figures.items():
-        save_figure(figure, folder / f"features_{name}.png")
 
 
 if __name__ == "__main__":

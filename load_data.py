@@ -339,7 +339,8 @@ class EpisodeSampler:
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Float32 images [B, ..., C, H, W] in [0, 1] of int64 rows [B, ...]."""
         images = self.images.index_select(0, rows.reshape(-1)).to(torch.float32).div_(255)
-        if limits := [self.jitter] * 4 * (self.jitter > 0 or self.shift > 0) + [self.shift] * 2 * (self.shift > 0):
+        if self.jitter > 0 or self.shift > 0:
+            limits = [self.jitter] * 4 + ([self.shift] * 2 if self.shift > 0 else [])
             rank, world = self.shard
             shape = (world, rows.numel(), len(limits))  # all ranks draw for all and use their own
             noise = torch.rand(shape, generator=self.generator, device=rows.device)[rank]
@@ -364,18 +365,19 @@ class EpisodeSampler:
             support_labels, query_labels = self.one_hot[support_labels], self.one_hot[query_labels]
         return support, support_labels, query, query_labels
 
-    def sample_rows(self, batch_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample_rows(self, batch_size: int | None = None, features: torch.Tensor | None = None):
         """A meta-batch in the course's layout, for Q = 1.
 
         Returns float32 images [B, K+1, N, C*H*W] and one-hot float32 labels [B, K+1, N, N]. Rows
-        0 to K-1 are the support set in class order; row K holds the N queries, shuffled.
+        0 to K-1 are the support set in class order; row K holds the N queries, shuffled. With `features`
+        [len(self.images), D] the same tasks hold these rows in place of the images.
         """
         rows, order = self.draw(batch_size)
         B, N, K = len(rows), self.N, self.K
         rows = torch.cat([rows[:, :, :K].transpose(1, 2), rows[:, :, K].gather(1, order)[:, None]], dim=1)
         labels = torch.cat([self.labels.expand(B, K, N), order[:, None]], dim=1)
         one_hot = self.one_hot.index_select(0, labels.reshape(-1)).view(B, K + 1, N, N)
-        return self.gather(rows).flatten(3), one_hot
+        return (self.gather if features is None else features.__getitem__)(rows).flatten(3), one_hot
 
     def first(self, num_tasks: int, sample=None, **options):
         """Start the stream again and yield its meta-batches, the last one cut, until they hold `num_tasks` tasks.

@@ -79,7 +79,7 @@ class Learner(NamedTuple):
             if "weight" in name:
                 parts.append((2 * torch.rand(shape) - 1) / math.sqrt(math.prod(shape[1:])))
             else:
-                parts.append(torch.full(shape, float("gamma" in name)))
+                parts.append(torch.ones(shape) if "gamma" in name else torch.zeros(shape))
         return torch.cat([part.flatten() for part in parts])
 
     def unpack(self, theta: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -112,7 +112,7 @@ class Learner(NamedTuple):
             averages = None if statistics is None else tuple(statistics[i])
             gamma, beta = p[f"gamma{i}"].flatten(), p[f"beta{i}"].flatten()
             if num_support:
-                x = batch_norm(x[None], gamma, beta, "support", num_support=num_support, eps=EPS)[0]
+                x = batch_norm(x, gamma, beta, "support", num_support=num_support, eps=EPS)
             else:
                 norm = "batch" if statistics is None or momentum > 0 else "running"
                 x = batch_norm(x, gamma, beta, norm, averages, momentum=momentum, eps=EPS)
@@ -297,7 +297,8 @@ def adapt(rule, learner: Learner, support, labels, inner: Inner, second_order=Fa
     statistics = learner.fresh_statistics(theta)
     # Image 1 of every class, then image 2 of every class, ...: a batch holds all classes in equal parts.
     order = torch.arange(n, device=labels.device).view(learner.num_classes, -1).t().flatten()
-    for batch in order.split(inner.batch) * inner.epochs:
+    batches = [batch for _ in range(inner.epochs) for batch in order.split(inner.batch)]
+    for batch in batches:
         keep_graph = second_order and torch.is_grad_enabled()
         with torch.enable_grad():
             point = theta if keep_graph else theta.detach().requires_grad_()
@@ -437,7 +438,7 @@ def parse_args(argv=None):
     add("--learning_rate", type=number(above=True), default=3e-3, help="of Adam, for the initial parameters")
     add("--rule_rate", type=number(above=True), default=1e-2, help="of Adam, for the update rule")
     add("--schedule", choices=["constant", "cosine"], default="cosine", help="of both rates")
-    add("--clip", type=number(above=True), default=0.25, help="largest norm of the meta-gradient")
+    add("--clip", type=number(), default=0.25, help="largest norm of the meta-gradient; 0: no limit")
     add("--trained_share", type=number(0, 1, above=True), default=0.1, help="of coordinates that train layer 1")
     add("--tasks_at_once", type=whole(1), default=4, help="tasks that go through the cell together; bounds memory")
     preset = PRESETS.get(chosen_preset(argv))
@@ -507,7 +508,7 @@ def main(argv=None) -> dict:
             rule, learner, train.sample(), inner, dtype, args.tasks_at_once, query_norm, args.second_order
         )
         experiment.average_gradients(rule)
-        norm = nn.utils.clip_grad_norm_(rule.parameters(), args.clip)
+        norm = nn.utils.clip_grad_norm_(rule.parameters(), args.clip or math.inf)
         optimizer.step()
         schedule.step()
         run.record(loss)

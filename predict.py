@@ -199,7 +199,8 @@ def main(argv=None) -> list[dict]:
     args = parse_args(argv)
     device = experiment.setup(args)
     best = experiment.load_checkpoint(Path(args.checkpoint) / "best.pt")
-    channels = best["model"]["weight0"].shape[1]
+    weights = best["model"]
+    channels = weights["weight0"].shape[1] if "weight0" in weights else weights["embed.weight"].shape[1] // 16
     encoder = make_encoder(args, channels).to(device)
     experiment.load_best(args.checkpoint, encoder)
     return predict(args, encoder, channels, experiment.precision(args, device), device)

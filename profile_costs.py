@@ -6,16 +6,16 @@ Strategies (Salimans et al. 2017; Song et al. 2020, "ES-MAML") only compare the 
 theta - sigma*eps reach after adaptation: nothing is kept, and the gradient is a noisy estimate. Beside them:
 first-order MAML, and MAML that keeps only every sqrt(steps)-th inner step and computes the others again.
 
-    python profile_costs.py --sweep all                        three sweeps, a CSV and a figure of six panels
+    python profile_costs.py --sweep all                        three sweeps, as CSV and JSON
     python profile_costs.py --sweep all --engine auto          the same with every engine, for comparison
-    python profile_costs.py --inner_steps 20 --hidden_size 64  one setting
-    python profile_costs.py --train                            train with MAML and with ES, plot adapted functions
+    python profile_costs.py --inner_steps 20 --hidden_dim 64  one setting
+    python profile_costs.py --train                            train with MAML and with ES
     python profile_costs.py --smoke                            a complete run in seconds
+    python report.py --results runs/costs                      draws what the sweeps and the training have written
 
 What is measured is an outer step: sampling the tasks, the meta-gradient, the optimiser. Memory is the peak of what
 the step allocates above what was there before it (parameters and optimiser state): on a GPU as CUDA's allocator
-reports it, on a CPU by following every tensor's storage from allocation to release. That count is exact and the
-same in every run; scratch space inside a kernel is not seen.
+reports it, on a CPU as the profiler's record of all allocations and releases has it, the same in every run.
 """
 
 from __future__ import annotations
@@ -25,14 +25,11 @@ import csv
 import io
 import math
 import time
-import weakref
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -42,12 +39,10 @@ from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
 METHODS = ("maml", "es", "fomaml", "checkpoint")
 LABELS = {"maml": "MAML", "es": "Evolution Strategies", "fomaml": "first-order MAML",
           "checkpoint": "checkpointed MAML"}  # fmt: skip
-COLOURS = {"maml": "#0072B2", "es": "#D55E00", "fomaml": "#009E73", "checkpoint": "#CC79A7"}  # Okabe and Ito
 ENGINES = {"maml": ("vmap", "loop", "factors"), "es": ("vmap", "loop"), "fomaml": ("vmap", "loop"),
            "checkpoint": ("vmap", "loop")}  # fmt: skip
-SWEEPS = {"inner_steps": (1, 2, 5, 10, 15, 20), "layers": (1, 2, 3, 4, 6), "hidden_size": (32, 64, 128, 256, 512)}
-SMOKE_SWEEPS = {"inner_steps": (1, 2, 4), "layers": (1, 2, 3), "hidden_size": (8, 16, 32)}
-AXES = {"inner_steps": "inner steps", "layers": "hidden layers", "hidden_size": "units of a hidden layer"}
+SWEEPS = {"inner_steps": (1, 2, 5, 10, 15, 20), "layers": (1, 2, 3, 4, 6), "hidden_dim": (32, 64, 128, 256, 512)}
+SMOKE_SWEEPS = {"inner_steps": (1, 2, 4), "layers": (1, 2, 3), "hidden_dim": (8, 16, 32)}
 UNUSED = ("--dtype", "--test", "--checkpoint", "--dataset", "--data_folder", "--split", "--image_size", "--num_classes",
           "--rotations", "--train_steps", "--patience")  # fmt: skip
 
@@ -73,9 +68,9 @@ def sample_tasks(B: int, K: int, Q: int, device=None, dtype=torch.float32):
 class Initialisation(torch.nn.Module):
     """theta: all weights and biases of an MLP with one input and one output, in one vector [D]."""
 
-    def __init__(self, layers: int, hidden_size: int):
+    def __init__(self, layers: int, hidden_dim: int):
         super().__init__()
-        self.sizes = [1, *[hidden_size] * layers, 1]
+        self.sizes = [1, *[hidden_dim] * layers, 1]
         uniform = lambda i, o: (2 * torch.rand(i * o + o) - 1) / math.sqrt(i)  # torch's own for nn.Linear
         self.theta = torch.nn.Parameter(torch.cat([uniform(i, o) for i, o in pairwise(self.sizes)]))
 
@@ -221,7 +216,9 @@ def es_gradient(model: Initialisation, tasks, rate: float, steps: int, at_once: 
     gradient, together = torch.zeros_like(theta), max(1, at_once // 2)
     for begin in range(0, pairs, together):
         index = torch.arange(begin, min(begin + together, pairs), device=theta.device)
-        eps = torch.randn(len(index), len(theta), device=theta.device, dtype=theta.dtype)
+        eps = torch.empty(len(index), len(theta), device=theta.device, dtype=theta.dtype)
+        for one in eps:  # pair by pair, so that the random stream does not depend on at_once
+            one.normal_()
         phi = theta.repeat(2 * len(eps), 1)  # theta + sigma eps, then theta - sigma eps
         phi[: len(eps)].add_(eps, alpha=sigma)
         phi[len(eps) :].sub_(eps, alpha=sigma)
@@ -244,7 +241,7 @@ def meta_step(model: Initialisation, optimizer, args, method: str, engine: str, 
     """One outer step: sample tasks, meta-gradient into theta.grad, optimiser; returns the mean query loss."""
     optimizer.zero_grad()
     at_once = 1 if engine == "loop" else at_once or max(args.meta_batch_size, args.num_perturbations)
-    inner = (args.inner_rate, args.inner_steps, at_once)
+    inner = (args.inner_lr, args.inner_steps, at_once)
     pairs = args.num_perturbations // 2
     B = min(args.meta_batch_size, pairs) if method == "es" else args.meta_batch_size
     tasks = sample_tasks(B, args.num_shot, args.num_query, model.theta.device)
@@ -258,44 +255,18 @@ def meta_step(model: Initialisation, optimizer, args, method: str, engine: str, 
 
 def start(args, device: torch.device) -> tuple[Initialisation, torch.optim.Optimizer]:
     """A new initialisation and its optimiser."""
-    model = Initialisation(args.layers, args.hidden_size).to(device)
+    model = Initialisation(args.layers, args.hidden_dim).to(device)
     return model, torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
 
 
 # --------------------------------------------------------------------------------- measuring
 
 
-class LiveStorage(TorchDispatchMode):
-    """Counts the bytes of all tensor storages allocated inside the context and not yet released: `now`, `peak`.
-
-    Every operation passes here. A storage counts from the operation that returns it first until nothing refers to it,
-    saved tensors of autograd included; views and in-place results share a storage that is counted already.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.live = 0, 0, set()
-
-    def release(self, key: int, size: int) -> None:
-        self.live.discard(key)
-        self.now -= size
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        storages = lambda tree: [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-        given = {storage._cdata for storage in storages((args, kwargs))}
-        for storage in storages(result):
-            key, size = storage._cdata, storage.nbytes()
-            if key not in given and key not in self.live:
-                self.live.add(key)
-                weakref.finalize(storage, self.release, key, size)
-                self.now += size
-                self.peak = max(self.peak, self.now)
-        return result
-
-
 def peak_memory(step, device: torch.device) -> int:
-    """Bytes that one call of `step` has allocated at its worst moment, above what there was before."""
+    """Bytes that one call of `step` has allocated at its worst moment, above what there was before it.
+
+    By the allocator's own record: CUDA's statistics, and on a CPU the profiler's list of allocations and releases.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -303,9 +274,14 @@ def peak_memory(step, device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with LiveStorage() as meter:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
         step()
-    return meter.peak
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()  # negative where memory is released
+        peak = max(peak, now)
+    return peak
 
 
 def clock(step, device: torch.device, repeats: int) -> list[float]:
@@ -358,8 +334,8 @@ def fastest_engine(args, method: str, device: torch.device) -> tuple[str, int]:
 
 # ------------------------------------------------------------------------------------- sweeps
 
-SETTING = ("method", "engine", "inner_steps", "layers", "hidden_size", "meta_batch_size", "num_perturbations",
-           "num_shot", "num_query", "at_once", "outer_steps", "inner_rate", "device", "torch", "random_seed",
+SETTING = ("method", "engine", "inner_steps", "layers", "hidden_dim", "meta_batch_size", "num_perturbations",
+           "num_shot", "num_query", "at_once", "outer_steps", "inner_lr", "device", "torch", "random_seed",
            "git_commit")  # fmt: skip
 MEASURED = ("repeats", "seconds", "seconds_p10", "seconds_p90", "peak_bytes")
 COLUMNS = ("sweep", *SETTING, *MEASURED, "runtime_fit", "memory_fit")
@@ -368,12 +344,12 @@ COLUMNS = ("sweep", *SETTING, *MEASURED, "runtime_fit", "memory_fit")
 def fit(sweep: str, x: list[float], y: list[float]) -> dict:
     """How y grows with x: a line a + b x, or over hidden units a power a x^b; least squares, with R^2."""
     u, v = np.asarray(x, float), np.asarray(y, float)
-    if sweep == "hidden_size":
+    if sweep == "hidden_dim":
         u, v = np.log(u), np.log(v)
     slope, intercept = np.polyfit(u, v, 1)
     left = v - (intercept + slope * u)
     r2 = 1 - (left @ left) / max(((v - v.mean()) ** 2).sum(), 1e-300) if np.ptp(v) > 0 else 1.0
-    form = "power" if sweep == "hidden_size" else "line"
+    form = "power" if sweep == "hidden_dim" else "line"
     a = math.exp(intercept) if form == "power" else intercept
     return {"form": form, "a": float(a), "b": float(slope), "r2": float(r2)}
 
@@ -432,7 +408,7 @@ def output_folder(args) -> Path:
 
 
 def run_sweep(args, device: torch.device) -> dict:
-    """Measure every point, then write costs.csv, costs.json and costs.png to --out.
+    """Measure every point, then write costs.csv and costs.json to --out; report.py draws them.
 
     Until it is complete a sweep lives in costs.partial.csv; started again it does not measure those points again.
     """
@@ -451,18 +427,12 @@ def run_sweep(args, device: torch.device) -> dict:
         rows.append(row | {name: float(value) for name, value in known[key(row)].items()})
         if new:
             write_csv(partial, rows)
-    summary = summarise(args, rows, device)
+    summary = summarise(args, rows, device) | {"rows": rows}
     write_csv(folder / "costs.csv", rows)
     experiment.write_json(folder / "costs.json", summary)
-    figure = cost_figure(rows, drawn_engine(args), summary)
-    experiment.write_atomically(folder / "costs.png", lambda out: figure.savefig(out, dpi=85, format="png"))
     partial.unlink(missing_ok=True)
-    print(f"written: {folder / 'costs.csv'}, {folder / 'costs.json'}, {folder / 'costs.png'}")
+    print(f"written: {folder / 'costs.csv'}, {folder / 'costs.json'}; pictures: python report.py --results {folder}")
     return summary
-
-
-def drawn_engine(args) -> str:
-    return "vmap" if args.engine == "auto" else args.engine
 
 
 def curves(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
@@ -510,76 +480,34 @@ def es_cosines(args, device: torch.device) -> list[dict]:
     each = []
     for n in range(args.meta_batch_size):
         model.theta.grad = None
-        maml_gradient(model, [t[n : n + 1] for t in tasks], args.inner_rate, args.inner_steps, 1)
+        maml_gradient(model, [t[n : n + 1] for t in tasks], args.inner_lr, args.inner_steps, 1)
         each.append(model.theta.grad)
     each, found = torch.stack(each), []
     exact = each.mean(0)
     m, D = (each.square().sum(1).mean() / exact.square().sum()).item(), exact.numel()
     for count in [2 * args.meta_batch_size * 4**n for n in range(2 if args.smoke else 5)]:
-        es_gradient(model, tasks, args.inner_rate, args.inner_steps, args.meta_batch_size, count, args.sigma)
+        es_gradient(model, tasks, args.inner_lr, args.inner_steps, args.meta_batch_size, count, args.sigma)
         cosine = torch.nn.functional.cosine_similarity(exact, model.theta.grad, dim=0).item()
         found.append({"perturbations": count, "cosine": cosine, "expected": (1 + 2 * m * (D + 1) / count) ** -0.5,
                       "parameters": D, "disagreement": m})  # fmt: skip
     return found
 
 
-def cost_figure(rows: list[dict], engine: str, summary: dict):
-    """Runtime (above) and memory (below) against inner steps, layers and hidden units."""
-    from matplotlib.figure import Figure
-
-    found = {k: v for k, v in curves(rows).items() if k[2] == engine}
-    sweeps = [sweep for sweep in SWEEPS if any(k[0] == sweep for k in found)]
-    figure = Figure(figsize=(3.9 * len(sweeps), 6.4), layout="constrained")
-    axes = figure.subplots(2, len(sweeps), squeeze=False)
-    for (sweep, method, _), curve in found.items():
-        x, column = [row[sweep] for row in curve], sweeps.index(sweep)
-        ms = np.array([[row[name] * 1e3 for name in ("seconds", "seconds_p10", "seconds_p90")] for row in curve]).T
-        style = {"color": COLOURS[method], "marker": "osD^"[METHODS.index(method)], "markersize": 4, "capsize": 2}
-        style["label"] = LABELS[method]
-        axes[0, column].errorbar(x, ms[0], [ms[0] - ms[1], ms[2] - ms[0]], **style)
-        axes[1, column].errorbar(x, [row["peak_bytes"] / 1e6 for row in curve], **style)
-    for column, sweep in enumerate(sweeps):
-        for ax, what in zip(axes[:, column], ("runtime of an outer step (ms)", "peak memory (MB)"), strict=True):
-            ax.set_xlabel(AXES[sweep])
-            if column == 0:
-                ax.set_ylabel(what)
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.grid(alpha=0.3)
-            values = sorted({row[sweep] for row in rows if row["sweep"] == sweep})
-            if sweep == "hidden_size":
-                ax.set_xscale("log")
-                ax.set_yscale("log")
-                ax.minorticks_off()
-            else:
-                ax.set_ylim(bottom=0)
-            ax.set_xticks(values, [str(v) for v in values])
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
-    row = rows[0]
-    figure.supxlabel(
-        f"{row['meta_batch_size']} tasks (ES: {row['num_perturbations']} perturbations), engine {engine}, "
-        f"{summary['device']}; bars: 10th to 90th percentile", fontsize=8, color="0.4",
-    )  # fmt: skip
-    return figure
-
-
 # ----------------------------------------------------------------------------------- training
 
 
 def train_all(args, methods: tuple[str, ...], device: torch.device) -> dict:
-    """Train with each method in a run of its own; of several, also write costs_train.json and .png to --out."""
-    models, metrics = {}, {}
+    """Train with each method in a run of its own; of several, also write costs_train.json to --out."""
+    metrics = {}
     for method in methods:
         name = args.run_name if len(methods) == 1 or not args.run_name else f"{args.run_name}_{method}"
         flags = argparse.Namespace(**vars(args) | {"run_name": name})
-        models[method], metrics[method] = train(flags, method, device)
+        metrics[method] = train(flags, method, device)
     if len(methods) == 1:
         return metrics[methods[0]]
     folder = output_folder(args)
     experiment.write_json(folder / "costs_train.json", metrics)
-    figure = adaptation_figure(models, args)
-    experiment.write_atomically(folder / "costs_train.png", lambda out: figure.savefig(out, dpi=85, format="png"))
-    print(f"written: {folder / 'costs_train.json'}, {folder / 'costs_train.png'}")
+    print(f"written: {folder / 'costs_train.json'}; picture: python report.py --results {folder}")
     return metrics
 
 
@@ -599,13 +527,13 @@ def evaluate(model: Initialisation, args, num_tasks: int, seed: int) -> tuple[to
     tasks = fixed_tasks(args, num_tasks, seed, model.theta)
     for x, y, query_x, query_y in zip(*(t.split(100) for t in tasks), strict=True):
         before.append(mse(model(), query_x, query_y))
-        layers = adapt(model(), x, y, args.inner_rate, args.inner_steps, "maml", "vmap")
+        layers = adapt(model(), x, y, args.inner_lr, args.inner_steps, "maml", "vmap")
         after.append(mse(layers, query_x, query_y))
     return torch.cat(before).cpu(), torch.cat(after).cpu()
 
 
-def train(args, method: str, device: torch.device) -> tuple[Initialisation, dict]:
-    """Meta-train, then report the query loss of fixed test tasks and draw some of the adapted functions."""
+def train(args, method: str, device: torch.device) -> dict:
+    """Meta-train, then report the query loss of fixed test tasks and some of the adapted functions."""
     args.method = method
     if args.engine == "auto":  # written into flags.json: a resumed run computes in the same order
         args.engine, args.at_once = fastest_engine(args, method, device)
@@ -624,44 +552,23 @@ def train(args, method: str, device: torch.device) -> tuple[Initialisation, dict
                 before, after = evaluate(model, args, args.num_val_tasks, VAL_SEED)
             run.evaluated(None, {"Loss/val": after.mean().item(), "Loss/val_before": before.mean().item()})
     before, after = evaluate(model, args, args.num_test_tasks, TEST_SEED)
-    figure = adaptation_figure({method: model}, args)
-    experiment.write_atomically(run.folder / "adapted.png", lambda out: figure.savefig(out, dpi=85, format="png"))
-    run.writer.add_figure("adapted", figure, run.step)
     loss, ci95 = experiment.mean_and_ci95(after)
-    return model, run.finish({
+    return run.finish({
         "method": method, "engine": args.engine, "test_loss": loss, "ci95": ci95,
         "test_loss_before": before.mean().item(), "num_test_tasks": args.num_test_tasks,
         "learning_rate": args.learning_rate, "inner_steps": args.inner_steps, "parameters": model.theta.numel(),
-        "device": experiment.device_name(device),
+        "device": experiment.device_name(device), "examples": examples(model, args),
     })  # fmt: skip
 
 
-def adaptation_figure(models: dict[str, Initialisation], args, count: int = 4):
-    """Truth, support points, and the function before and after adaptation on test tasks; a row for each method."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3 * count, 0.5 + 2.3 * len(models)), layout="constrained")
-    axes = figure.subplots(len(models), count, sharex=True, sharey=True, squeeze=False)
-    for row, (method, model) in zip(axes, models.items(), strict=True):
-        x, y, query_x, query_y = (t[:count] for t in fixed_tasks(args, args.num_test_tasks, TEST_SEED, model.theta))
-        with torch.no_grad():
-            before = predict(model(), query_x).cpu()
-            layers = adapt(model(), x, y, args.inner_rate, args.inner_steps, "maml", "vmap")
-            after = predict(layers, query_x).cpu()
-        steps = f"after {args.inner_steps} inner step{'s' * (args.inner_steps > 1)}"
-        for n, ax in enumerate(row):
-            grid = query_x[n].cpu()
-            ax.plot(grid, query_y[n].cpu(), color="black", lw=1, label="truth")
-            ax.plot(grid, before[n], color="#999999", ls="--", label="before adaptation")
-            ax.plot(grid, after[n], color=COLOURS["maml"], label=steps)
-            ax.plot(x[n].cpu(), y[n].cpu(), "k.", label="support points")
-            ax.spines[["top", "right"]].set_visible(False)
-        row[0].set_ylabel(f"{LABELS[method]}\ny")
-    for ax in axes[-1]:
-        ax.set_xlabel("x")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
-    return figure
+@torch.no_grad()
+def examples(model: Initialisation, args, count: int = 4) -> list[dict]:
+    """The first test tasks: support points, the true function, and ours before and after adaptation, rounded."""
+    x, y, query_x, query_y = (t[:count] for t in fixed_tasks(args, args.num_test_tasks, TEST_SEED, model.theta))
+    after = predict(adapt(model(), x, y, args.inner_lr, args.inner_steps, "maml", "vmap"), query_x)
+    drawn = {"support_x": x, "support_y": y, "x": query_x, "truth": query_y, "before": predict(model(), query_x)}
+    lists = {name: values.flatten(1).cpu().tolist() for name, values in (drawn | {"after": after}).items()}
+    return [{name: [round(v, 4) for v in rows[n]] for name, rows in lists.items()} for n in range(len(x))]
 
 
 # --------------------------------------------------------------------------------- the script
@@ -681,19 +588,19 @@ def parse_args(argv=None):
         help="vmap: all adaptations together; loop: one after another; factors (only MAML): together, with the adapted "
         "weights kept as low-rank factors; auto: measures all of these, training takes the fastest")  # fmt: skip
     add("--at_once", type=whole(0), default=0, help="adaptations that vmap and factors do together; 0: all")
-    add("--out", default="runs/costs", help="folder of a sweep's tables and figure, and of --train's with all methods")
+    add("--out", default="runs/costs", help="folder of a sweep's tables, and of --train's with all methods")
     add("--warmup", type=whole(1), default=2, help="outer steps before the measured ones")
     add = groups["model"].add_argument
     add("--layers", type=whole(1, 100), default=2, help="hidden layers")
-    add("--hidden_size", type=whole(1), default=128, help="units of each hidden layer")
+    add("--hidden_dim", type=whole(1), default=128, help="units of each hidden layer")
     add = groups["optimisation"].add_argument
     add("--outer_steps", "--train_steps", type=whole(1), help="outer steps to measure or train; None: 9, 5000")
     add("--inner_steps", type=whole(1), default=5, help="gradient steps on a support set")
-    add("--inner_rate", type=number(above=True), default=1e-2, help="learning rate of the inner steps")
+    add("--inner_lr", type=number(above=True), default=1e-2, help="learning rate of the inner steps")
     add("--learning_rate", type=number(above=True), default=1e-3, help="of Adam; ES: 3e-3 is too much")
     add("--num_perturbations", type=whole(2), help="ES: perturbed networks in an outer step; None: as many as tasks")
     add("--sigma", type=number(above=True), default=1e-3, help="ES: standard deviation of the perturbations")
-    smoke = {"hidden_size": 16, "meta_batch_size": 4, "num_query": 20, "num_val_tasks": 20, "num_test_tasks": 20,
+    smoke = {"hidden_dim": 16, "meta_batch_size": 4, "num_query": 20, "num_val_tasks": 20, "num_test_tasks": 20,
              "eval_freq": 10, "outer_steps": 3}  # fmt: skip
     args = experiment.parse(parser, argv, smoke)
     if args.smoke and not args.train and not args.sweep:
@@ -731,7 +638,7 @@ def main(argv=None) -> dict:
                   f"({row['seconds_p10'] * 1e3:.2f} to {row['seconds_p90'] * 1e3:.2f})  "
                   f"{row['peak_bytes'] / 1e6:9.3f} MB")  # fmt: skip
     metrics = {"device": experiment.device_name(device), "inner_steps": args.inner_steps, "layers": args.layers,
-               "hidden_size": args.hidden_size, "costs": found}  # fmt: skip
+               "hidden_dim": args.hidden_dim, "costs": found}  # fmt: skip
     return experiment.report(args, "profile_costs", "sinusoids", metrics)
 
 

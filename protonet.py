@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import experiment
-from backbone import Conv4, Residual, prototypes
-from experiment import Run, number, whole
+from backbone import Conv4, Muon, Residual, ViT, prototypes
+from experiment import Run, UserError, number, whole
 from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_dataset, log_episode
 
 # ---------------------------------------------------------------------------------- the method
@@ -76,47 +76,9 @@ def episode_loss(encoder: nn.Module, episode, num_classes: int, dtype: torch.dty
     return loss
 
 
-def make_encoder(args, channels: int) -> Conv4:
+def make_encoder(args, channels: int) -> nn.Module:
     """The encoder that --encoder, --width and --image_size describe."""
-    return (Residual if args.encoder == "residual" else Conv4)(channels, args.width, args.image_size)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose every step is orthogonal (Jordan et al. 2024, "Muon"; torch.optim.Muon takes matrices only).
-
-    The filters of a convolution are a matrix [filters, inputs]. A gradient changes it most in the few directions that
-    all images share; an orthogonal step, its singular values all near 1, learns the rare directions as fast. The step
-    of a vector, here of batch norm's scales and shifts, has length 1. `lr` multiplies both.
-    """
-
-    def __init__(self, parameters, lr: float, momentum: float = 0.9):
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"].mul_(group["momentum"]).add_(p.grad)
-                ahead = p.grad + group["momentum"] * momentum  # Nesterov's
-                step = orthogonal(ahead.flatten(1)) if p.ndim > 1 else ahead / (ahead.norm() + 1e-7)
-                p.sub_(step.view_as(p), alpha=group["lr"])
-
-
-def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """About U V^T of a matrix U S V^T [rows, columns], times sqrt(rows / columns) where there are more rows.
-
-    Newton-Schulz: an odd polynomial of a matrix is the polynomial of its singular values; this one moves them to
-    between 0.7 and 1.2 in five steps.
-    """
-    tall = matrix.shape[0] > matrix.shape[1]
-    X = matrix.T if tall else matrix
-    X = X / (X.norm() + 1e-7)
-    for _ in range(steps):
-        A = X @ X.T
-        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-    return X.T * (matrix.shape[0] / matrix.shape[1]) ** 0.5 if tall else X
+    return {"conv4": Conv4, "residual": Residual, "vit": ViT}[args.encoder](channels, args.width, args.image_size)
 
 
 @torch.no_grad()
@@ -175,8 +137,10 @@ def parse_args(argv=None):
         __doc__, meta_batch_size=1, train_steps=2500, eval_freq=250, rotations=True, num_val_tasks=1000
     )
     parser.prog = "protonet.py"
+    groups["run"].add_argument("--init_from", **experiment.INIT_FROM)
     add = groups["data"].add_argument
     add("--train_classes", type=whole(2), default=60, help="classes in a training task; the paper: 60")
+    add("--train_characters", type=whole(0), default=0, help="train on the first so many characters alone; 0: all")
     add("--train_shot", type=whole(1), default=1, help="support images of each class in training")
     add("--train_query", type=whole(1), default=1, help="query images of each class in training")
     add("--jitter", type=number(0, 1), default=0.1, help="random turn (radians), size and slant of training images")
@@ -184,18 +148,23 @@ def parse_args(argv=None):
     add("--within_alphabet", action="store_true", help="test tasks of characters of one alphabet (Lake et al.)")
     add("--train_within_alphabet", action="store_true", help="training tasks too: likeness is learned where it is hard")
     add = groups["model"].add_argument
-    add("--encoder", choices=["conv4", "residual"], default="conv4", help="residual: twelve convolutions, not four")
-    add("--width", type=whole(1), default=64, help="filters of each convolution")
+    encoders = "residual: twelve convolutions, not four; vit: a transformer, as mae.py pre-trains it"
+    add("--encoder", choices=["conv4", "residual", "vit"], default="conv4", help=encoders)
+    add("--width", type=whole(1), default=64, help="filters of each convolution, numbers in a token")
     add = groups["optimisation"].add_argument
     add("--learning_rate", type=number(above=True), default=0.1, help="of Muon, at its peak")
     views = "the final test averages the features of so many slightly distorted copies of each image"
     groups["evaluation"].add_argument("--views", type=whole(1), default=8, help=views)
     smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "train_classes": 10,
              "width": 16, "views": 2}  # fmt: skip
-    groups["run"].add_argument("--init_from", **experiment.INIT_FROM)
     falls = "its learning rate falls to zero there (one cycle)"
     shapes = ("encoder", "width", "image_size")
-    return experiment.parse(parser, argv, smoke, fixed=shapes, longer=lambda flags: falls)
+    args = experiment.parse(parser, argv, smoke, fixed=shapes, longer=lambda flags: falls)
+    if args.encoder == "vit" and args.width % 8:
+        raise UserError(f"--width {args.width}: --encoder vit takes a multiple of 8 (four heads, sines and cosines)")
+    if args.encoder == "vit" and args.image_size % 4:
+        raise UserError(f"--image_size {args.image_size}: --encoder vit takes a multiple of 4, the side of a patch")
+    return args
 
 
 def main(argv=None) -> dict:
@@ -203,6 +172,8 @@ def main(argv=None) -> dict:
     device = experiment.setup(args)
     dtype = experiment.precision(args, device)
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
+    if args.train_characters:
+        dataset.splits["train"] = dataset.splits["train"][: args.train_characters]
     encoder = make_encoder(args, dataset.images.shape[1]).to(device, memory_format=torch.channels_last)
 
     if args.test:
@@ -267,14 +238,17 @@ def test_report(args, encoder: nn.Module, dataset: Dataset, dtype: torch.dtype, 
     if args.within_alphabet and test.same_count:
         lake = fixed_tasks(dataset, "test", args, device, within_alphabet=True, one_drawer=True)
         named["_one_drawer"] = evaluate(features, lake, args.num_test_tasks)[0]
+    in_plane = {}
     for N, K in ((5, 1), (5, 5), (20, 1), (20, 5)):
         if N <= test.num_available and K + args.num_query <= int(test.counts.min()) and not args.within_alphabet:
             setting = Namespace(num_classes=N, num_shot=K, num_query=args.num_query)
             tasks = fixed_tasks(dataset, "test", setting, device)
             named[f"_{N}way{K}shot"] = evaluate(features, tasks, args.num_test_tasks)[0]
+            if (N, K) == (5, 1):
+                in_plane = {"episode": embedded_episode(features, tasks)}
     for name, values in named.items():
         metrics[f"test_accuracy{name}"], metrics[f"ci95{name}"] = experiment.mean_and_ci95(values)
-    return metrics | {
+    return metrics | in_plane | {
         "batch_norm": "running", "views": args.views, "within_alphabet": args.within_alphabet,
         "dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device),
         "parameters": sum(p.numel() for p in encoder.parameters()),
@@ -286,6 +260,15 @@ def guess(encoder: nn.Module, dtype: torch.dtype, support, support_labels, query
     features = embed(encoder, torch.cat([support, query], dim=1), dtype)
     n, N = support.shape[1], int(support_labels.max()) + 1
     return proto_logits(features[:, :n], features[:, n:], N)[0].argmax(dim=-1)
+
+
+def embedded_episode(features: torch.Tensor, tasks: EpisodeSampler) -> dict:
+    """The first task in its two principal components, for a picture: support [N*K, 2], query [N*Q, 2], their labels."""
+    support, _, query, labels = (x[0] for x in next(tasks.first(1, features=features)))
+    centred = torch.cat([support, query]) - torch.cat([support, query]).mean(dim=0)
+    plane = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
+    points = [[round(v, 3) for v in row] for row in plane.tolist()]
+    return {"support": points[: len(support)], "query": points[len(support) :], "labels": labels.tolist()}
 
 
 @torch.no_grad()

@@ -305,7 +305,7 @@ def test_smoke_of_all_parts(tmp_path, capsys):
     results_dir = tmp_path / "results"
     results_dir.mkdir()
     (results_dir / "features.json").write_text('{"kept": 1}')
-    flags = ["--smoke", "--log_dir", str(tmp_path), "--run_name", "s", "--results_dir", str(results_dir)]
+    flags = ["--smoke", "--log_dir", str(tmp_path), "--run_name", "s", "--out", str(results_dir)]
     results = fw.main(flags)
     names = {"alias", "closed_form", "closed_form_adam", "gradient_5_steps", "gradient_1_steps", "classification",
              "logistic_10_steps"}  # fmt: skip
@@ -358,8 +358,8 @@ def test_a_resumed_run_is_bit_identical(points, tmp_path, monkeypatch):
     (["--num_points", "65"], ["--num_points 65", "--max_points"]),
     (["--part", "nothing"], ["--part"]),
     (["--num_gd_steps", "0"], ["--num_gd_steps", "1 or more"]),
-    (["--inner_learning_rate", "0"], ["--inner_learning_rate"]),
-    (["--results_dir", "nowhere"], ["--results_dir nowhere"]),
+    (["--inner_lr", "0"], ["--inner_lr"]),
+    (["--out", "nowhere"], ["--out nowhere"]),
     (["--dataset", "glyphs"], ["--dataset"]),
     (["--resume", "nowhere"], ["--resume nowhere"]),
 ])  # fmt: skip

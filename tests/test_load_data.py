@@ -528,7 +528,7 @@ def test_concurrent_first_runs_share_one_cache(tmp_path):
         subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(2)
     ]
-    outs = [run.communicate(timeout=200) for run in runs]
+    outs = [run.communicate(timeout=3600) for run in runs]
     assert [err for _, err in outs] == [b"", b""] and outs[0] == outs[1]
     assert len(list((tmp_path / "data").iterdir())) == 1
 

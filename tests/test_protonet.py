@@ -9,16 +9,13 @@ from conftest import known_dataset
 from torch import nn
 
 import protonet
-from backbone import Conv4, prototypes
+from backbone import Conv4, Muon, Residual, orthogonal, prototypes
 from load_data import EpisodeSampler
 from protonet import (
-    Muon,
-    Residual,
     embed,
     embed_split,
     episode_loss,
     evaluate,
-    orthogonal,
     proto_logits,
     squared_distances,
 )

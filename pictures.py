@@ -1,0 +1,492 @@
+"""What the result files hold, and every picture of the documents drawn from it.
+
+The lower half of report.py: it reads `results/**/*.json`, trains nothing and loads no network. The same JSON and
+the same matplotlib give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+from experiment import UserError, write_atomically
+
+PARTS = ("mann", "meta_lstm", "comparison")  # folders of results/ with a JSON file a run
+# 97.5 % points of Student's t for n - 1 degrees of freedom, by the number n of seeds
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; one for each method in every picture
+BLUE, RED, GREEN, PINK, YELLOW, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7f7f7f"
+COLOURS = {"transfer": GREY, "mann": PINK, "protonet": BLUE, "fomaml": YELLOW, "protomaml": GREEN, "maml": RED,
+           "anil": SKY, "meta_lstm": "#000000"}  # fmt: skip
+TITLES = {"transfer": "fine-tuning", "mann": "MANN, conv", "protonet": "ProtoNet", "fomaml": "first-order MAML",
+          "protomaml": "Proto-MAML (f.o.)", "maml": "MAML", "anil": "ANIL", "meta_lstm": "meta-LSTM"}  # fmt: skip
+COST_TITLES = {"maml": "MAML", "es": "ES", "fomaml": "first-order MAML", "checkpoint": "checkpointed MAML"}
+COST_COLOURS = {"maml": BLUE, "es": RED, "fomaml": GREEN, "checkpoint": PINK}
+SWEEPS = {"inner_steps": "inner steps", "layers": "hidden layers", "hidden_dim": "hidden units"}
+
+# ------------------------------------------------------------------------------------- results
+
+
+def read(path: Path) -> dict | list:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--results: cannot read {path} ({error}); measure it again or name another folder") from None
+
+
+def load(out: Path, name: str) -> list[dict]:
+    """The metrics of all seeds of part/name, in the order of the seeds."""
+    return [read(path) for path in sorted(out.glob(f"{name}_seed*.json"))]
+
+
+def refuse_other_images(out: Path, dataset: str) -> None:
+    """UserError when a run under `out` is not of `dataset` (miniImageNet: of a folder), whatever its name says."""
+    for path in sorted(out.glob("*/*_seed*.json")):
+        if path.parent.name not in PARTS:
+            continue
+        expected = "folder" if path.stem.startswith("miniImagenet") else dataset
+        found = read(path).get("dataset")
+        if found != expected:
+            raise UserError(
+                f"{path} is a result on {found}, its row is of {expected}; move it to a folder of its own "
+                f"and read it with --results FOLDER --dataset {found}"
+            )
+
+
+def interval(runs: list[dict], key: str = "test_accuracy") -> tuple[float, float, str]:
+    """(mean over seeds, half-width of its 95 % interval, what the interval is over); the first two in per cent.
+
+    The seeds share their test tasks, so their errors go together and the interval over tasks does not shrink with
+    seeds. Where the seeds' standard deviation is larger than the tasks' standard error, training matters more than
+    the choice of tasks: then the interval is over seeds, by Student's t.
+    """
+    values = [run[key] for run in runs]
+    ci95 = key.replace("test_accuracy", "ci95").replace("accuracy", "ci95")
+    half = sum(run[ci95] for run in runs) / len(runs)
+    over = f"{runs[0]['num_test_tasks']:,} tasks"
+    if key.startswith("finetuned"):  # one classifier of all classes, asked about every held-out drawing
+        over = f"{runs[0]['held_out'] * runs[0]['finetuned_classes']:,} drawings"
+    if len(values) > 1 and statistics.stdev(values) > half / 1.96:
+        half, over = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values)), f"{len(values)} seeds"
+    return 100 * statistics.fmean(values), 100 * half, over
+
+
+def digits_of(half: float) -> int:
+    """Digits behind the point that a figure with an interval of this half-width deserves, in per cent."""
+    return 1 if half >= 0.15 else 2
+
+
+def warmed_up(run: dict) -> bool:
+    """Whether a run of maml.py began as a prototypical network."""
+    return run["script"] == "maml" and run.get("flags", {}).get("warmup_steps", 4000) > 0
+
+
+def processor(run: dict) -> str:
+    """On what a run was timed, such as "1 thread of AMD EPYC"; files that name no processor are of that one."""
+    threads = re.search(r"(\d+) threads", run["device"])
+    name = run.get("processor", "AMD EPYC").split(",")[0]
+    name = re.sub(r"\((R|TM)\)| CPU| Processor| @.*", "", name).strip()
+    return f"{threads[1]} thread{'s' * (threads[1] != '1')} of {name}" if threads else run["device"]
+
+
+def tasks_a_step(run: dict) -> int:
+    """The meta-batch: a flag of the run; files without flags tell it by what they trained."""
+    if "meta_batch_size" in run.get("flags", {}):
+        return run["flags"]["meta_batch_size"]
+    return round(run["train_seconds"] * run["tasks_per_second"] / run["steps"])
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float], grid: str = "y"):
+    """A figure without pyplot (no window system, nothing to close) and its axes [rows, columns]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis=grid, color="0.9")
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def save(figure, path: Path) -> None:
+    """PNG; its only metadata is matplotlib's version, so that the same version writes the same bytes."""
+    write_atomically(path, lambda file: figure.savefig(file, dpi=100, format="png"))
+
+
+def draw_lines(ax, out: Path, names: dict[str, str], tag: str, scale: float) -> None:
+    """One curve for each {part/name: label}, seed 1."""
+    for colour, (name, label) in zip((BLUE, RED, GREEN, PINK, YELLOW, SKY), names.items(), strict=False):
+        if (runs := load(out, name)) and tag in runs[0].get("curves", {}):
+            steps, values = zip(*runs[0]["curves"][tag], strict=True)
+            ax.plot(steps, [scale * v for v in values], color=colour, label=label)
+    if ax.lines:
+        ax.legend(frameon=False, fontsize=9)
+    ax.set_xlabel("training step")
+
+
+def draw_mann(out: Path) -> None:
+    """Figures 3 to 8 of the report (K, N grid), 9 (learning rate) and 10 (memory size)."""
+    grid = {f"mann/K{K}N{N}": f"{K}-shot {N}-way" for K, N in ((1, 2), (2, 2), (1, 3), (1, 4))}
+    rates = {f"mann/K1N3_rate_{r}": f"learning rate {r}" for r in ("1e-1", "1e-3", "1e-5")}
+    sizes = {"mann/K1N3_memory_8": "8 units", "mann/K1N3_rate_1e-3": "128 units", "mann/K1N3_memory_256": "256 units"}
+    kinds = {
+        "mann/K1N3_rate_1e-3": "two LSTM layers",
+        "mann/K1N3_gru": "two GRU layers",
+        "mann/K1N3_3_layers": "three LSTM layers",
+    }
+    sweeps = {
+        "learning rate (1-shot 3-way)": rates,
+        "memory size (1-shot 3-way)": sizes,
+        "recurrent layers (1-shot 3-way)": kinds,
+    }
+    for file, rows in (("mann.png", {"MANN by shot K and way N": grid}), ("mann_sweeps.png", sweeps)):
+        if not any(load(out, name) for names in rows.values() for name in names):
+            continue
+        figure, axes = new_figure(len(rows), 2, (9, 3.2 * len(rows)))
+        for (title, names), (left, right) in zip(rows.items(), axes, strict=True):
+            draw_lines(left, out, names, "Accuracy/test", 100)
+            draw_lines(right, out, names, "Loss/test", 1)
+            left.set(title=title, ylabel="test accuracy (%)")
+            right.set(title=title, ylabel="test loss (nats)")
+        save(figure, out / file)
+
+
+def draw_comparison(out: Path) -> None:
+    """The slides' bar chart with our other methods beside it, and accuracy before and after adaptation."""
+    where = {name: f"comparison/{name}" for name in TITLES}
+    where |= {"meta_lstm": "meta_lstm/5way1shot", "mann": "mann/conv_K1N5"}
+    found = {name: runs for name in TITLES if (runs := load(out, where[name]))}
+    titles = {name: TITLES[name] + " *" * warmed_up(runs[0]) for name, runs in found.items()}
+    if found:
+        figure, ((ax,),) = new_figure(1, 1, (9, 4))
+        for i, (name, runs) in enumerate(found.items()):
+            mean, half, _ = interval(runs)
+            ax.bar(i + 0.2, mean, 0.38, color=COLOURS[name], yerr=half, capsize=3)
+            ax.text(i + 0.2, mean + half + 0.3, f"{mean:.{digits_of(half)}f}", ha="center", fontsize=9)
+            on_val = [run["val_accuracy"] for run in runs if run.get("val_accuracy")]
+            if on_val:
+                ax.bar(i - 0.2, 100 * statistics.fmean(on_val), 0.38, color=COLOURS[name], alpha=0.4)
+        low = min(interval(runs)[0] for runs in found.values())
+        ax.set_ylim(max(0, low - 8), 100.9)
+        ax.set_xticks(range(len(found)), [titles[name].replace(" ", "\n", 1) for name in found], fontsize=9)
+        ax.set(title="Omniglot, 5-way 1-shot, new characters: validation (pale) and test", ylabel="accuracy (%)")
+        if any("*" in title for title in titles.values()):
+            ax.set_xlabel("* after a prototype warm-up", loc="right", fontsize=9)
+        save(figure, out / "comparison.png")
+    adapted = {name: found[name] for name in ("fomaml", "protomaml", "maml", "anil") if name in found}
+    if adapted:
+        figure, (axes,) = new_figure(1, 2, (9, 3.4))
+        for name, runs in adapted.items():
+            for ax, what in zip(axes, ("support", "query"), strict=True):
+                steps = range(len(runs[0][f"{what}_accuracy_per_step"]))
+                values = [100 * statistics.fmean(run[f"{what}_accuracy_per_step"][i] for run in runs) for i in steps]
+                ax.plot(steps, values, "o-", color=COLOURS[name], label=titles[name])
+                ax.set(title=f"{what} set", xlabel="inner steps on the support set", ylabel="test accuracy (%)")
+                ax.set_xticks(list(steps))
+        axes[0].axhline(20, color="0.5", linestyle=":", label="guessing")
+        axes[1].axhline(20, color="0.5", linestyle=":")
+        axes[0].legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.08))  # clear of the line
+        if any("*" in titles[name] for name in adapted):
+            figure.supxlabel("* after a prototype warm-up", fontsize=9, x=1, ha="right")
+        save(figure, out / "adaptation.png")
+
+
+def draw_protonet(out: Path) -> None:
+    """Accuracy while ProtoNet trains, and one embedded test task."""
+    runs = [found[0] for name in ("protonet", "protonet_long") if (found := load(out, f"comparison/{name}"))]
+    if not runs or "curves" not in runs[0]:
+        return
+    figure, ((left, right),) = new_figure(1, 2, (10, 4))
+    for run, colour in zip(runs, (BLUE, RED), strict=False):
+        for tag, style in (("Accuracy/val", ":"), ("Accuracy/test", "-")):
+            steps, values = zip(*run["curves"][tag], strict=True)
+            label = f"{run['steps']:,} steps, {tag.split('/')[1]}"
+            left.plot(steps, [100 * v for v in values], style, color=colour, label=label)
+    left.legend(frameon=False, fontsize=9)
+    left.set(title="5-way 1-shot, one view", xlabel="training step", ylabel="accuracy (%)")
+    if episode := runs[-1].get("episode"):
+        for c, colour in enumerate((BLUE, RED, GREEN, PINK, YELLOW)):
+            mine = [point for point, label in zip(episode["query"], episode["labels"], strict=True) if label == c]
+            right.plot(*zip(*mine, strict=True), ".", color=colour)
+            right.plot(*episode["support"][c], "*", color=colour, markersize=16, markeredgecolor="black")
+    right.set(
+        title="a test task: prototypes (stars) and queries",
+        xlabel="first principal component",
+        ylabel="second principal component",
+    )
+    right.set_aspect("equal", adjustable="datalim")
+    save(figure, out / "protonet.png")
+
+
+def draw_meta_lstm(out: Path) -> None:
+    """The training curves of the meta-LSTM, and what the learned rule does at each update."""
+    found = {name: runs[0] for name in ("5way1shot", "5way5shot") if (runs := load(out, f"meta_lstm/{name}"))}
+    if not found:
+        return
+    figure, ((left, middle, right),) = new_figure(1, 3, (11, 3.4))
+    for (setting, run), colour in zip(found.items(), (BLUE, RED), strict=False):
+        name, B = f"{run['N']}-way {run['K']}-shot", tasks_a_step(run)
+        steps, accuracy = zip(*run["curves"]["Accuracy/val"], strict=True)
+        left.plot([B * s / 1000 for s in steps], [100 * a for a in accuracy], "o-", ms=3, color=colour, label=name)
+        updates = range(1, run["updates"] + 1)
+        middle.semilogy(updates, run["rule"]["support_loss"], "o-", ms=3, color=colour)
+        middle.semilogy(updates, run["sgd_support_loss"], "s--", ms=3, color=colour)
+        if setting == "5way1shot":
+            layers = ("conv 1", "conv 2", "conv 3", "conv 4", "head")
+            for k, (layer, shade) in enumerate(zip(layers, (SKY, GREEN, YELLOW, PINK, "#000000"), strict=True)):
+                lengths = [row[k] for row in run["rule"]["input"]]
+                right.plot(updates, lengths, "o-", ms=3, color=shade, label=layer)
+    for line, name in (("o-", "learned rule"), ("s--", "gradient descent, same start")):
+        middle.plot([], [], line, ms=3, color="#555555", label=name)
+    left.set(title="Validation accuracy", xlabel="training episodes (thousands)", ylabel="per cent")
+    middle.set(title="Loss on the support set", xlabel="update", ylabel="cross entropy (nats)")
+    right.set(title="Input gate, 5-way 1-shot", xlabel="update", ylabel="step length, mean over the layer")
+    for ax in (left, middle, right):
+        ax.legend(frameon=False, fontsize=8, handlelength=4)
+    for ax in (middle, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    save(figure, out / "meta_lstm.png")
+
+
+def draw_costs(out: Path) -> None:
+    """Runtime (above) and memory (below) of an outer step against inner steps, layers and hidden units."""
+    if not (out / "costs.json").exists() or not (rows := (costs := read(out / "costs.json")).get("rows")):
+        return
+    engines = {row["engine"] for row in rows}
+    engine = "vmap" if "vmap" in engines else sorted(engines)[0]
+    sweeps = [sweep for sweep in SWEEPS if any((row["sweep"], row["engine"]) == (sweep, engine) for row in rows)]
+    figure, axes = new_figure(2, len(sweeps), (3.9 * len(sweeps), 6.4), "both")
+    for column, sweep in enumerate(sweeps):
+        of_sweep = [row for row in rows if (row["sweep"], row["engine"]) == (sweep, engine)]
+        upper, lower = axes[:, column]
+        for method, marker in zip(COST_TITLES, "osD^", strict=True):
+            curve = [row for row in of_sweep if row["method"] == method]
+            x, ms = [row[sweep] for row in curve], [1e3 * row["seconds"] for row in curve]
+            bars = [
+                [1e3 * (row["seconds"] - row["seconds_p10"]) for row in curve],
+                [1e3 * (row["seconds_p90"] - row["seconds"]) for row in curve],
+            ]
+            style = {"color": COST_COLOURS[method], "marker": marker, "markersize": 4, "capsize": 2}
+            if curve:
+                upper.errorbar(x, ms, bars, **style, label=COST_TITLES[method])
+                lower.errorbar(x, [row["peak_bytes"] / 1e6 for row in curve], **style)
+        for ax in (upper, lower):
+            ax.set_xlabel(SWEEPS[sweep])
+            if sweep == "hidden_dim":
+                ax.set_xscale("log")
+                ax.set_yscale("log")
+                ax.minorticks_off()
+            else:
+                ax.set_ylim(bottom=0)
+            values = sorted({row[sweep] for row in of_sweep})
+            ax.set_xticks(values, [str(value) for value in values])
+    axes[0, 0].set_ylabel("runtime of an outer step (ms)")
+    axes[1, 0].set_ylabel("peak memory (MB)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    note = f"{rows[0]['meta_batch_size']} tasks (ES: {rows[0]['num_perturbations']} perturbations), engine {engine}, "
+    figure.supxlabel(f"{note}{processor(costs)}; bars: 10th to 90th percentile", fontsize=8, color="0.4")
+    save(figure, out / "costs.png")
+
+
+def draw_adapted(runs: dict[str, dict], path: Path) -> None:
+    """Truth, support points, and the function before and after adaptation on test tasks; a row for each method."""
+    runs = {method: run for method, run in runs.items() if "examples" in run}
+    if not runs:
+        return
+    count = len(next(iter(runs.values()))["examples"])
+    figure, axes = new_figure(len(runs), count, (3 * count, 0.5 + 2.3 * len(runs)))
+    for row, (method, run) in zip(axes, runs.items(), strict=True):
+        steps = f"after {run['inner_steps']} inner step{'s' * (run['inner_steps'] > 1)}"
+        for ax, task in zip(row, run["examples"], strict=True):
+            ax.plot(task["x"], task["truth"], color="black", lw=1, label="truth")
+            ax.plot(task["x"], task["before"], color="#999999", ls="--", label="before adaptation")
+            ax.plot(task["x"], task["after"], color=BLUE, label=steps)
+            ax.plot(task["support_x"], task["support_y"], "k.", label="support points")
+            ax.set_ylim(-1.3, 1.3)  # where the sinusoids lie
+        row[0].set_ylabel(f"{COST_TITLES[method]}\ny")
+    for ax in axes[-1]:
+        ax.set_xlabel("x")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    save(figure, path)
+
+
+def draw_alias(run: dict, path: Path) -> None:
+    """Part d: the iterates in the plane of the weights, on circles around 0, and c_1 over the steps."""
+    figure, ((plane, decay),) = new_figure(1, 2, (9, 4))
+    turn = [2 * math.pi * i / 199 for i in range(200)]
+    steps = [step for step, _ in run["path"]]
+    for i, (norm, colour) in enumerate(zip(run["norm"], (BLUE, RED, GREEN, PINK), strict=True)):
+        c0, c1 = zip(*(starts[i] for _, starts in run["path"]), strict=True)
+        plane.plot([norm * math.cos(t) for t in turn], [norm * math.sin(t) for t in turn], ":", color=GREY, lw=0.7)
+        plane.plot(c0, c1, color=colour, linewidth=2)
+        plane.plot(c0[0], c1[0], "o", color=colour)
+        plane.plot(c0[-1], c1[-1], "X", color=colour, markersize=9)
+        decay.loglog(steps[1:], [abs(c) for c in c1[1:]], color=colour, label=f"start ({c0[0]:g}, {c1[0]:g})")
+    plane.axhline(0, color="black", linewidth=0.5)
+    plane.set(
+        xlabel="$c_0$, weight of the true feature",
+        ylabel="$c_1$, weight of its alias",
+        aspect="equal",
+        title="Gradient descent keeps ‖c‖: start ●, end ✖",
+    )
+    decay.set(xlabel="step", ylabel="$|c_1|$", title="The alias loses its weight")
+    decay.legend(frameon=False)
+    save(figure, path)
+
+
+def draw_features(runs: list[dict], path: Path) -> None:
+    """One row for each meta-training: test error by the number of points, and the weights over the steps."""
+    figure, axes = new_figure(len(runs), 2, (10, 3.6 * len(runs)))
+    for (left, right), run in zip(axes, runs, strict=True):
+        errors, regression = run["errors"], run["part"] in ("closed_form", "gradient")
+        name, value = ("predicting zero", 1.0) if regression else ("guessing", 0.5)
+        left.axhline(value, color=GREY, linestyle="--", linewidth=1, label=name)
+        left.axvline(run["num_points"], color=GREY, linestyle=":", linewidth=1, label="points in meta-training")
+        for kind, label, colour in (
+            ("ones", "all weights 1", RED),
+            ("meta", "meta-learned", BLUE),
+            ("oracle", "oracle (knows S)", GREEN),
+        ):
+            mean, low, high = (errors[kind][key] for key in ("mean", "p10", "p90"))
+            points = range(1, len(mean) + 1)
+            left.fill_between(points, low, high, color=colour, alpha=0.2, lw=0)
+            left.plot(points, mean, color=colour, label=label)
+        left.set(
+            xlabel="training points n",
+            xlim=(1, len(points)),
+            ylim=(0, 1.25 if regression else 0.6),
+            ylabel="mean squared test error" if regression else "fraction of wrong signs",
+        )
+        for kind, label, colour in (
+            ("others", "other features", GREY),
+            ("aliases", "look like S on the grid", RED),
+            ("S", "features in S", BLUE),
+        ):
+            if kind in run["history"]:
+                low, mean, high = zip(*run["history"][kind], strict=True)
+                right.fill_between(run["history"]["steps"], low, high, color=colour, alpha=0.3, lw=0)
+                right.plot(run["history"]["steps"], mean, color=colour, label=label)
+        right.set(xlabel="step of meta-training", ylabel="feature weight $c_k$", xlim=(0, run["train_steps"]))
+        right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, fontsize=8)
+        steps = f"{run['num_gd_steps']} gradient step{'s' * (run['num_gd_steps'] != 1)}"
+        title = {
+            "closed_form": "regression, closed form",
+            "classification": "classification by regression on signs",
+            "logistic": f"classification, logistic, {steps}",
+            "gradient": f"regression, {steps}",
+        }
+        text = f"{title[run['part']]} ({run['optimizer']} {run['learning_rate']:g})"
+        left.set_title(text, loc="left", fontsize=10)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=9
+    )
+    save(figure, path)
+
+
+def draw_all_features(out: Path) -> None:
+    """features_<part>.png for each part in features.json; of one part with other points features_<part>_random.png."""
+    runs = read(out / "features.json") if (out / "features.json").exists() else {}
+    if "path" in runs.get("alias", {}):
+        draw_alias(runs["alias"], out / "features_alias.png")
+    of_part: dict[str, list] = {}
+    for run in runs.values():
+        if "errors" in run:
+            of_part.setdefault(run["part"] + "_random" * (run["points"] == "random"), []).append(run)
+    for part, some in of_part.items():
+        draw_features(some, out / f"features_{part}.png")
+
+
+def draw_glyphs(path: Path) -> None:
+    """Ten of the built-in characters, each by ten drawers."""
+    import imageio.v3 as iio
+
+    from load_data import class_sheet, load_dataset
+
+    sheet = class_sheet(load_dataset("glyphs", None, "course", 28))
+    write_atomically(path, lambda file: file.write(iio.imwrite("<bytes>", sheet, extension=".png")))
+
+
+def find_browser() -> str | None:
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def draw_tensorboard(out: Path) -> None:
+    """A browser's picture of TensorBoard with the accuracy curves of the MANN; nothing where there is no browser."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    browser, names = find_browser(), ("K2N2", "K1N2", "K1N3", "K1N4")
+    if not browser or not all(load(out, f"mann/{name}") for name in names):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            with SummaryWriter(str(Path(folder) / "runs" / f"hw1_{name}_seed1")) as writer:
+                for tag in ("Accuracy/test", "Accuracy/val"):
+                    for step, value in load(out, f"mann/{name}")[0]["curves"][tag]:
+                        writer.add_scalar(tag, value, step)
+        board = subprocess.Popen(
+            [sys.executable, "-m", "tensorboard.main", "--logdir", "runs", "--port", "0", "--load_fast", "false"],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            cwd=folder,
+            text=True,
+        )
+        try:
+            address = next(m[0] for line in board.stderr if (m := re.search(r"http://\S+:\d+/", line)))
+            picture = Path(folder) / "page.png"
+            command = [browser, "--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1240,600"]
+            command += ["--virtual-time-budget=20000", f"--screenshot={picture}", f"{address}#scalars"]
+            urllib.request.urlopen(address, timeout=30).close()
+            time.sleep(5)  # until TensorBoard has read the files
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
+            write_atomically(out / "tensorboard.png", lambda file: file.write(picture.read_bytes()))
+        finally:
+            board.terminate()
+            board.wait()
+
+
+def draw_run(folder: Path) -> Path:
+    """The curves of one run as <folder>/figure.png, from its metrics.json."""
+    run, path = read(folder / "metrics.json"), folder / "figure.png"
+    if run.get("script") == "feature_weights":
+        (draw_alias if "path" in run else lambda run, path: draw_features([run], path))(run, path)
+        return path
+    if "examples" in run:
+        draw_adapted({run["method"]: run}, path)
+        return path
+    curves = {tag: curve for tag, curve in run.get("curves", {}).items() if tag.startswith(("Loss/", "Accuracy/"))}
+    if not curves:
+        raise UserError(f"--run {folder}: metrics.json holds no curves; name the folder of a training")
+    kinds = sorted({tag.split("/")[0] for tag in curves})
+    figure, (axes,) = new_figure(1, len(kinds), (4.5 * len(kinds), 3.4))
+    for ax, kind in zip(axes, kinds, strict=True):
+        for tag, colour in zip(sorted(t for t in curves if t.startswith(kind)), (BLUE, RED, GREEN), strict=False):
+            ax.plot(*zip(*curves[tag], strict=True), color=colour, label=tag)
+        ax.legend(frameon=False, fontsize=9)
+        ax.set(xlabel="training step", ylabel=kind.lower())
+    save(figure, path)
+    return path
+
+
+def draw_everything(out: Path) -> None:
+    draw_mann(out)
+    draw_comparison(out)
+    draw_protonet(out)
+    draw_meta_lstm(out)
+    draw_costs(out)
+    draw_all_features(out)
+    if (out / "costs_train.json").exists():
+        draw_adapted(read(out / "costs_train.json"), out / "costs_train.png")

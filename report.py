@@ -1,0 +1,676 @@
+"""Every table and every picture of the documents, from the result files; nothing in them is typed or drawn by hand.
+
+    python report.py                      README.md, docs/, results/README.md, all tables and pictures of results/
+    python report.py --results DIR        the tables and pictures of another folder that reproduce.py has filled
+    python report.py --run RUN_DIR        the curves of one run as RUN_DIR/figure.png
+
+It reads `results/**/*.json`, writes text between the markers `<!-- name -->` and `<!-- /name -->` of the documents, and
+CSV and PNG files beside the JSON. The same JSON gives the same bytes. A result on other images than those its row is
+about is refused. What the source documents and the papers report is typed here, in CLAIMS, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import statistics
+from pathlib import Path
+
+import experiment
+import pictures
+from experiment import UserError, mean_and_ci95, write_atomically
+from pictures import (
+    COST_TITLES,
+    PARTS,
+    SWEEPS,
+    TITLES,
+    digits_of,
+    interval,
+    load,
+    processor,
+    read,
+    tasks_a_step,
+    warmed_up,
+)
+
+HERE = Path(__file__).resolve().parent
+# (method, setting, folder/name of our runs, metric, figure of the source documents, best published one).
+# Published figures are of Vinyals' split unless the row says otherwise: 1,200 characters and their rotations for
+# training, the rotations of the other 423 among the test classes. Our rows are of the course split.
+VINYALS = " (Vinyals' split)"
+CLAIMS = [
+    ("MANN", "1-shot 2-way", "mann/K1N2", "test_accuracy", "above 90", "-"),
+    ("MANN", "2-shot 2-way", "mann/K2N2", "test_accuracy", "above 90", "-"),
+    ("MANN", "1-shot 3-way", "mann/K1N3", "test_accuracy", "about 80", "-"),
+    ("MANN", "1-shot 4-way", "mann/K1N4", "test_accuracy", "about 70", "-"),
+    ("MANN", "5-way 1-shot, conv encoder", "mann/conv_K1N5", "test_accuracy", "-",
+     "82.8 to 89.2 (MANN, second sight in a stream)"),
+    ("ProtoNet", "5-way 1-shot, default", "comparison/protonet", "test_accuracy", "98.8", "98.8" + VINYALS),
+    ("ProtoNet", "5-way 1-shot, long", "comparison/protonet_long", "test_accuracy_5way1shot", "98.8", "98.8" + VINYALS),
+    ("ProtoNet", "5-way 5-shot, long", "comparison/protonet_long", "test_accuracy_5way5shot", "-", "99.7" + VINYALS),
+    ("ProtoNet", "20-way 1-shot, long", "comparison/protonet_long", "test_accuracy_20way1shot", "-", "96.0" + VINYALS),
+    ("ProtoNet", "20-way 5-shot, long", "comparison/protonet_long", "test_accuracy_20way5shot", "-", "98.9" + VINYALS),
+    ("ProtoNet", "5-way 1-shot, residual", "comparison/protonet_residual", "test_accuracy_5way1shot", "-", "-"),
+    ("ProtoNet", "5-way 5-shot, residual", "comparison/protonet_residual", "test_accuracy_5way5shot", "-", "-"),
+    ("ProtoNet", "20-way 1-shot, residual", "comparison/protonet_residual", "test_accuracy_20way1shot", "-", "-"),
+    ("ProtoNet", "20-way 5-shot, residual", "comparison/protonet_residual", "test_accuracy_20way5shot", "-", "-"),
+    ("ProtoNet", "20-way 1-shot in one alphabet, residual", "comparison/protonet_lake", "test_accuracy", "-", "-"),
+    ("ProtoNet", "the same, of one drawer", "comparison/protonet_lake", "test_accuracy_one_drawer", "-",
+     "86 (Lake's trials)"),
+    ("Fine-tuning", "423-way", "comparison/transfer", "finetuned_accuracy", "78.5", "-"),
+    ("Fine-tuning", "5-way 1-shot", "comparison/transfer", "test_accuracy", "-", "-"),
+    ("First-order MAML", "5-way 1-shot", "comparison/fomaml", "test_accuracy", "81.5", "98.3" + VINYALS),
+    ("Proto-MAML (first order)", "5-way 1-shot", "comparison/protomaml", "test_accuracy", "89.2", "-"),
+    ("MAML", "5-way 1-shot", "comparison/maml", "test_accuracy", "-", "98.7" + VINYALS),
+    ("MAML", "5-way 1-shot, plain features", "comparison/maml_plain", "test_accuracy", "-", "98.7" + VINYALS),
+    ("MAML", "5-way 5-shot", "comparison/maml_5way5shot", "test_accuracy", "-", "99.9" + VINYALS),
+    ("MAML", "20-way 1-shot", "comparison/maml_20way1shot", "test_accuracy", "-", "95.8" + VINYALS),
+    ("MAML", "20-way 5-shot", "comparison/maml_20way5shot", "test_accuracy", "-", "98.9" + VINYALS),
+    ("MAML", "5-way 5-shot, 32 x 32 pixels", "comparison/maml_5way5shot_32_pixels", "test_accuracy", "-", "-"),
+    ("MAML", "20-way 5-shot, 32 x 32 pixels", "comparison/maml_20way5shot_32_pixels", "test_accuracy", "-", "-"),
+    ("ANIL", "5-way 1-shot", "comparison/anil", "test_accuracy", "-", "-"),
+    ("Meta-LSTM", "5-way 1-shot", "meta_lstm/5way1shot", "test_accuracy", "-", "none"),
+    ("Meta-LSTM", "5-way 5-shot", "meta_lstm/5way5shot", "test_accuracy", "-", "none"),
+    ("Meta-LSTM", "10-way 10-shot, the paper's flags", "meta_lstm/10way10shot", "test_accuracy", "-", "none"),
+    ("Meta-LSTM", "miniImageNet 5-way 1-shot", "meta_lstm/miniImagenet_5way1shot", "test_accuracy", "42.6", "43.4"),
+    ("Meta-LSTM", "miniImageNet 5-way 5-shot", "meta_lstm/miniImagenet_5way5shot", "test_accuracy", "37.6", "60.6"),
+    ("Meta-LSTM", "miniImageNet 10-way 10-shot", "meta_lstm/miniImagenet_10way10shot", "test_accuracy", "23.3", "-"),
+    ("Meta-LSTM", "miniImageNet 10-way 20-shot", "meta_lstm/miniImagenet_10way20shot", "test_accuracy", "22.8", "-"),
+]  # fmt: skip
+# What the documents say of the feature weights: (what, weights, training points, their test error)
+FEATURE_CLAIMS = [
+    ("weights 1", "ones", 32, "0.95"),
+    ("oracle", "oracle", 32, "1e-30"),
+    ("meta-learned", "meta", 32, "0.31"),
+    ("meta-learned", "meta", 31, "0.45"),
+    ("meta-learned", "meta", 33, "0.39"),
+]
+COST_CLAIMS = [("maml", "grows linearly"), ("es", "does not grow")]  # peak memory with the inner steps
+
+# ------------------------------------------------------------------------------------- results
+
+
+def with_interval(mean: float, half: float) -> str:
+    """Such as 98.7 ± 0.2, in per cent."""
+    return f"{mean:.{digits_of(half)}f} ± {half:.{digits_of(half)}f}"
+
+
+def figure_of(runs: list[dict], key: str = "test_accuracy") -> str:
+    return with_interval(*interval(runs, key)[:2])
+
+
+def plain_command(run: dict) -> str:
+    """A run's command without what does not change its figures: where it wrote, and defaults."""
+    return re.sub(r" --(log_dir|run_name|out|results_dir) \S+| --(dataset|device) auto", "", run["command"])
+
+
+def minutes(runs: list[dict]) -> str:
+    seconds = [run["train_seconds"] for run in runs if "train_seconds" in run]
+    return f"{statistics.fmean(seconds) / 60:.1f}" if seconds else "-"
+
+
+def claim_rows(out: Path) -> list[dict[str, str]]:
+    """The cells of the results table: a row for each of CLAIMS, "not measured" where there is no result file."""
+    rows = []
+    for method, setting, name, key, documents, published in CLAIMS:
+        runs = load(out, name)
+        what = f"{method}{' after a prototype warm-up' if runs and warmed_up(runs[0]) else ''}, {setting}"
+        row = {"what": what, "documents": documents, "published": published, "ours": "not measured"}
+        row |= dict.fromkeys(("over", "seeds", "minutes", "device", "command"), "")
+        if runs:
+            mean, half, over = interval(runs, key)
+            row |= {
+                "ours": with_interval(mean, half),
+                "over": over,
+                "minutes": minutes(runs),
+                "seeds": ", ".join(f"{100 * run[key]:.{digits_of(half)}f}" for run in runs),
+                "device": processor(runs[0]),
+                "command": f"`{plain_command(runs[0])}`",
+            }
+        rows.append(row | {"method": method, "name": name})
+    return rows
+
+
+def table(titles: str, rows: list) -> list[str]:
+    """The lines of a Markdown table; `titles` are separated by bars."""
+    lines = [f"| {titles} |", "|---" * (titles.count(" | ") + 1) + "|"]
+    return lines + [f"| {' | '.join(map(str, row))} |" for row in rows]
+
+
+# -------------------------------------------------------------------------------------- tables
+
+
+def front_table(out: Path) -> str:
+    """One row a method, for the front door."""
+    chosen = {
+        "mann/K1N2": "hw1",
+        "comparison/protonet": "protonet",
+        "comparison/transfer": "transfer",
+        "comparison/fomaml": "maml",
+        "comparison/protomaml": "maml",
+        "comparison/maml": "maml",
+        "comparison/anil": "maml",
+        "meta_lstm/5way1shot": "meta_lstm",
+    }
+    rows = []
+    for row in claim_rows(out):
+        if row["name"] in chosen and "423" not in row["what"]:
+            page = chosen[row["name"]]
+            time = f"{row['minutes']}, {row['device']}"
+            rows.append(
+                [
+                    row["what"],
+                    row["published"],
+                    row["documents"],
+                    row["ours"],
+                    row["over"],
+                    time,
+                    f"[{page}](docs/{page}.md)",
+                ]
+            )
+    return "\n".join(table("test accuracy in % | paper | documents | ours | ± over | minutes of training | page", rows))
+
+
+def short_table(out: Path, *methods: str) -> str:
+    """The measured rows of some methods, and their commands."""
+    rows = [row for row in claim_rows(out) if row["method"] in methods and row["over"]]
+    cells = [[row[k] for k in ("what", "documents", "published", "ours", "over", "seeds", "minutes")] for row in rows]
+    lines = table("test accuracy in % | documents | published | ours | ± over | each seed | minutes", cells)
+    lines += [
+        "",
+        f"Minutes of training of one seed on {' or '.join(sorted({row['device'] for row in rows}))}.",
+        "Commands of the rows:",
+        "",
+        *dict.fromkeys(f"- {row['command']}" for row in rows),
+    ]
+    return "\n".join(lines)
+
+
+def norm_table(out: Path) -> str:
+    """MAML and its relatives with both kinds of batch norm."""
+    rows = []
+    for row in claim_rows(out):
+        runs = load(out, row["name"])
+        if runs and runs[0]["script"] == "maml" and "test_accuracy_support" in runs[0]:
+            rows.append(
+                [row["what"], *(figure_of(runs, f"test_accuracy_{mode}") for mode in ("transductive", "support"))]
+            )
+    lines = [
+        "MAML and its relatives with queries normalised by their own batch (transductive, as above) and by the",
+        "support set alone:",
+        "",
+        *table("test accuracy in % | transductive | support", rows),
+    ]
+    return "\n".join(lines)
+
+
+def mann_table(out: Path) -> str:
+    rows = []
+    for row in claim_rows(out):
+        if row["method"] == "MANN" and (runs := load(out, row["name"])):
+            alone = figure_of(runs, "test_accuracy_alone")
+            cells = [row[k] for k in ("documents", "published", "ours", "over", "seeds")]
+            rows.append([row["what"].removeprefix("MANN, "), *cells, alone, row["minutes"]])
+    lines = table(
+        "MANN, course split | course | published | ours | ± over | each seed | queries asked alone | minutes", rows
+    )
+    runs = load(out, "mann/K1N2")
+    return "\n".join(lines) + (
+        f"\n\nTest accuracy in per cent, mean of {len(runs)} seeds on {runs[0]['num_test_tasks']:,} fixed tasks; "
+        f"minutes of training of one seed on {processor(runs[0])}.\n"
+        f"Command of the first row: `{plain_command(runs[0])}`."
+    )
+
+
+def mann_answers(out: Path) -> str:
+    """The homework's questions on the MANN, answered by our runs."""
+    of = lambda name, key="test_accuracy": figure_of(load(out, f"mann/{name}"), key)
+    three = lambda name: of(f"K1N3_{name}")
+    run = load(out, "mann/K1N3_rate_1e-3")[0]
+    return f"""\
+- **More classes?** Harder: {of("K1N2")} with 2, {of("K1N3")} with 3, {of("K1N4")} with 4 classes at one shot. There
+  are more labels to tell apart and more images to keep in mind.
+- **More shots?** Easier: {of("K2N2")} with 2 images of each of 2 classes, {of("K1N2")} with one. Asked alone,
+  without the hint that the queries are one of each class, it is {of("K2N2", "test_accuracy_alone")} and
+  {of("K1N2", "test_accuracy_alone")}.
+- **Which learning rate?** 1-shot 3-way with the course's network and recipe, {run["steps"]} steps:
+  {three("rate_1e-1")} at 1e-1, {three("rate_1e-3")} at 1e-3, {three("rate_1e-5")} at 1e-5, where guessing gives
+  33.3.
+- **How much memory?** The same with 8, 128 and 256 units: {three("memory_8")}, {three("rate_1e-3")} and
+  {three("memory_256")}.
+- **Which layers?** The same with two GRU layers: {three("gru")}, with three LSTM layers: {three("3_layers")}.
+
+The last three are one seed each, intervals over tasks. Command at rate 1e-3: `{plain_command(run)}`."""
+
+
+def memorisation_text(out: Path) -> str:
+    (run,) = load(out, "mann/memorisation")
+    return (
+        f"With `--fixed_labels` every training character keeps one label. The network then answers "
+        f"{100 * run['train_accuracy']:.1f} % of the training tasks right, and {100 * run['test_accuracy']:.1f} ± "
+        f"{100 * run['ci95']:.1f} % of the tasks with new characters, where guessing gives {100 / run['N']:.1f} %: it "
+        f"has memorised the characters and has not learned to learn.\n`{plain_command(run)}`"
+    )
+
+
+def meta_lstm_table(out: Path) -> str:
+    """The LSTM meta-learner: the learned rule, the same start before adaptation and with gradient descent."""
+    names = {
+        "5way1shot": "",
+        "5way5shot": "",
+        "5way1shot_short": ", short",
+        "5way1shot_pool": ", short, fixed pool",
+        "5way1shot_second_order": ", short, second order",
+        "10way10shot": ", paper's flags, short",
+    }
+    rows, found = [], []
+    for setting, remark in names.items():
+        for run in load(out, f"meta_lstm/{setting}"):
+            ours, sgd, before = (
+                with_interval(100 * run[f"test_accuracy{k}"], 100 * run[f"ci95{k}"]) for k in ("", "_sgd", "_before")
+            )
+            rows.append(
+                [
+                    f"{run['N']}-way {run['K']}-shot{remark}",
+                    ours,
+                    f"{sgd} (rate {run['sgd_rate']:g})",
+                    before,
+                    run["Q"],
+                    run["updates"],
+                    f"{run['steps'] * tasks_a_step(run):,}",
+                    minutes([run]),
+                ]
+            )
+            found.append(run)
+    titles = "meta-LSTM, course split | learned rule | tuned gradient descent | before | queries | updates | episodes "
+    titles += "| minutes"
+    note = "Test accuracy in per cent ± 95 % interval on 600 fixed tasks, one seed; queries of each class; minutes of "
+    note += f"training on {processor(found[0])}. Commands:\n"
+    return "\n".join([*table(titles, rows), "", note, *(f"- `{plain_command(run)}`" for run in found)])
+
+
+def paired(out: Path) -> dict[str, tuple[float, float]]:
+    """{method: (mean, half-width)} of the tasks' differences to the long ProtoNet in points, seeds averaged first."""
+
+    def per_task(name: str) -> list[float]:
+        runs = [run["accuracies"] for run in load(out, f"comparison/{name}") if "accuracies" in run]
+        return [statistics.fmean(values) for values in zip(*runs, strict=False)]
+
+    reference, found = per_task("protonet_long"), {}
+    for name in ("protonet", "transfer", "fomaml", "protomaml", "maml", "anil"):
+        if reference and (mine := per_task(name)):
+            mean, half = mean_and_ci95([a - b for a, b in zip(mine, reference, strict=False)])
+            found[name] = 100 * mean, 100 * half
+    return found
+
+
+def growth(f: dict, unit: str) -> str:
+    """A fit of costs.json in words: a line a + b x, or a power x^b."""
+    if f["form"] == "power":
+        return f"x^{f['b']:.2f}"
+    if abs(f["b"]) < 1e-9:
+        return f"{f['a']:.1f} {unit}, flat"
+    return f"{f['a']:.1f} {'+' if f['b'] > 0 else '-'} {abs(f['b']):.2f} x {unit}"
+
+
+def other_rows(out: Path) -> list[list[str]]:
+    """What the documents say about costs and feature weights beside what we measured: the cells of each row."""
+    rows = []
+    if (file := out / "costs.json").exists():
+        costs = read(file)
+        found = {f["method"]: f for f in costs["fits"] if (f["sweep"], f["engine"]) == ("inner_steps", "vmap")}
+        for method, claim in COST_CLAIMS:
+            what = f"{COST_TITLES[method]}, peak memory with x inner steps"
+            rows.append([what, claim, growth(found[method]["memory"], "MB"), f"`{plain_command(costs)}`"])
+    if (file := out / "features.json").exists() and "closed_form" in (results := read(file)):
+        run = results["closed_form"]
+        for what, weights, points, claim in FEATURE_CLAIMS:
+            what = f"Feature weights, test error at {points} points, {what}"
+            if str(points) in run[weights]:
+                rows.append([what, claim, f"{run[weights][str(points)]:#.2g}", f"`{plain_command(run)}`"])
+    return rows
+
+
+def costs_text(out: Path) -> str:
+    """How MAML's and ES's costs grow, where ES is the dearer one, and what its gradient is worth."""
+    costs = read(out / "costs.json")
+    fits, rows = [f for f in costs["fits"] if f["engine"] == "vmap"], costs["rows"]
+    cells = [
+        [
+            SWEEPS[f["sweep"]],
+            COST_TITLES[f["method"]],
+            growth(f["runtime"], "ms"),
+            f"{f['runtime']['r2']:.3f}",
+            growth(f["memory"], "MB"),
+            f"{f['memory']['r2']:.3f}",
+        ]
+        for f in fits
+    ]
+    first = rows[0]
+    lines = [
+        *table("engine `vmap`, x = | method | runtime | R² | peak memory | R²", cells),
+        "",
+        f"Medians on {processor(costs)}, {first['meta_batch_size']} tasks; ES compares {first['num_perturbations']} "
+        "perturbed networks, so both adapt the same number of them. With x^b twice the units cost 2^b times as much. "
+        f"Command: `{plain_command(costs)}`.",
+        "",
+    ]
+    large = [row for row in rows if (row["sweep"], row["hidden_dim"]) == ("hidden_dim", 512)]
+    cells = [
+        [COST_TITLES[row["method"]], row["engine"], f"{1e3 * row['seconds']:.0f}", f"{row['peak_bytes'] / 1e6:.1f}"]
+        for row in large
+        if row["method"] in ("maml", "es")
+    ]
+    lines += [*table("at 512 units | engine | ms | MB", cells), "", dearer_text(costs), "", cosine_text(costs)]
+    if (out / "costs_train.json").exists():
+        lines += ["", training_text(read(out / "costs_train.json"))]
+    return "\n".join(lines)
+
+
+def dearer_text(costs: dict) -> str:
+    """The settings at which ES costs more than MAML, by engine and kind of cost."""
+    parts = []
+    for engine in ("vmap", "loop"):
+        total = sum((row["method"], row["engine"]) == ("es", engine) for row in costs["rows"])
+        for what, word in (("seconds", "time"), ("peak_bytes", "memory")):
+            found = [d for d in costs["es_dearer"] if (d["engine"], d["what"]) == (engine, what)]
+            at = ", ".join(f"{SWEEPS[d['sweep']]} {d['value']}: {d['es'] / d['maml']:.2f} times" for d in found)
+            parts.append(f"{word}, engine `{engine}`: {len(found)} of {total}" + (f" ({at})" if at else ""))
+    return "Points of the sweeps at which ES costs more than MAML: " + "; ".join(parts) + "."
+
+
+def cosine_text(costs: dict) -> str:
+    """What the estimate is worth, also at the number of perturbations that takes as long as MAML's exact gradient."""
+    found = costs["es_cosine"]
+    if not found:
+        return "The cosine of the ES estimate was not measured."
+    shown = ", ".join(f"{c['cosine']:.3f} with {c['perturbations']} ({c['expected']:.3f})" for c in found)
+    D, m = found[0]["parameters"], found[0]["disagreement"]
+    base = {"sweep": "inner_steps", "engine": "vmap", "inner_steps": 5}
+    at = [row for row in costs["rows"] if base.items() <= row.items()]
+    text = (
+        "Cosine between the ES estimate and the exact meta-gradient at the initialisation by the number of perturbed "
+        f"networks, at {D:,} parameters, 5 inner steps and m = {m:.1f} (what the formula below expects): {shown}."
+    )
+    if at:
+        maml, es = (next(row for row in at if row["method"] == method) for method in ("maml", "es"))
+        pairs = es["num_perturbations"] / 2 * maml["seconds"] / es["seconds"]
+        text += (
+            f" In the time of one MAML step ES can compare {2 * pairs:.0f} networks; the cosine to expect of them is "
+        )
+        text += f"{(1 + m * (D + 1) / pairs) ** -0.5:.3f}."
+    return text
+
+
+def training_text(runs: dict) -> str:
+    parts = [
+        f"{COST_TITLES[method]} {run['test_loss']:.4f} ± {run['ci95']:.4f} (before adaptation "
+        f"{run['test_loss_before']:.3f}) after {run['steps']} outer steps"
+        for method, run in runs.items()
+    ]
+    run = next(iter(runs.values()))
+    return (
+        f"Trained (`{plain_command(run)}`), mean squared error on {run['num_test_tasks']} test tasks after "
+        f"{run['inner_steps']} inner steps: " + "; ".join(parts) + "."
+    )
+
+
+def features_text(out: Path) -> str:
+    """The homework's questions on feature weights, each answered in two sentences."""
+    r = read(out / "features.json")
+    d, e, adam = r["alias"], r["closed_form"], r["closed_form_adam"]
+    five, one, g, h = r["gradient_5_steps"], r["gradient_1_steps"], r["classification"], r["logistic_10_steps"]
+    random, n = r["closed_form_random"], e["num_points"]
+    at = lambda run, name="meta", m=n: f"{run[name][str(m)]:#.2g}"
+    percent = lambda run, name="meta", m=n: f"{100 * run[name][str(m)]:.1f} ± {100 * run['ci95'][name][str(m)]:.1f} %"
+    span = lambda run, k: f"{run['weights'][k]['min']:.2f} to {run['weights'][k]['max']:.2f}"
+    excess = max(abs(end[0]) / norm - 1 for end, norm in zip(d["end"], d["norm"], strict=True))
+    never = "never worse than" if e["at_most_ones_from"] == 1 else "not always better than"
+    seconds = sum(run.get("train_seconds", 0) for run in r.values() if run is not random)
+    return f"""\
+- **(d) Where does gradient descent on c end, and where does beta go?** From c = (1, 1), of norm {d["norm"][0]:.4f},
+  it ends at ({d["end"][0][0]:.4f}, {d["end"][0][1]:.0e}) with beta = ({d["beta"][0][0]:.4f},
+  {d["beta"][0][1]:.0e}): the limits are (‖c⁽⁰⁾‖, 0) and (1/‖c⁽⁰⁾‖, 0), or their negatives for a start with c_0
+  below 0. The gradient is at a right angle to c, so that only the finite step lengthens c, here by at most
+  {100 * excess:.2f} % over {len(d["norm"])} starts; the tests let the step go to 0 and find the limit to 1e-6.
+- **(e) How do the errors compare at {n} grid points?** All weights 1: {at(e, "ones")}, where predicting zero gives
+  1; meta-learned: {at(e)} after {e["train_steps"]} SGD steps and {at(adam)} with Adam; the oracle:
+  {at(e, "oracle")}, zero up to rounding. The meta-learned weights are {never} weights 1 at any number of points
+  from 1 to {2 * n}, but off the training grid SGD's beat Adam's ({at(e, m=n - 1)} against {at(adam, m=n - 1)} at
+  {n - 1}), whose weights in S rose less.
+- **(e) Why does the error dip at {n}, below {n - 1} and {n + 1} ({at(e, m=n - 1)} and {at(e, m=n + 1)})?**
+  Meta-training on {n} grid points only takes weight from the features that look like one in S on just that grid,
+  frequencies within 5 of a multiple of {n}; of the aliases on {n - 1} and {n + 1} points
+  {100 * e["untrained_aliases"][str(n - 1)]:.0f} and {100 * e["untrained_aliases"][str(n + 1)]:.0f} % are others,
+  which still weigh 1. At {2 * n} points all aliases are among the trained ones again, so the error falls once more,
+  to {at(e, m=2 * n)}.
+- **(e) How do the weights change, and why does that help?** With SGD the weights in S rise from 1 to
+  {span(e, "S")}, those of the aliases fall to {span(e, "aliases")} and those of all others stay at 1 (with Adam the
+  aliases fall to {span(adam, "aliases")}). An alias takes the share c_k² of a coefficient's sum of c², so that a
+  heavy true feature among light aliases keeps nearly all of it.
+- **(e) And with uniformly random training points?** No feature is an exact alias then, so all outside S lose a
+  little weight ({span(random, "others")}; in S {span(random, "S")}). It helps less and has no dip: {at(random)} at
+  {n} points (weights 1: {at(random, "ones")}), {at(random, m=n - 1)} and {at(random, m=n + 1)} beside it.
+- **(f) Does meta-learning help with 5 gradient steps as inner loop?** Yes, as much as the closed form: {at(five)}
+  at {n} points (weights 1: {at(five, "ones")}). The fixed inner step is too long for few points; from
+  {five["at_most_ones_from"]} points on the meta-learned weights are never worse than weights 1.
+- **(f) Does one step still work?** Yes, {at(one)} at {n} points (weights 1: {at(one, "ones")}), with no dip to
+  speak of: {at(one, m=n - 1)} at {n - 1} points. On a grid the features in S are orthogonal, so one step of the
+  right length is exact, and the weights themselves set that length: in S they rise to {span(one, "S")}, and
+  {(2 * one["inner_lr"]) ** -0.5:.2f} would be exact (the oracle has it: {at(one, "oracle")}).
+- **(g) Are the weights useful when labels are signs and the code is that of regression?** Yes: {percent(g)} wrong
+  signs at {n} points, against {percent(g, "ones")} with weights 1 and {percent(g, "oracle")} with the oracle. At
+  {2 * n} points they beat the oracle ({percent(g, m=2 * n)} against {percent(g, "oracle", 2 * n)}): a sign function
+  has overtones outside S, and features there gain weight too (up to {g["weights"]["others"]["max"]:.2f}).
+- **(h) And with logistic regression as inner loop?** {h["num_gd_steps"]} logistic steps give {percent(h)} wrong
+  signs at {n} points, against {percent(h, "ones")} with weights 1 and {percent(h, "oracle")} with the oracle. At
+  {2 * n} points it is {percent(h, m=2 * n)} against {percent(h, "oracle", 2 * n)}; the two parts have their own
+  learning rates, so (g) and (h) do not rank the two losses.
+
+Seed {e["seed"]}, mean over {e["num_test_tasks"]} test tasks ({random["num_test_tasks"]} with random points), ± 95 %
+interval;
+{seconds:.0f} seconds of meta-training in all for the parts on a grid ({processor(e)}).
+Command: `{plain_command(e)}`; random points: `{plain_command(random)}`."""
+
+
+def speed_table(out: Path) -> str:
+    races, rows = read(out / "speed.json"), []
+    for race in races:
+        for name, value in race.items():
+            if isinstance(value, dict) and "ms" in value:
+                rows.append([race["title"], name, f"{value['ms']:.2f}", f"{value['ratio']:.2f}x"])
+    lines = table("what | contestant | ms | ratio", rows)
+    for race in races:
+        for reached in race.get("to_accuracy", []):
+            command, median = f"protonet.py {reached['recipe']}".strip(), statistics.median(reached["seconds"])
+            each, final = (", ".join(map(str, reached[key])) for key in ("seconds", "test_accuracy"))
+            lines += [
+                "",
+                f"`{command}` first passed {reached['target']:.1%} on 5-way 1-shot validation tasks\n"
+                f"after {each} seconds of training (seeds 1 to {len(reached['seconds'])}; median {median:.0f}); "
+                f"test accuracy in the end {final}.",
+            ]
+    return "\n".join(lines)
+
+
+def faults_text(out: Path) -> str:
+    """What the fault tests counted, from faults.json."""
+    found, rows = read(out / "faults.json"), []
+    for script, cases in found["flag_cases"].items():
+        kills, memory, two = (found[key].get(script) for key in ("kills", "memory", "two_processes"))
+        size, grown = (f"{memory['MB']} MB", f"{memory['growth_percent']:.2f} %") if memory else ("", "")
+        kills, two = f"{kills} / {kills}" if kills else "", f"{two:.0e}" if two else ""
+        rows.append([f"`{script}.py`", kills, two, size, grown, f"{cases} of {cases}"])
+    titles = "script | kills survived / made, bit for bit equal | meta-gradient of two processes differs by "
+    titles += "| peak memory of 2,000 steps | growth in the last 1,000 | bad flag values refused"
+    versions = [[version[key] for key in ("python", "torch", "result")] for version in found["versions"]]
+    rates = [[f"`{p['command']}`", *(f"{p[key]:g}" for key in ("one", "threads", "two"))] for p in found["processes"]]
+    return "\n".join(
+        [
+            *table(titles, rows),
+            "",
+            f"In all {sum(found['kills'].values())} kills, {sum(found['flag_cases'].values())} bad values, "
+            f"{found['folder_cases']} strange run folders and {found['huge_cases']} values too large for any memory. "
+            "Differences are relative, in float64, the largest of a script's optimisers. Commands: "
+            f"`{found['command_slow']}`, `{found['command_fast']}`.",
+            "",
+            *table("Python | torch | `pytest`", versions),
+            "",
+            *table(
+                "training tasks a second on two cores | one process, one thread | one process, two threads "
+                "| two processes",
+                rates,
+            ),
+        ]
+    )
+
+
+def page(out: Path, dataset: str = "omniglot") -> str:
+    """`<out>/README.md`: a row for each claim of the documents, the paired differences, the pictures."""
+    lines = ["# Results", ""]
+    if dataset != "omniglot":
+        lines += [f"**Figures on {dataset}, not on Omniglot: they say that everything runs, and nothing else.**", ""]
+    lines += [
+        "Written by `python report.py` from the JSON files beside it.",
+        "Accuracy on new characters in per cent, mean of the seeds ± 95 % interval. The interval is over the fixed",
+        "test tasks, which the seeds share; where the seeds differ by more than that, it is over the seeds (Student's",
+        "t). Documents: the homework's text and slides. Published figures are of another protocol where they say so.",
+        "Minutes are those of training, of one seed.",
+        "",
+    ]
+    keys = ("what", "documents", "published", "ours", "over", "seeds", "minutes", "device", "command")
+    titles = "what | documents | published | ours | ± over | each seed | minutes | on | command of seed 1"
+    lines += table(titles, [[row[key] for key in keys] for row in claim_rows(out)])
+    command = "python reproduce.py meta_lstm --scale full --mini_imagenet DIR"
+    lines += ["", f"The miniImageNet rows need its images: `{command}`."]
+    if others := other_rows(out):
+        lines += ["", *table("what | documents | ours | command", others)]
+    lines += ["", norm_table(out)]
+    if differences := paired(out):
+        rows = [[TITLES[name], f"{mean:+.2f} ± {half:.2f}"] for name, (mean, half) in differences.items()]
+        lines += ["", "Differences to the long ProtoNet on the same test tasks (points, 95 % interval over tasks):", ""]
+        lines += table("method | difference", rows)
+    seconds = [read(file).get("train_seconds", 0) for part in PARTS for file in sorted((out / part).glob("*.json"))]
+    lines += ["", f"All {len(seconds)} runs together trained for {sum(seconds) / 3600:.1f} hours."]
+    for picture in sorted(out.glob("*.png")):
+        if picture.stem not in ("glyphs", "tensorboard"):
+            lines += ["", f"![{picture.stem.replace('_', ' ')}]({picture.name})"]
+    return "\n".join(lines) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_csv(path: Path, names: list[str], rows: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_tables(out: Path, dataset: str) -> None:
+    """CSV files of the runs and of the cost sweep, and the page of results."""
+    names = [
+        "name",
+        "script",
+        "N",
+        "K",
+        "Q",
+        "steps",
+        "test_accuracy",
+        "ci95",
+        "num_test_tasks",
+        "val_accuracy",
+        "train_seconds",
+        "device",
+        "seed",
+        "git_commit",
+        "command",
+    ]
+    for part in PARTS:
+        if files := sorted((out / part).glob("*.json")):
+            write_csv(out / f"{part}.csv", names, [{"name": file.stem} | read(file) for file in files])
+    if (file := out / "costs.json").exists() and (rows := read(file).get("rows")):
+        write_csv(out / "costs.csv", list(rows[0]), rows)
+    write_text(out / "README.md", page(out, dataset))
+
+
+# ----------------------------------------------------------------------------------- documents
+
+BLOCKS = {
+    "front": front_table,
+    "mann": mann_table,
+    "mann_answers": mann_answers,
+    "memorisation": memorisation_text,
+    "protonet": lambda out: short_table(out, "ProtoNet"),
+    "transfer": lambda out: short_table(out, "Fine-tuning"),
+    "maml": lambda out: short_table(out, "First-order MAML", "Proto-MAML (first order)", "MAML", "ANIL"),
+    "maml_norm": norm_table,
+    "meta_lstm": meta_lstm_table,
+    "costs": costs_text,
+    "features": features_text,
+    "speed": speed_table,
+    "faults": faults_text,
+}
+
+
+def documents() -> list[Path]:
+    return [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
+
+
+def render(text: str, out: Path) -> str:
+    """A document's text with everything between its markers written anew."""
+
+    def block(match: re.Match) -> str:
+        if match[1] not in BLOCKS:
+            raise UserError(f"a document has the marker <!-- {match[1]} -->, which report.py does not know; mend it")
+        return f"<!-- {match[1]} -->\n{BLOCKS[match[1]](out)}\n<!-- /{match[1]} -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", block, text, flags=re.DOTALL)
+
+
+def parse_args(argv=None):
+    parser = experiment._Parser(
+        prog="report.py", description=__doc__, formatter_class=experiment._Formatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--results", default=str(HERE / "results"), metavar="DIR", help="folder of the result files")
+    add("--dataset", default="omniglot", help="the images that all results must be of; only omniglot for the documents")
+    add("--run", metavar="RUN_DIR", help="only draw this run's curves")
+    add("--tensorboard", action="store_true", help="draw the picture of TensorBoard anew (needs chromium)")
+    args = parser.parse_args(argv)
+    args.results = Path(args.results)
+    if not args.run and not args.results.is_dir():
+        raise UserError(f"--results {args.results} is not a folder; run reproduce.py first or name another")
+    return args
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    if args.run:
+        print(f"written: {pictures.draw_run(Path(args.run))}")
+        return
+    out = args.results
+    pictures.refuse_other_images(out, args.dataset)
+    pictures.draw_everything(out)
+    if out.resolve() == HERE / "results":
+        pictures.draw_glyphs(out / "glyphs.png")
+        if args.tensorboard or not (out / "tensorboard.png").exists():
+            pictures.draw_tensorboard(out)
+        kept = "kept as it is" if (out / "tensorboard.png").exists() else "missing: it needs chromium"
+        print(f"picture of TensorBoard: {'drawn anew' if args.tensorboard and pictures.find_browser() else kept}")
+    write_tables(out, args.dataset)
+    written = [out / "README.md"]
+    if out.resolve() == HERE / "results":
+        texts = {path: render(path.read_text(), out) for path in documents()}  # all or none
+        for path, text in texts.items():
+            write_text(path, text)
+        written = documents() + written
+    print("written: " + ", ".join(str(path.relative_to(HERE) if HERE in path.parents else path) for path in written))
+
+
+if __name__ == "__main__":
+    experiment.run_script(main)
