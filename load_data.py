@@ -283,9 +283,10 @@ class EpisodeSampler:
         self.reset()
 
     def __getstate__(self) -> dict:
-        """What pickle and copy take, for worker processes that do not start as copies of this one: arrays, no tensors."""
+        """What pickle and copy take, for workers that do not start as copies of this process: arrays, no tensors."""
         arrays = {k: v.cpu().numpy() for k, v in self.__dict__.items() if isinstance(v, torch.Tensor)}
-        return self.__dict__ | arrays | {"generator": self.generator.get_state().numpy(), "device": self.generator.device}
+        g = self.generator
+        return self.__dict__ | arrays | {"generator": g.get_state().numpy(), "device": g.device}
 
     def __setstate__(self, state: dict) -> None:
         generator, device = torch.from_numpy(state.pop("generator").copy()), state.pop("device")

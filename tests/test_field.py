@@ -1,7 +1,7 @@
 """Faults found in the field: every kind as cases with their right values.
 
-Each test is named kind[case]; `RECORD=1 pytest -n 0 tests/test_field.py` writes results/field.json, the table of
-docs/reliability.md: kind, cases tried, cases right.
+Each test is named kind[case]; with RECORD=1 in the environment the outcomes are written to results/field.json, the
+table of docs/reliability.md: kind, cases tried, cases right.
 """
 
 import functools
@@ -43,22 +43,6 @@ TINY = {
     "meta_lstm": ["--num_query", "2", "--train_query", "1", "--meta_batch_size", "2", "--num_val_tasks", "4"],
 }
 MODULES = {"hw1": hw1, "protonet": protonet, "transfer": transfer, "maml": maml, "meta_lstm": meta_lstm}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def table(request):
-    """Counts what pytest ran of this file, and writes the table where RECORD is set."""
-    yield
-    if os.environ.get("RECORD"):
-        kinds: dict[str, dict[str, int]] = {}
-        for item in request.session.items:
-            if item.fspath.basename == "test_field.py" and hasattr(item, "outcome") and item.outcome != "skipped":
-                kind = item.originalname.removeprefix("test_").replace("_", " ")
-                row = kinds.setdefault(kind, {"tried": 0, "right": 0})
-                row["tried"] += 1
-                row["right"] += item.outcome == "passed"
-        command = "pytest tests/test_field.py"
-        experiment.write_json(REPO / "results" / "field.json", {"command": command, "kinds": kinds})
 
 
 def refused(call, *words):
