@@ -49,7 +49,7 @@ def test_lakes_runs_are_the_official_ones():
         assert set(said(support[i, :, 0])[:, 1].tolist()) == {int(run["train_drawer"])}
         assert set(said(query[i, :, 0])[:, 1].tolist()) == {int(run["test_drawer"])}
         assert set(said(support[i, :, 0])[:, 2].tolist()) == {alphabets.index(run["alphabet"])}
-    assert len(list(LakeRuns(data).first(7))[0][0]) == 7
+    assert len(next(iter(LakeRuns(data).first(7)))[0]) == 7
 
 
 def test_lakes_runs_need_the_evaluation_set():
