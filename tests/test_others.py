@@ -114,7 +114,7 @@ def test_files_in_mnists_format(form, tmp_path, monkeypatch):
     assert [len(data.splits[p]) for p in ("train", "val", "test")] == [0, 0, 10]
     monkeypatch.setenv("MNIST_DIR", str(folder))
     assert load_dataset("mnist").digest == data.digest
-    _, _, query, labels = EpisodeSampler(data, "test", 10, 1, 3, 5, seed=1).sample()
+    _, _, query, _ = EpisodeSampler(data, "test", 10, 1, 3, 5, seed=1).sample()
     assert query.shape == (5, 30, 1, 28, 28)
     with pytest.raises(UserError, match="no classes of split 'train'"):
         EpisodeSampler(data, "train", 5, 1, 1)
