@@ -517,8 +517,13 @@ def bayes_tables(out: Path) -> str:
 
 def mae_table(out: Path) -> str:
     """Each way to use the frozen features, and the same of the untrained transformer."""
-    ways = {"test_accuracy": "whitened, views", "test_accuracy_one_view": "whitened, one view", "test_accuracy_plain": "plain",
-            "test_accuracy_linear": "linear head", "test_accuracy_untrained": "untrained"}  # fmt: skip
+    ways = {
+        "test_accuracy": "whitened, views",
+        "test_accuracy_one_view": "whitened, one view",
+        "test_accuracy_plain": "plain",
+        "test_accuracy_linear": "linear head",
+        "test_accuracy_untrained": "untrained",
+    }
     rows, commands = [], []
     for name in sorted({path.stem.rsplit("_seed", 1)[0] for path in out.glob("mae/*_seed*.json")}):
         runs = load(out, f"mae/{name}")
