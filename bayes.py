@@ -222,8 +222,8 @@ def evaluate(
     """What the model predicts of the targets of the stream's first tasks, for contexts of `sizes` points (or shots).
 
     Returns, by (size, known): nll [tasks] (mean over targets, nats), evidence [tasks] of the context, its bound
-    [tasks], and for sinusoids `place` [tasks, Q]: the predictive distribution function at y, uniform if calibrated;
-    for characters accuracy [tasks]. The same samples serve every size and both kinds of metadata.
+    [tasks], the effective number of samples [tasks]; for sinusoids `place` [tasks, Q], the predictive distribution
+    function at y, uniform if calibrated; for characters accuracy [tasks].
     """
     stream.reset()
     model.eval()
@@ -240,17 +240,18 @@ def evaluate(
                 m = batch.m * float(known)
                 context = x[:, : size * ways], batch.support_y[:, : size * ways]
                 phi2, weights, evidence = posterior(model, *context, m, samples, g)
-                likelihood = model.log_likelihood(phi2, target_x, batch.query_y)  # [S, B, Q]
-                nll = -(likelihood + weights[..., None]).logsumexp(0).mean(-1)
                 claimed = bound(model, *context, m, *noise(model, 8, len(m), g), drop_phi1=drop_phi1)
-                rows = {"nll": nll, "evidence": evidence, "bound": claimed.mean(0)}
+                rows = {"evidence": evidence, "bound": claimed.mean(0), "effective": 1 / weights.exp().square().sum(0)}
                 if isinstance(model, Characters):
-                    shares = (model.logits(phi2, target_x).log_softmax(-1) + weights[..., None, None]).logsumexp(0)
+                    shares = model.logits(phi2, target_x).log_softmax(-1) + weights[..., None, None]
+                    shares = shares.logsumexp(0)  # [B, Q, N]
                     rows["accuracy"] = (shares.argmax(-1) == batch.query_y.argmax(-1)).float().mean(-1)
+                    rows["nll"] = -(shares * batch.query_y).sum(-1).mean(-1)
                 else:
-                    y = model.decode(phi2, target_x)
-                    below = torch.special.ndtr((batch.query_y - y.mean) / y.std)[..., 0]  # [S, B, Q]
-                    rows["place"] = (weights.exp()[..., None] * below).sum(0)
+                    y = model.decode(phi2, target_x)  # [S, B, Q, 1]
+                    mixed = (y.log_prob(batch.query_y)[..., 0] + weights[..., None]).logsumexp(0)
+                    below = torch.special.ndtr((batch.query_y - y.mean) / y.std)[..., 0]
+                    rows |= {"nll": -mixed.mean(-1), "place": (weights.exp()[..., None] * below).sum(0)}
                 for name, values in rows.items():
                     found.setdefault((size, known), {}).setdefault(name, []).append(values)
         done += len(batch.m)

@@ -1,15 +1,15 @@
-"""MAE: a transformer learns to see by completing pictures of which it is shown a quarter, without a label.
+"""MAE: a transformer learns to see by completing drawings of which it is shown a part, without a label.
 
 He et al. 2022, "Masked autoencoders are scalable vision learners". An image is cut into squares; the encoder
-reads a random quarter of them, a light decoder draws the others, and the loss is the squared error on those
-alone. Of the encoder, frozen, few-shot tasks of new characters are solved by prototypes (Snell et al. 2017).
+reads a random part of them, a light decoder draws the others, and the loss is the squared error on those
+alone. Beside it two masked views of a drawing have to agree (--contrast). Of the encoder, frozen, few-shot
+tasks of new characters are solved by prototypes. docs/mae.md has the derivation and all figures.
 
-    python mae.py
-    python mae.py --smoke                                      a complete run in seconds
+    python mae.py                                            pre-train, then test the frozen features
+    python mae.py --contrast 0 --mask_ratio 0.75             the paper's masked auto-encoder alone
+    python mae.py --smoke                                    a complete run in seconds
     python mae.py --test --checkpoint RUN_DIR --num_classes 20
     python protonet.py --encoder vit --init_from RUN_DIR     train on with labels
-
-docs/mae.md has the derivation, all figures and what did not help.
 """
 
 from __future__ import annotations
@@ -129,21 +129,19 @@ class Drawings:
         self.images, self.limits, self.shard = images, (jitter, shift, bend), shard
         self.generator = torch.Generator(images.device).manual_seed(seed)
 
-    def draw(self, size: int, copies: int = 1) -> torch.Tensor:
-        """Float32 images [copies * n, C, H, W]; the copies of a picture, differently distorted, stand n apart."""
+    def draw(self, size: int, copies: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Float32 images [copies * n, C, H, W] and an order of the L patches of each [copies * n, L].
+
+        The copies of a picture, differently distorted, stand n apart.
+        """
         g, (rank, world) = self.generator, self.shard
         mine = slice(rank * size // world, (rank + 1) * size // world)
         rows = torch.randint(len(self.images), (size,), generator=g, device=g.device)[mine]
         noise = torch.rand(copies, size, 6, generator=g, device=g.device)[:, mine].flatten(0, 1) * 2 - 1
         moves = torch.randn(copies, size, 2, *GRID, generator=g, device=g.device)[:, mine].flatten(0, 1)
+        order = random_order(copies * size, (self.images.shape[-1] // PATCH) ** 2, g)
         images = self.images[rows].float().div(255).repeat(copies, 1, 1, 1)
-        return distorted(images, noise, moves, self.limits)
-
-    def orders(self, size: int, copies: int, L: int) -> torch.Tensor:
-        """An order of the L patches of each image of a `draw` [copies * n, L]."""
-        rank, world = self.shard
-        mine = slice(rank * size // world, (rank + 1) * size // world)
-        return random_order(copies * size, L, self.generator).view(copies, size, L)[:, mine].flatten(0, 1)
+        return distorted(images, noise, moves, self.limits), order.unflatten(0, (copies, size))[:, mine].flatten(0, 1)
 
     def state_dict(self) -> dict:
         return {"generator": self.generator.get_state()}
@@ -157,10 +155,8 @@ def losses(model: MAE, train: Drawings, args, dtype: torch.dtype) -> tuple[torch
 
     The encoder sees each view once, masked, for both.
     """
-    copies = 2 if args.contrast else 1
-    patches = patchify(train.draw(args.meta_batch_size, copies), PATCH)
-    order = train.orders(args.meta_batch_size, copies, patches.shape[1])
-    visible = count_visible(patches.shape[1], args.mask_ratio)
+    images, order = train.draw(args.meta_batch_size, copies=2 if args.contrast else 1)
+    patches, visible = patchify(images, PATCH), count_visible(order.shape[1], args.mask_ratio)
     with experiment.autocast(patches.device, dtype):
         predicted, tokens = model(patches, order, visible)
     error = masked_error(predicted.float(), targets(patches, args.normalise), order, visible)
@@ -228,49 +224,37 @@ def unit(features: torch.Tensor, centre: torch.Tensor, matrix: torch.Tensor) -> 
     return F.normalize((features - centre) @ matrix, dim=-1)
 
 
-def proto_accuracy(features: torch.Tensor, sampler: EpisodeSampler, num_tasks: int) -> torch.Tensor:
-    """Accuracy of each of the first `num_tasks` tasks of the sampler's stream [num_tasks], by the nearest prototype."""
-    correct = []
-    for support, _, query, labels in sampler.first(num_tasks, features=features):
-        guesses = torch.cdist(query, prototypes(support, sampler.N)).argmin(dim=-1)
-        correct.append((guesses == labels).float().mean(dim=1))
-    return torch.cat(correct).cpu()
+def nearest(support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor, N: int) -> torch.Tensor:
+    """Scores [B, N*Q, N] of queries [B, N*Q, D]: minus the distances to the prototypes of support [B, N*K, D]."""
+    return -torch.cdist(query, prototypes(support, N))
 
 
-def ridge_accuracy(features: torch.Tensor, sampler: EpisodeSampler, num_tasks: int, ridge: float = 1.0) -> torch.Tensor:
-    """The same by a linear head on the support set, in closed form (Bertinetto et al. 2019, eq. 6)."""
+def ridge(support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor, N: int) -> torch.Tensor:
+    """The same by a linear head with bias on the support set, in closed form (Bertinetto et al. 2019, eq. 5)."""
+    X, Q = F.pad(support, (0, 1), value=1.0), F.pad(query, (0, 1), value=1.0)  # [B, N*K, D + 1]
+    square = X.transpose(1, 2) @ X + torch.eye(X.shape[2], device=X.device)
+    return Q @ torch.linalg.solve(square, X.transpose(1, 2) @ F.one_hot(labels, N).to(X.dtype))
+
+
+def task_accuracy(features: torch.Tensor, sampler: EpisodeSampler, num_tasks: int, head=nearest) -> torch.Tensor:
+    """Accuracy of each of the first `num_tasks` tasks of the sampler's stream [num_tasks], by `head`."""
     correct = []
     for support, support_labels, query, labels in sampler.first(num_tasks, features=features):
-        X = F.pad(support, (0, 1), value=1.0)  # [B, N*K, D + 1], a bias
-        kernel = X @ X.transpose(1, 2) + ridge * torch.eye(X.shape[1], device=X.device)
-        weights = X.transpose(1, 2) @ torch.linalg.solve(kernel, F.one_hot(support_labels, sampler.N).float())
-        guesses = (F.pad(query, (0, 1), value=1.0) @ weights).argmax(dim=-1)
+        guesses = head(support, support_labels, query, sampler.N).argmax(dim=-1)
         correct.append((guesses == labels).float().mean(dim=1))
     return torch.cat(correct).cpu()
 
 
-def probe(features: torch.Tensor, held_out: int, per_class: int, steps: int = 200) -> torch.Tensor:
-    """Whether a linear classifier of all characters at once labels each of the last drawings right.
+def probe(features: torch.Tensor, held_out: int, per_class: int) -> torch.Tensor:
+    """Whether a linear head for all characters at once labels each of the last `held_out` drawings right: float [n].
 
-    features [classes * per_class, D] in class order; the first drawings of each train it (softmax regression).
+    features [classes * per_class, D] in class order; the head is fitted to the first drawings of each character.
     """
-    classes = len(features) // per_class
-    features = F.normalize(features, dim=1) * features.shape[1] ** 0.5
-    split = features.unflatten(0, (classes, per_class))
+    split = features.unflatten(0, (-1, per_class))
+    labels = torch.arange(len(split), device=features.device)
     train, test = split[:, :-held_out].flatten(0, 1), split[:, -held_out:].flatten(0, 1)
-    labels = torch.arange(classes, device=features.device)
-    head = nn.Linear(features.shape[1], classes).to(features.device)
-    nn.init.zeros_(head.weight)
-    optimizer = torch.optim.AdamW(head.parameters(), 0.05, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        loss = F.cross_entropy(head(train), labels.repeat_interleave(per_class - held_out))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        return (head(test).argmax(dim=-1) == labels.repeat_interleave(held_out)).float().cpu()
+    scores = ridge(train[None], labels.repeat_interleave(per_class - held_out)[None], test[None], len(split))[0]
+    return (scores.argmax(dim=-1) == labels.repeat_interleave(held_out)).float().cpu()
 
 
 @torch.no_grad()
@@ -304,9 +288,8 @@ def make_model(args, channels: int) -> MAE:
 
 def parse_args(argv=None):
     """The flags; combinations that cannot work are refused here."""
-    without = ("--rotations", "--patience")
     parser, groups = experiment.make_parser(
-        __doc__, without, meta_batch_size=256, train_steps=3000, eval_freq=500, num_val_tasks=600
+        __doc__, ("--rotations", "--patience"), meta_batch_size=256, train_steps=3500, eval_freq=500
     )
     parser.prog = "mae.py"
     add = groups["data"].add_argument
@@ -328,12 +311,7 @@ def parse_args(argv=None):
     add = groups["evaluation"].add_argument
     add("--views", type=whole(1), default=8, help="slightly distorted copies whose features the final test averages")
     add("--whitening_images", type=whole(2), default=2000, help="training pictures that the whitening is fitted to")
-    add(
-        "--held_out",
-        type=whole(1),
-        default=5,
-        help="drawings of each test character that the linear probe is tested on",
-    )
+    add("--held_out", type=whole(1), default=5, help="drawings of a test character that the linear probe is tested on")
     smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "width": 16, "depth": 1,
              "decoder_width": 16, "meta_batch_size": 32, "views": 2, "whitening_images": 100}  # fmt: skip
     shapes = ("width", "depth", "decoder_width", "decoder_depth", "image_size")
@@ -385,8 +363,8 @@ def main(argv=None) -> dict:
         if run.time_to_evaluate():
             with run.clock_stopped():
                 features = frozen(args, model.encoder, dataset, "val", dtype, device, views=1)
-                val_accuracy = proto_accuracy(features["whitened"], val, args.num_val_tasks).mean().item()
-                val_error = reconstruction_error(args, model, pictures(dataset, "val", device), dtype)
+                val_accuracy = task_accuracy(features["whitened"], val, args.num_val_tasks).mean().item()
+                val_error = reconstruct(args, model, pictures(dataset, "val", device)[:500], dtype)[0].item()
                 log_pictures(run, args, model, dataset, dtype, device)
             # Labels choose no checkpoint: the last one counts.
             run.evaluated(None, {
@@ -401,19 +379,19 @@ def test_report(args, model: MAE, dataset: Dataset, dtype: torch.dtype, device: 
     """Accuracies on the fixed test tasks, of the trained and of the untrained network, and the linear probe."""
     test, val = (fixed_tasks(dataset, part, args, device) for part in ("test", "val"))
     features = frozen(args, model.encoder, dataset, "test", dtype, device, args.views)
-    before = frozen(args, make_model(args, dataset.images.shape[1]).to(device).encoder, dataset, "test", dtype, device,
-                    args.views)  # fmt: skip
+    untrained = make_model(args, dataset.images.shape[1]).to(device).encoder
+    before = frozen(args, untrained, dataset, "test", dtype, device, args.views)
     chosen_by = frozen(args, model.encoder, dataset, "val", dtype, device, args.views)
     n = args.num_test_tasks
-    accuracies = proto_accuracy(features["whitened"], test, n)
+    accuracies = task_accuracy(features["whitened"], test, n)
     named = {
         "test_accuracy": accuracies,
-        "test_accuracy_one_view": proto_accuracy(features["one_view"], test, n),
-        "test_accuracy_plain": proto_accuracy(features["plain"], test, n),
-        "test_accuracy_linear": ridge_accuracy(features["whitened"], test, n),
-        "test_accuracy_untrained": proto_accuracy(before["whitened"], test, n),
-        "test_accuracy_untrained_plain": proto_accuracy(before["plain"], test, n),
-        "val_accuracy": proto_accuracy(chosen_by["whitened"], val, args.num_val_tasks),
+        "test_accuracy_one_view": task_accuracy(features["one_view"], test, n),
+        "test_accuracy_plain": task_accuracy(features["plain"], test, n),
+        "test_accuracy_linear": task_accuracy(features["whitened"], test, n, ridge),
+        "test_accuracy_untrained": task_accuracy(before["whitened"], test, n),
+        "test_accuracy_untrained_plain": task_accuracy(before["plain"], test, n),
+        "val_accuracy": task_accuracy(chosen_by["whitened"], val, args.num_val_tasks),
     }
     if test.same_count and args.held_out < test.same_count:
         named["probe_accuracy"] = probe(features["whitened"], args.held_out, test.same_count)
@@ -422,7 +400,7 @@ def test_report(args, model: MAE, dataset: Dataset, dtype: torch.dtype, device: 
         interval = name.replace("test_accuracy", "ci95").replace("accuracy", "ci95")
         metrics[name], metrics[interval] = experiment.mean_and_ci95(values)
     return metrics | {
-        "test_error": reconstruction_error(args, model, pictures(dataset, "test", device), dtype),
+        "test_error": reconstruct(args, model, pictures(dataset, "test", device)[:500], dtype)[0].item(),
         "labels_used": "none", "mask_ratio": args.mask_ratio, "contrast": args.contrast, "views": args.views,
         "dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device),
         "parameters": sum(p.numel() for p in model.encoder.parameters()),
@@ -448,14 +426,6 @@ def reconstruct(args, model: MAE, images: torch.Tensor, dtype: torch.dtype, seed
     shown = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :visible], True)[..., None]
     masked, completed = torch.where(shown, patches, 0.5), torch.where(shown, patches, predicted.clamp(0, 1))
     return error, *(unpatchify(x, PATCH, images.shape[1]) for x in (masked, completed))
-
-
-def reconstruction_error(args, model: MAE, images: torch.Tensor, dtype: torch.dtype) -> float:
-    """Mean of the error over the first 2000 images [n, C, H, W], under fixed masks."""
-    parts = images[:2000].split(250)
-    return sum(reconstruct(args, model, part, dtype, i)[0].item() * len(part) for i, part in enumerate(parts)) / sum(
-        map(len, parts)
-    )
 
 
 def reconstruction_figure(images: torch.Tensor, masked: torch.Tensor, completed: torch.Tensor):

@@ -233,6 +233,7 @@ def parse_args(argv=None):
     add("--train_classes", type=whole(2), default=60, help="classes of a training task with a head of prototypes")
     add("--jitter", type=number(0, 1), default=0.1, help="random turn (radians), size and slant of training images")
     add("--shift", type=number(0, 1), default=0.1, help="random shift of training images, a share of half their size")
+    add("--fixed_labels", action="store_true", help="training characters keep their labels: see memorization.py")
     add = groups["model"].add_argument
     add("--encoder", choices=["strided", "conv4"], default="conv4", help="Conv4-64, or the paper's for Omniglot")
     add("--width", type=whole(1), default=64, help="filters of each convolution")
@@ -268,6 +269,8 @@ def parse_args(argv=None):
         raise UserError("--learn_inner_lrs needs --inner_steps 1 or more")
     if args.test_inner_steps is None:
         args.test_inner_steps = args.inner_steps
+    if args.fixed_labels and args.head == "proto":
+        raise UserError("--fixed_labels with --head proto: a head of prototypes has no labels to memorise; drop one")
     if args.warmup_steps >= args.train_steps:
         raise UserError(f"--warmup_steps {args.warmup_steps} must be less than --train_steps {args.train_steps}")
     return args
@@ -303,20 +306,21 @@ def main(argv=None) -> dict:
 
     val = fixed_tasks(dataset, "val", args, device)
 
-    def training_tasks(N: int, K: int, Q: int, B: int, seed: int, *flags) -> EpisodeSampler:
-        return EpisodeSampler(dataset, "train", N, K, Q, B, seed, device, rotations=args.rotations,
-                              jitter=args.jitter, shift=args.shift, shard=experiment.shard(), flags=flags)  # fmt: skip
+    def training_tasks(N: int, K: int, Q: int, B: int, seed: int, flags: tuple, fixed_labels=False) -> EpisodeSampler:
+        return EpisodeSampler(dataset, "train", N, K, Q, B, seed, device, rotations=args.rotations, jitter=args.jitter,
+                              shift=args.shift, fixed_labels=fixed_labels, shard=experiment.shard(),
+                              flags=flags)  # fmt: skip
 
     # Prototypes make a head for any number of classes; harder tasks teach the encoder faster.
     N, B = args.train_classes, max(experiment.shard()[1], args.meta_batch_size // 4)
-    warmup = training_tasks(N, 1, 1, B, args.random_seed + 1, "train_classes", None, None)
+    warmup = training_tasks(N, 1, 1, B, args.random_seed + 1, ("train_classes", None, None))
     if args.head == "linear":
         train = training_tasks(
             args.num_classes, args.num_shot, args.train_query, args.meta_batch_size, args.random_seed,
-            "num_classes", "num_shot", "train_query",
+            ("num_classes", "num_shot", "train_query"), args.fixed_labels,
         )  # fmt: skip
     else:
-        train = training_tasks(N, args.num_shot, 1, B, args.random_seed, "train_classes", "num_shot", None)
+        train = training_tasks(N, args.num_shot, 1, B, args.random_seed, ("train_classes", "num_shot", None))
     experiment.init_from(args, learner)
     s_warmup = s._replace(head="proto" if args.head == "proto" else "one_step", num_classes=warmup.N)
     s_train = s._replace(num_classes=train.N)
@@ -349,10 +353,16 @@ def main(argv=None) -> dict:
                 on_test = evaluate(learner, test, max(2, args.num_val_tasks // 3), s, args.test_inner_steps)
             # No checkpoint of the warm-up is chosen: it is not yet the method.
             accuracy = on_val["query"][:, -1].mean().item()
-            run.evaluated(accuracy, scalars(learner, on_val, on_test, norm, args), choose=step > args.warmup_steps)
+            # Of what is memorised the last is kept: it is where training ends that is of interest.
+            chosen_by = None if args.fixed_labels else accuracy
+            run.evaluated(chosen_by, scalars(learner, on_val, on_test, norm, args), choose=step > args.warmup_steps)
     run.load_best(learner)
     log_episode(run, test, lambda *task: guess(learner, s, args.test_inner_steps, *task))
-    return run.finish(test_report(args, learner, test, s, device))
+    metrics = test_report(args, learner, test, s, device)
+    if args.fixed_labels:
+        found = evaluate(learner, train, args.num_val_tasks, s, args.test_inner_steps)["query"]
+        metrics |= {"train_accuracy": found[:, -1].mean().item(), "train_accuracy_before": found[:, 0].mean().item()}
+    return run.finish(metrics)
 
 
 def scalars(learner: MAML, on_val: dict, on_test: dict, norm: torch.Tensor, args) -> dict[str, float]:

@@ -7,6 +7,7 @@ function is found by its name and exchanged as a whole, with its decorators, by 
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import json
 import textwrap
@@ -96,9 +97,14 @@ class Missing(Exception):
     """A function is not where the assignment says."""
 
 
+@functools.lru_cache(32)
+def parsed(text: str) -> list[ast.stmt]:
+    return ast.parse(text).body
+
+
 def locate(text: str, name: str, file: str = "the file") -> ast.FunctionDef:
     """The definition of "function" or "Class.method"; of several the last, which is the one that Python keeps."""
-    body, node = ast.parse(text).body, None
+    body, node = parsed(text), None
     for part in name.split("."):
         kinds = (ast.FunctionDef, ast.ClassDef)
         node = next((n for n in reversed(body) if isinstance(n, kinds) and n.name == part), None)
@@ -121,18 +127,21 @@ def cut(text: str, name: str) -> str:
 
 def put(text: str, name: str, source: str) -> str:
     """`text` with the definition of `name` replaced by `source`, indented as the old one."""
-    begin, end = lines_of(text, name)
-    lines = text.splitlines()
-    indent = lines[begin][: len(lines[begin]) - len(lines[begin].lstrip())]
-    new = textwrap.indent(textwrap.dedent(source), indent).splitlines()
-    return "\n".join([*lines[:begin], *new, *lines[end:]]) + "\n"
+    return replaced(text, {name: source})
 
 
 def graft(text: str, donor: str, functions: list[str]) -> str:
     """`text` with these functions as `donor` has them; Missing when either lacks one."""
-    for name in functions:
-        text = put(text, name, cut(donor, name))
-    return text
+    return replaced(text, {name: cut(donor, name) for name in functions})
+
+
+def replaced(text: str, sources: dict[str, str]) -> str:
+    """`text` with other definitions, from the last to the first, so that the places stay right."""
+    lines = text.splitlines()
+    for (begin, end), source in sorted(((lines_of(text, name), s) for name, s in sources.items()), reverse=True):
+        indent = lines[begin][: len(lines[begin]) - len(lines[begin].lstrip())]
+        lines[begin:end] = textwrap.indent(textwrap.dedent(source), indent).splitlines()
+    return "\n".join(lines) + "\n"
 
 
 def emptied(text: str, blank: Blank) -> str:

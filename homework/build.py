@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -32,17 +33,20 @@ def public_tests(a: Assignment) -> str:
     if told:
         raise ValueError(f"a public test of {a.name} would give {', '.join(told)} to the students")
     parts = [f'"""Public tests of {a.name}. The grader has further ones."""', "from __future__ import annotations"]
-    imports = []
+    imports: dict[bool, list[str]] = {True: [], False: []}  # of Python itself, others
     for node in tree:
         if isinstance(node, (ast.Import, ast.ImportFrom)) and getattr(node, "module", "") != "__future__":
             kept = [n for n in node.names if (n.asname or n.name).split(".")[0] in names]
             if kept:
-                imports.append(ast.unparse(type(node)(**{**vars(node), "names": kept})))
-    parts.append("\n".join(imports) + "\n")
+                module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+                own = module.split(".")[0] in sys.stdlib_module_names
+                imports[own].append(ast.unparse(type(node)(**{**vars(node), "names": kept})))
+    parts += ["\n".join(block) for block in imports.values() if block]
     for node in dict.fromkeys(defined.values()):
         if any(defined[name] is node for name in wanted):
             begin = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
-            parts.append("\n" * (not isinstance(node, ast.Assign)) + "\n".join(lines[begin : node.end_lineno]))
+            parts.append("\n".join(lines[begin : node.end_lineno]))
+            parts[-1] = parts[-1] if isinstance(node, ast.Assign) else "\n" + parts[-1]
     return "\n\n".join(parts) + "\n"
 
 

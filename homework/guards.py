@@ -133,7 +133,7 @@ def take_guards(folder: str, seconds: float, memory: int) -> list[str]:
     guards = {"limits": set_limits(seconds, memory)}
     if sys.platform == "linux":
         uid = None
-        if os.geteuid() == 0 and can_be_another([*paths, folder]):
+        if os.geteuid() == 0 and can_be_another([*paths, os.path.dirname(folder)]):
             uid = 61000 + os.getpid() % 4000
             os.chown(folder, uid, uid)
             for name in os.listdir(folder):

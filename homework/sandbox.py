@@ -32,10 +32,12 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not there in `python -I`
 from guards import LIBC, take_guards
 
+sys.path.pop(0)  # what a worker may import it may read
+
 OUTPUT_LIMIT = 2**20  # bytes that a test may print
 REPLY_LIMIT = 2**28  # bytes of an answer
 MEMORY_LIMIT = 3 * 2**30  # bytes beside what Python and torch take
-WALL_FACTOR, WALL_EXTRA = 4, 20  # seconds of wall clock = factor * processor seconds + extra: others may be busy
+WALL_FACTOR, WALL_EXTRA = 3, 10  # seconds of wall clock = factor * processor seconds + extra: others may be busy
 
 # ------------------------------------------------------------------------------------ messages
 
@@ -266,11 +268,19 @@ class Sandbox:
 
     def __enter__(self) -> Sandbox:
         self.socket, theirs = socket.socketpair()
-        environment = {k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV") if k in os.environ}
+        kept = (
+            "PATH",
+            "LD_LIBRARY_PATH",
+            "VIRTUAL_ENV",
+            "HOME",
+            "XDG_CACHE_HOME",
+            "MPLCONFIGDIR",
+        )
+        environment = {name: os.environ[name] for name in kept if name in os.environ}
         single = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
         self.folder = tempfile.mkdtemp(prefix="homework_")
         os.chmod(self.folder, 0o711)
-        environment |= single | {"LANG": "C.UTF-8", "HOME": self.folder, "MPLCONFIGDIR": self.folder}
+        environment |= single | {"LANG": "C.UTF-8"}
         command = [sys.executable, "-I", "-B", __file__, str(theirs.fileno())]
         self.process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env=environment, cwd=self.folder, stdin=subprocess.DEVNULL

@@ -289,6 +289,14 @@ def test_every_flag_in_a_smoke_run(flags, tmp_path):
     assert again["test_accuracy"] == metrics["test_accuracy"]
 
 
+def test_fixed_labels_keep_the_last_model_and_report_the_training_tasks(tmp_path):
+    flags = ["--fixed_labels", "--num_test_tasks", "4", "--num_val_tasks", "4", "--num_query", "3", "--eval_freq", "2",
+             "--warmup_steps", "0", "--train_steps", "4"]  # fmt: skip
+    metrics = maml.main([*SMOKE, *flags, "--log_dir", str(tmp_path)])
+    assert metrics["best_step"] == 4 and 0 <= metrics["train_accuracy"] <= 1
+    assert abs(metrics["train_accuracy_before"] - 0.2) < 0.2
+
+
 def test_training_learns_the_glyphs(tmp_path):
     flags = ["--train_steps", "150", "--eval_freq", "150", "--num_test_tasks", "100", "--learning_rate", "5e-3"]
     metrics = maml.main([*SMOKE, *flags, "--head", "proto", "--first_order", "--log_dir", str(tmp_path)])
@@ -351,6 +359,7 @@ def test_contradictory_flags():
         (["--inner_steps", "0", "--head", "proto", "--learn_inner_lrs"], "--learn_inner_lrs needs"),
         (["--warmup_steps", "20"], "--warmup_steps 20 must be less than --train_steps 20"),
         (["--inner_lr", "nan"], "--inner_lr"),
+        (["--fixed_labels", "--head", "proto"], "--fixed_labels with --head proto"),
     ):
         with pytest.raises(UserError, match=message):
             maml.parse_args([*SMOKE, *flags])

@@ -66,7 +66,7 @@ def test_interrupted_and_started_again_nothing_is_lost_or_twice(done, work, tmp_
     child = start(tmp_path, work)
     runs = tmp_path / "runs"
     deadline = time.time() + 3600
-    while not list(runs.glob("mann_K1N2*/flags.json")) and time.time() < deadline:
+    while not list(runs.glob("mann_K1N2*/flags.json")) and child.poll() is None and time.time() < deadline:
         time.sleep(0.05)
     child.send_signal(sent)
     child.communicate(timeout=3600)

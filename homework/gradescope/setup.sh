@@ -10,3 +10,4 @@ python3 -m pip install --help | grep -q break-system-packages && pip="$pip --bre
 # The CPU build of torch: a tenth of the size of the one with CUDA.
 $pip "$(grep '^torch==' requirements.txt)" --index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
 $pip numpy imageio matplotlib tqdm 'tomli; python_version < "3.11"'
+python3 -c "import matplotlib.font_manager"  # finds the fonts once, not for every submission
