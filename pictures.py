@@ -441,6 +441,8 @@ def draw_memorization(out: Path) -> None:
                             place = i + 0.26 * (j - 1) + aside
                             ax.errorbar(place, mean, half, fmt="o", ms=5, color=colour, alpha=shade)
             ax.set_xticks(range(3), ["plain", "activations", "weights"], fontsize=8)
+            ax.set_xlim(-0.6, 2.6)
+            ax.set_visible(bool(ax.containers))
             kind = next(run["figure"] for run in results if run["task"] == task)
             ax.set_title(f"{task}: {kind}", fontsize=9)
             if kind == "accuracy":
@@ -515,7 +517,7 @@ def draw_plates(path: Path) -> None:
     for start, end, style in arrows:
         bend = f"arc3,rad={0 if style == '-' else 0.35}"
         arrow = {"arrowstyle": "-|>", "mutation_scale": 12, "linestyle": style, "connectionstyle": bend}
-        ax.add_patch(FancyArrowPatch(posA=start, posB=end, shrinkA=19, shrinkB=19, **arrow))
+        ax.add_patch(FancyArrowPatch(posA=start, posB=end, shrinkA=19, shrinkB=19, color="black", **arrow))
     for left, low, width, height, label in ((3.3, 0.1, 1.0, 1.5, "points"), (0.2, 0.03, 4.4, 2.1, "tasks")):
         ax.add_patch(FancyBboxPatch((left, low), width, height, boxstyle="round,pad=0.02", fc="none", ec=GREY))
         ax.text(left + width - 0.05, low + height - 0.05, label, ha="right", va="top", fontsize=8, color=GREY)
