@@ -185,7 +185,7 @@ def test_a_long_curve_keeps_its_last_point():
 
 
 def test_json_keeps_lists_on_one_line_and_strings_as_they_are(tmp_path):
-    content = {"list": [1, 2.5, "a  b"], "text": "[ 1,  2 ]", "odd": ["a  [ b ]"], "nested": [[1, 2]], "of": [{"x": []}]}
+    content = {"list": [1, 2.5, "a  b"], "text": "[ 1,  2 ]", "odd": ["a  [ b ]"], "of": [[1, 2], {"x": []}]}
     experiment.write_json(tmp_path / "a.json", content)
     text = (tmp_path / "a.json").read_text()
     assert json.loads(text) == content and '"list": [1, 2.5, "a  b"]' in text
