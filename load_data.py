@@ -436,8 +436,9 @@ def seen_in_training(dataset: Dataset, name: str, split: str, folder: str | None
         theirs = make_splits(name, dataset.names, split)
         return len(set(test) & {*theirs["train"], *theirs["val"]})
     theirs = load_dataset(name, folder, split, dataset.images.shape[-1])
+    as_in_files = lambda data, images: 255 - images if data.inverted else images
     contents = lambda data, classes: {
-        hashlib.sha256(np.ascontiguousarray(data.images[s : s + c])).digest()
+        hashlib.sha256(np.ascontiguousarray(as_in_files(data, data.images[s : s + c]))).digest()
         for s, c in zip(data.starts[classes], data.counts[classes], strict=True)
     }
     known = contents(theirs, np.concatenate([theirs.splits["train"], theirs.splits["val"]]))
