@@ -126,8 +126,9 @@ def make_parser(doc: str, without: tuple[str, ...] = (), **defaults) -> tuple[ar
     add("--checkpoint", metavar="RUN_DIR", help="the run whose best.pt is used")
     add("--smoke", action="store_true", help="a complete tiny run in under 20 seconds")
     add = adder("data")
-    add("--dataset", choices=["auto", "omniglot", "glyphs", "folder"], default="auto", help="auto: Omniglot or glyphs")
-    add("--data_folder", help="where the images are (default: $OMNIGLOT_DIR, then ./data, then a download)")
+    sets = ["auto", "omniglot", "glyphs", "folder", "mnist"]
+    add("--dataset", choices=sets, default="auto", help="auto: Omniglot or glyphs; mnist: only with --test")
+    add("--data_folder", help="where the images are (default: $OMNIGLOT_DIR, then ./data, then a download; $MNIST_DIR)")
     add("--split", choices=["course", "lake"], default="course", help="1100/100/423 characters, or Lake's by alphabet")
     add("--image_size", type=whole(28, 1024), default=28, help="pixels a side")
     add("--num_classes", type=whole(2), default=5, metavar="N", help="classes in a task (way)")
@@ -187,8 +188,12 @@ def parse(
                 flags[name], saved["command"] = value, f"{saved['command']} --train_steps {value}"
             elif bound and value != flags.get(name):
                 raise UserError(f"--{name} {value} is not the run's {flags.get(name)}; drop it or start a new run")
+        if typed.get("dataset", flags.get("dataset")) != flags.get("dataset"):
+            flags["data_folder"] = None  # that of the run is of its own dataset
         parser.set_defaults(**flags)
     args = parser.parse_args(argv)
+    if getattr(args, "dataset", None) == "mnist" and not args.test:
+        raise UserError("--dataset mnist is for --test --checkpoint RUN_DIR, of a run that trained on other classes")
     args.git_commit = git_commit()  # of the code that runs, whatever happens to the files meanwhile
     args.command = newcomers_command(parser.prog, sys.argv[1:] if argv is None else argv)
     if typed.get("resume"):

@@ -337,10 +337,7 @@ def main(argv=None) -> dict:
         return EpisodeSampler(dataset, part, num_classes, args.num_shot, 1, B, seed, device, flags=flags, **options)
 
     B, N, P = args.meta_batch_size, args.num_classes, args.shared_classes
-    train = sampler("train", args.random_seed, 1 if P else B, num_classes=P or N, rotations=args.rotations,
-                    fixed_labels=args.fixed_labels, jitter=args.jitter, shift=args.shift,
-                    shard=experiment.shard())  # fmt: skip
-    val, test = sampler("val", VAL_SEED, 200), sampler("test", TEST_SEED, 200)
+    test = sampler("test", TEST_SEED, 200)
     refuse_trained_classes(args, dataset)
     model = MANN(
         args.num_classes, args.num_shot + 1, args.hidden_dim, args.recurrent, args.num_layers, args.head,
@@ -351,6 +348,10 @@ def main(argv=None) -> dict:
         metrics = {"best_step": step} | test_report(args, model, test, dtype, device)
         return experiment.report(args, "hw1", dataset.name, metrics, digest=dataset.digest)
 
+    train = sampler("train", args.random_seed, 1 if P else B, num_classes=P or N, rotations=args.rotations,
+                    fixed_labels=args.fixed_labels, jitter=args.jitter, shift=args.shift,
+                    shard=experiment.shard())  # fmt: skip
+    val = sampler("val", VAL_SEED, 200)
     experiment.init_from(args, model)
     encoder = dict(model.encoder.named_parameters(prefix="encoder")) if args.encoder_rate else {}
     others = [p for name, p in model.named_parameters() if name not in encoder]

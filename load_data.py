@@ -15,6 +15,7 @@ Everywhere: float32 images in [0, 1], 1 is ink and 0 is paper; colour photograph
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import inspect
 import json
@@ -34,13 +35,16 @@ from experiment import TEST_SEED, VAL_SEED, UserError
 from glyphs import draw_glyphs, glyph_arrays
 from omniglot import (
     ARCHIVES,
+    DRAWINGS,
     NotFound,
     cached,
     fingerprint,
     folder_arrays,
     list_folder,
     list_omniglot,
+    locate_mnist,
     locate_omniglot,
+    mnist_arrays,
     omniglot_arrays,
 )
 
@@ -48,7 +52,7 @@ from omniglot import (
 class Dataset(NamedTuple):
     """Packed images. The images of class c are `images[starts[c] : starts[c] + counts[c]]`."""
 
-    name: str  # omniglot, glyphs or folder
+    name: str  # omniglot, glyphs, folder or mnist
     images: np.ndarray  # uint8 [total, C, H, W], 255 is ink
     counts: np.ndarray  # int64 [classes], images per class
     names: list[str]  # of the classes, "group/class"; the group is the alphabet
@@ -70,8 +74,11 @@ def make_splits(name: str, names: list[str], split: str) -> dict[str, np.ndarray
     """Class indices of train, val and test; the same on every machine (sorted names, seeded shuffle).
 
     A folder that is divided stays so; without a val/ a fifth of its training classes are for validation. Other folders
-    are divided 64:16:20, with `lake` by alphabets.
+    are divided 64:16:20, with `lake` by alphabets. MNIST is all test.
     """
+    if name == "mnist":
+        none = np.array([], int)
+        return {"train": none, "val": none, "test": np.arange(len(names))}
     order = sorted(range(len(names)), key=names.__getitem__)
     groups = [n.split("/")[0] for n in names]
     shuffle = random.Random(1).shuffle
@@ -111,7 +118,7 @@ def load_dataset(
 ) -> Dataset:
     """Find, verify, pack and split a dataset; a second call reads one cache file.
 
-    `name` is omniglot, glyphs, folder or auto: Omniglot, and the glyphs only where Omniglot is
+    `name` is omniglot, glyphs, folder, mnist or auto: Omniglot, and the glyphs only where Omniglot is
     neither on disk nor downloadable. Omniglot is looked for in `data_folder`, or else in
     $OMNIGLOT_DIR, then ./data, then on the network. Raises UserError with the remedy.
     """
@@ -140,6 +147,10 @@ def load_dataset(
         held = hashlib.sha256(inspect.getsource(draw_glyphs).encode()).hexdigest()
         source = "drawn by glyphs.draw_glyphs"
         build = lambda: (*glyph_arrays(image_size), {})
+    elif name == "mnist":
+        pair = locate_mnist(data_folder)
+        source, held = " and ".join(map(str, pair)), fingerprint({name: pair})
+        build = lambda: mnist_arrays(*pair, image_size)
     elif name == "folder":
         folder = Path(data_folder or "")
         if not data_folder or not folder.is_dir():
@@ -148,11 +159,11 @@ def load_dataset(
         source, held = str(folder), fingerprint(classes)
         build = lambda: folder_arrays(folder, classes, image_size)
     else:
-        raise UserError(f"--dataset {name} is unknown; use auto, omniglot, glyphs or folder")
+        raise UserError(f"--dataset {name} is unknown; use auto, omniglot, glyphs, folder or mnist")
     images, counts, names, remarks, cache_file = cached(name, held, image_size, build)
     splits = make_splits(name, names, split)
     notes += remarks.get("notes", [])
-    if name == "folder" and names[0].startswith("train/") and not any(n.startswith("val/") for n in names):
+    if name == "folder" and {n.split("/")[0] for n in names} == {"train", "test"}:
         notes.append(f"no val/ with classes: {len(splits['val'])} classes of train/ are for validation")
     for note in notes:
         print(f"note: {source}: {note}", file=sys.stderr)
@@ -243,6 +254,8 @@ class EpisodeSampler:
         flags: tuple[str | None, ...] = ("num_classes", "num_shot", "num_query"),
     ):
         chosen = dataset.splits[split]
+        if len(chosen) == 0:
+            raise UserError(f"--dataset {dataset.name} has no classes of split '{split}'; it is for tests alone")
         self.N, self.K, self.Q, self.B = num_classes, num_shot, num_query, batch_size
         self.seed, self.shard, self.fixed_labels, self.jitter, self.shift = seed, shard, fixed_labels, jitter, shift
         if batch_size % shard[1]:
@@ -283,12 +296,18 @@ class EpisodeSampler:
         self.reset()
 
     def __getstate__(self) -> dict:
-        """What pickle and copy take, for worker processes that do not start as copies of this one."""
-        return self.__dict__ | {"generator": self.generator.get_state()}
+        """What pickle and copy take, for workers that do not start as copies of this process: arrays, no tensors."""
+        arrays = {k: v.cpu().numpy() for k, v in self.__dict__.items() if isinstance(v, torch.Tensor)}
+        g = self.generator
+        return self.__dict__ | arrays | {"generator": g.get_state().numpy(), "device": g.device}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__ |= state | {"generator": torch.Generator(state["counts"].device)}
-        self.generator.set_state(state["generator"])
+        generator, device = torch.from_numpy(state.pop("generator").copy()), state.pop("device")
+        self.__dict__ |= {
+            k: torch.from_numpy(v.copy()).to(device) if isinstance(v, np.ndarray) else v for k, v in state.items()
+        }
+        self.generator = torch.Generator(device)
+        self.generator.set_state(generator)
 
     def reset(self) -> None:
         """Start the stream of tasks again from the seed."""
@@ -417,8 +436,9 @@ def seen_in_training(dataset: Dataset, name: str, split: str, folder: str | None
         theirs = make_splits(name, dataset.names, split)
         return len(set(test) & {*theirs["train"], *theirs["val"]})
     theirs = load_dataset(name, folder, split, dataset.images.shape[-1])
+    as_in_files = lambda data, images: 255 - images if data.inverted else images
     contents = lambda data, classes: {
-        hashlib.sha256(np.ascontiguousarray(data.images[s : s + c])).digest()
+        hashlib.sha256(np.ascontiguousarray(as_in_files(data, data.images[s : s + c]))).digest()
         for s, c in zip(data.starts[classes], data.counts[classes], strict=True)
     }
     known = contents(theirs, np.concatenate([theirs.splits["train"], theirs.splits["val"]]))
@@ -452,6 +472,32 @@ def deal_tasks(features: torch.Tensor, labels: torch.Tensor, B: int, N: int, g: 
     one_hot = torch.eye(N, device=g.device).repeat(B, features.shape[1], 1, 1)
     one_hot[:, -1] = one_hot[:, 0].gather(1, order[..., None].expand(-1, -1, N))
     return features[0][rows, places], one_hot
+
+
+class LakeRuns(EpisodeSampler):
+    """The 20 official runs of Lake et al. 2015: 20-way 1-shot tasks within an alphabet, 400 trials in all.
+
+    One person has drawn a run's support set, another its 20 queries; `lake_runs.csv` names them and the characters.
+    """
+
+    def __init__(self, dataset: Dataset, device: torch.device | str = "cpu"):
+        test = {dataset.names[c]: place for place, c in enumerate(dataset.splits["test"])}
+        with open(Path(__file__).with_name("lake_runs.csv"), newline="") as file:
+            runs = [list(row.values()) for row in csv.DictReader(file)]
+        rows, order = [], []
+        for _, alphabet, train_drawer, test_drawer, characters, answers in runs:
+            names = [f"{alphabet}/character{c}" for c in characters.split()]
+            if dataset.name != "omniglot" or not all(name in test for name in names):
+                raise UserError("Lake's runs are of Omniglot's evaluation set: use --dataset omniglot --split lake")
+            first = torch.tensor([DRAWINGS * test[name] for name in names])
+            rows.append(torch.stack([first + int(train_drawer) - 1, first + int(test_drawer) - 1], dim=-1))
+            order.append(torch.tensor([int(answer) - 1 for answer in answers.split()]))
+        super().__init__(dataset, "test", len(order[0]), 1, 1, len(runs), device=device)
+        self.rows, self.order = torch.stack(rows).to(device), torch.stack(order).to(device)
+
+    def draw(self, batch_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of the runs [20, 20, 2] and the classes of their items [20, 20]."""
+        return self.rows[:batch_size], self.order[:batch_size]
 
 
 class DataGenerator(torch.utils.data.IterableDataset):
@@ -574,7 +620,7 @@ def class_sheet(dataset: Dataset, rows: int = 10, columns: int = 10) -> np.ndarr
 def main(argv=None) -> Dataset:
     """Print what was found; write a picture of one episode and one of some classes to runs/."""
     parser = experiment._Parser(prog="load_data.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--dataset", choices=["auto", "omniglot", "glyphs", "folder"], default="auto")
+    parser.add_argument("--dataset", choices=["auto", "omniglot", "glyphs", "folder", "mnist"], default="auto")
     parser.add_argument("--data_folder", help="where the images are")
     parser.add_argument("--split", choices=["course", "lake"], default="course")
     parser.add_argument("--image_size", type=int, default=28, help="pixels a side")
@@ -587,7 +633,8 @@ def main(argv=None) -> Dataset:
         print(f"{part:11s} {len(classes)} classes, {data.counts[classes].sum()} images")
     print(f"images      uint8 {list(data.images.shape)}, {data.images.mean() / 255:.3f} ink on average")
     print(f"digest      {data.digest}\ncache file  {data.cache_file}\nloaded in   {seconds:.2f} s")
-    sampler = EpisodeSampler(data, "train", min(5, len(data.splits["train"])), 1, 1)
+    part = "train" if len(data.splits["train"]) else "test"
+    sampler = EpisodeSampler(data, part, min(5, len(data.splits[part])), 1, 1)
     episode = [tensor[0] for tensor in sampler.sample(1)]
     try:
         Path("runs").mkdir(exist_ok=True)

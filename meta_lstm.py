@@ -479,7 +479,8 @@ def main(argv=None) -> dict:
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
     learner = Learner(dataset.images.shape[1], args.image_size, args.num_classes)
     rule = MetaLSTM(learner.initial(), args.trained_share).to(device)
-    val, test = (fixed_tasks(dataset, part, args, device) for part in ("val", "test"))
+    test = fixed_tasks(dataset, "test", args, device)
+    val = fixed_tasks(dataset, "val", args, device) if len(dataset.splits["val"]) else None  # mnist is all test
     if args.test:
         step = load_rule(args, rule)
         metrics = {"best_step": step} | test_report(args, rule, learner, val, test, inner, dtype, device)
@@ -567,11 +568,11 @@ def test_report(args, rule, learner, val, test, inner: Inner, dtype, device) -> 
     # No update, but the batch-norm statistics of the support set.
     still, once = GradientDescent(theta0, 0.0), Inner(1, args.num_classes * args.num_shot, 1.0)
     before, before_ci95 = experiment.mean_and_ci95(evaluate(still, learner, test, args.num_test_tasks, once, dtype)[0])
-    on_val = {
-        rate: evaluate(GradientDescent(theta0, rate), learner, val, args.num_val_tasks, inner, dtype)[0].mean().item()
-        for rate in SGD_RATES
-    }
-    rate = max(on_val, key=on_val.get)
+    if val is None:  # as it was chosen on the run's own validation classes
+        rate = experiment.read_json(Path(args.checkpoint) / "metrics.json", "checkpoint")["sgd_rate"]
+    else:
+        on_val = lambda rate: evaluate(GradientDescent(theta0, rate), learner, val, args.num_val_tasks, inner, dtype)[0]
+        rate = max(SGD_RATES, key=lambda rate: on_val(rate).mean())
     sgd, sgd_ci95 = experiment.mean_and_ci95(
         evaluate(GradientDescent(theta0, rate), learner, test, args.num_test_tasks, inner, dtype, sgd_watch)[0]
     )

@@ -23,7 +23,7 @@ from torch import nn
 import experiment
 from backbone import Conv4, Muon, Residual, ViT, prototypes
 from experiment import Run, UserError, number, whole
-from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_dataset, log_episode
+from load_data import Dataset, EpisodeSampler, LakeRuns, distort, fixed_tasks, load_dataset, log_episode
 
 # ---------------------------------------------------------------------------------- the method
 
@@ -146,6 +146,7 @@ def parse_args(argv=None):
     add("--jitter", type=number(0, 1), default=0.1, help="random turn (radians), size and slant of training images")
     add("--shift", type=number(0, 1), default=0.1, help="random shift of training images, a share of half their size")
     add("--within_alphabet", action="store_true", help="test tasks of characters of one alphabet (Lake et al.)")
+    add("--lake_runs", action="store_true", help="with --test: Lake's 20 official runs too; reported with --split lake")
     add("--train_within_alphabet", action="store_true", help="training tasks too: likeness is learned where it is hard")
     add = groups["model"].add_argument
     encoders = "residual: twelve convolutions, not four; vit: a transformer, as mae.py pre-trains it"
@@ -160,6 +161,8 @@ def parse_args(argv=None):
     falls = "its learning rate falls to zero there (one cycle)"
     shapes = ("encoder", "width", "image_size")
     args = experiment.parse(parser, argv, smoke, fixed=shapes, longer=lambda flags: falls)
+    if args.lake_runs and args.split != "lake":
+        raise UserError("--lake_runs are of characters that only a run with --split lake has not trained on")
     if args.encoder == "vit" and args.width % 8:
         raise UserError(f"--width {args.width}: --encoder vit takes a multiple of 8 (four heads, sines and cosines)")
     if args.encoder == "vit" and args.image_size % 4:
@@ -235,6 +238,8 @@ def test_report(args, encoder: nn.Module, dataset: Dataset, dtype: torch.dtype, 
     some = min(args.num_test_tasks, 600)
     metrics = {"num_test_tasks": args.num_test_tasks, "accuracies": [round(a, 4) for a in accuracies.tolist()]}
     named = {"": accuracies, "_one_view": alone, "_transductive": evaluate_transductive(encoder, test, some, dtype)}
+    if args.split == "lake" and dataset.name == "omniglot":
+        named["_lake_runs"] = evaluate(features, LakeRuns(dataset, device), 20)[0]
     if args.within_alphabet and test.same_count:
         lake = fixed_tasks(dataset, "test", args, device, within_alphabet=True, one_drawer=True)
         named["_one_drawer"] = evaluate(features, lake, args.num_test_tasks)[0]

@@ -13,10 +13,33 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two co
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
+import experiment  # noqa: E402
 import load_data  # noqa: E402
 import omniglot  # noqa: E402
 
 has_omniglot = pytest.mark.skipif(not os.environ.get("OMNIGLOT_DIR"), reason="needs OMNIGLOT_DIR")
+
+
+outcomes: dict[str, str] = {}  # of test_field.py, test -> passed, failed or skipped
+
+
+def pytest_runtest_logreport(report):
+    if "test_field.py" in report.nodeid and (report.when == "call" or report.outcome != "passed"):
+        outcomes[report.nodeid.split("::")[1]] = report.outcome
+
+
+def pytest_sessionfinish(session):
+    """RECORD=1 pytest tests/test_field.py writes the table of kinds, cases tried and cases right."""
+    if not os.environ.get("RECORD") or not outcomes or hasattr(session.config, "workerinput"):
+        return
+    kinds: dict[str, dict] = {}
+    for test, outcome in sorted(outcomes.items()):
+        kind, _, case = test.removeprefix("test_").partition("[")
+        if outcome != "skipped":
+            row = kinds.setdefault(kind.replace("_", " "), {"tried": 0, "right": 0, "cases": []})
+            row["tried"], row["right"] = row["tried"] + 1, row["right"] + (outcome == "passed")
+            row["cases"] += [case.removesuffix("]")] if case else []
+    experiment.write_json(REPO / "results" / "field.json", {"command": "pytest tests/test_field.py", "kinds": kinds})
 
 
 @pytest.fixture(scope="session")
