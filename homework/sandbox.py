@@ -160,8 +160,8 @@ def serve(fd: int) -> None:
         import imageio.v3  # noqa: F401
         import matplotlib.backends.backend_agg
         import matplotlib.figure  # noqa: F401
-        import torch._dynamo  # noqa: F401  (what the first call of torch.func imports, for seconds)
         import tqdm  # noqa: F401
+        from torch import _dynamo  # noqa: F401  (the first call of torch.func imports it, for seconds)
     if sys.platform == "linux":
         LIBC.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans of a worker come here
     judge = socket.socket(fileno=fd)
