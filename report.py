@@ -658,6 +658,17 @@ def write_tables(out: Path, dataset: str) -> None:
     write_text(out / "README.md", page(out, dataset))
 
 
+def homework_table(out: Path) -> str:
+    """What the grader of each assignment was put to, from homework.json."""
+    rows = []
+    for name, proof in read(out / "homework.json").items():
+        kinds = [case["kind"] for case in proof["cases"] if case["as_expected"]]
+        rows.append([name, len(proof["points"]), kinds.count("mutant"), kinds.count("right")])
+    rows.append(["all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])])
+    titles = " | functions to write | mistakes, each found at its question alone "
+    return "\n".join(table(titles + "| right answers written in other ways, unharmed", rows))
+
+
 # ----------------------------------------------------------------------------------- documents
 
 BLOCKS = {
@@ -677,6 +688,7 @@ BLOCKS = {
     "mae": mae_table,
     "speed": speed_table,
     "faults": faults_text,
+    "homework": homework_table,
 }
 
 
