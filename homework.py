@@ -188,7 +188,7 @@ class Grader:
             results.append({
                 "question": question, "test": test.__name__, "title": title, "public": test.graded["public"],
                 "max": points, "score": points * outcome.share, "message": outcome.message,
-                "measured": outcome.measured if test.graded["whole"] else {},
+                "kind": outcome.kind, "measured": outcome.measured if test.graded["whole"] else {},
             })  # fmt: skip
         return sorted(results, key=lambda r: r["question"])
 
@@ -276,7 +276,7 @@ def check(a: Assignment, jobs: int) -> dict:
     boxes: queue.SimpleQueue = queue.SimpleQueue()
     with ExitStack() as stack, ThreadPoolExecutor(jobs) as pool:
         for _ in range(jobs):
-            boxes.put(stack.enter_context(Sandbox()))
+            boxes.put(stack.enter_context(Sandbox(patience=10)))
 
         def judge(case):
             box = boxes.get()
@@ -292,7 +292,13 @@ def check(a: Assignment, jobs: int) -> dict:
             totals = by_question(results)
             lost = {q: round(most - score, 2) for q, (score, most) in totals.items() if score < most}
             expected = {"starter": set(totals), "mutant": {question}}.get(kind, set())
-            good = set(lost) == expected and (kind != "starter" or not any(score for score, _ in totals.values()))
+            # A mistake that is only too slow, or ends its process, was not found by a comparison.
+            accident = kind == "mutant" and any(r["kind"] not in ("", "wrong", "error") for r in results)
+            good = (
+                set(lost) == expected
+                and not accident
+                and (kind != "starter" or not any(score for score, _ in totals.values()))
+            )
             failed = [f"{r['test']}: {r['message']}" for r in results if r["score"] < r["max"]]
             found.append({"kind": kind, "question": question, "what": what, "lost": lost, "as_expected": good,
                           "by": [line.split(":")[0] for line in failed] if kind == "mutant" else []})  # fmt: skip
