@@ -20,7 +20,7 @@ from pathlib import Path
 
 from experiment import UserError, write_atomically
 
-PARTS = ("mann", "meta_lstm", "comparison")  # folders of results/ with a JSON file a run
+PARTS = ("mann", "meta_lstm", "comparison", "memorization", "bayes", "mae")  # folders of results/: a JSON file a run
 # 97.5 % points of Student's t for n - 1 degrees of freedom, by the number n of seeds
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
@@ -54,9 +54,9 @@ def refuse_other_images(out: Path, dataset: str) -> None:
     for path in sorted(out.glob("*/*_seed*.json")):
         if path.parent.name not in PARTS:
             continue
-        expected = "folder" if path.stem.startswith("miniImagenet") else dataset
-        found = read(path).get("dataset")
-        if found != expected:
+        expected, found = "folder" if path.stem.startswith("miniImagenet") else dataset, read(path).get("dataset")
+        of_images = path.parent.name not in ("memorization", "bayes") or found in ("omniglot", "glyphs")
+        if of_images and found != expected:  # sinusoids and their like are made, not found
             raise UserError(
                 f"{path} is a result on {found}, its row is of {expected}; move it to a folder of its own "
                 f"and read it with --results FOLDER --dataset {found}"
@@ -79,6 +79,13 @@ def interval(runs: list[dict], key: str = "test_accuracy") -> tuple[float, float
     if len(values) > 1 and statistics.stdev(values) > half / 1.96:
         half, over = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values)), f"{len(values)} seeds"
     return 100 * statistics.fmean(values), 100 * half, over
+
+
+def interval_of(runs: list[dict], key: str) -> tuple[float, float]:
+    """Mean over runs of a figure that has its own `<key>_ci95`, and its 95 % half-width by the rule of `interval`."""
+    as_accuracy = [{"test_accuracy": r[key], "ci95": r[f"{key}_ci95"], "num_test_tasks": 0} for r in runs]
+    mean, half, _ = interval(as_accuracy)
+    return mean / 100, half / 100
 
 
 def digits_of(half: float) -> int:
@@ -410,6 +417,113 @@ def draw_all_features(out: Path) -> None:
         draw_features(some, out / f"features_{part}.png")
 
 
+TASKS = ("basis", "diseased", "grasping", "sinusoid", "characters")  # of memorization.py
+REGULARISERS = ("none", "activations", "weights")
+CONDITIONS = {"own": "own support set", "emptied": "emptied", "other": "another task's"}
+
+
+def draw_memorization(out: Path) -> None:
+    """A panel for each task and learner: figures with the own, no, and another task's support set."""
+    results = [read(path) for path in sorted(out.glob("memorization/*.json"))]
+    tasks = [task for task in TASKS if any(run["task"] == task for run in results)]
+    if not tasks:
+        return
+    figure, axes = new_figure(2, len(tasks), (max(5, 3 * len(tasks)), 5.2))
+    for row, learner in zip(axes, ("maml", "blackbox"), strict=True):
+        for ax, task in zip(row, tasks, strict=True):
+            for i, regulariser in enumerate(REGULARISERS):
+                chosen = (task, learner, regulariser)
+                runs = [run for run in results if (run["task"], run["learner"], run["regulariser"]) == chosen]
+                for j, (condition, colour) in enumerate(zip(CONDITIONS, (BLUE, GREY, RED), strict=True)):
+                    for part, shade, aside in (("train", 0.4, -0.06), ("test", 1.0, 0.06)):
+                        if runs:
+                            mean, half = interval_of(runs, f"{part}_{condition}")
+                            place = i + 0.26 * (j - 1) + aside
+                            ax.errorbar(place, mean, half, fmt="o", ms=5, color=colour, alpha=shade)
+            ax.set_xticks(range(3), ["plain", "activations", "weights"], fontsize=8)
+            ax.set_xlim(-0.6, 2.6)
+            ax.set_visible(bool(ax.containers))
+            kind = next(run["figure"] for run in results if run["task"] == task)
+            ax.set_title(f"{task}: {kind}", fontsize=9)
+            if kind == "accuracy":
+                ax.set_ylim(0, 1.03)
+            else:
+                ax.set_yscale("log")
+        row[0].set_ylabel({"maml": "MAML", "blackbox": "black box"}[learner])
+    handles = [axes[0, 0].plot([], [], "o", color=colour)[0] for colour in (BLUE, GREY, RED)]
+    figure.legend(handles, CONDITIONS.values(), loc="outside upper center", ncols=3, frameon=False)
+    figure.supxlabel("regulariser; pale: training tasks", fontsize=9, color="0.4")
+    save(figure, out / "memorization.png")
+
+
+def draw_bayes(out: Path) -> None:
+    """Likelihood by number of points, calibration, the bound beside the evidence; functions from the posterior."""
+    runs = [run for path in sorted(out.glob("bayes/*.json")) if (run := read(path))["world"] == "sinusoid"]
+    whole = [run for run in runs if not run["drop_phi1"]]
+    if not whole:
+        return
+    figure, ((likelihood, calibration, bounds),) = new_figure(1, 3, (10, 3.2))
+    for run in whole:
+        for end, colour in (("with", BLUE), ("without", RED)):
+            label = f"{run['metadata']}, {end} metadata"
+            style = "-" if run["metadata"] == whole[0]["metadata"] else "--"
+            likelihood.errorbar(
+                run["points"], run[f"nll_{end}"], run[f"nll_{end}_ci95"], color=colour, ls=style, label=label
+            )
+            for row in sorted({0, 1, 3, len(run["points"]) - 1} & set(range(len(run["points"])))):
+                calibration.plot([0, *run["levels"], 1], [0, *run[f"coverage_{end}"][row], 1], color=colour, lw=0.8)
+    calibration.plot([0, 1], [0, 1], "k:", lw=0.8)
+    for run in [whole[0], *(run for run in runs if run["drop_phi1"])]:
+        name, style = ("phi1 dropped", "--") if run["drop_phi1"] else ("whole bound", "-")
+        colour = RED if run["drop_phi1"] else BLUE
+        bounds.plot(run["points"], run["bound_with"], style, color=colour, label=name)
+        bounds.plot(run["points"], run["evidence_with"], style, color=GREY, label=f"log evidence ({name})")
+    likelihood.set(xlabel="points", ylabel="negative log likelihood (nats a target)")
+    calibration.set(xlabel="level of the interval", ylabel="share of targets inside")
+    bounds.set(xlabel="points", ylabel="nats a context")
+    for ax in (likelihood, bounds):
+        handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+        ax.legend(handles.values(), handles.keys(), frameon=False, fontsize=7)
+    save(figure, out / "bayes.png")
+    if drawn := next((run["functions"] for run in whole if run.get("functions")), None):
+        sizes = sorted({int(key.split("_")[0]) for key in drawn if key[0].isdigit()})
+        figure, axes = new_figure(2, len(sizes), (2.6 * len(sizes), 4.2))
+        for row, end in zip(axes, ("with", "without"), strict=True):
+            for ax, size in zip(row, sizes, strict=True):
+                for curve in drawn[f"{size}_{end}"]:
+                    ax.plot(drawn["x"], curve, color=BLUE, lw=0.8, alpha=0.6)
+                ax.plot(drawn["context_x"][:size], drawn["context_y"][:size], "k.")
+                ax.set_ylim(-3.2, 3.2)
+                ax.set_title(f"{size} point{'s' * (size != 1)}", fontsize=10)
+            row[0].set_ylabel(f"{end} metadata")
+        save(figure, out / "bayes_posterior.png")
+
+
+def draw_plates(path: Path) -> None:
+    """The plate diagram of bayes.py: arrows of the model are solid, those of q dashed."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
+
+    figure = Figure(figsize=(5, 2.4))
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, 5), ylim=(0, 2.4))
+    ax.axis("off")
+    nodes = {"$\\varphi_1$": (0.6, 1.7), "m": (0.6, 0.6), "$\\varphi_2$": (2.1, 1.2), "y": (3.8, 1.2), "x": (3.8, 0.45)}
+    phi1, m, phi2, y, x = nodes.values()
+    for name, (across, up) in nodes.items():
+        ax.add_patch(Circle((across, up), 0.25, fc="#DDDDDD" if name in "mxy" else "white", ec="black", zorder=2))
+        ax.text(across, up, name, ha="center", va="center", zorder=3)  # grey: observed
+    arrows = [(phi1, phi2, "-"), (m, phi2, "-"), (phi2, y, "-"), (x, y, "-"), (y, phi2, "--"), (phi2, phi1, "--")]
+    for start, end, style in arrows:
+        bend = f"arc3,rad={0 if style == '-' else 0.35}"
+        arrow = {"arrowstyle": "-|>", "mutation_scale": 12, "linestyle": style, "connectionstyle": bend}
+        ax.add_patch(FancyArrowPatch(posA=start, posB=end, shrinkA=19, shrinkB=19, color="black", **arrow))
+    for left, low, width, height, label in ((3.3, 0.1, 1.0, 1.5, "points"), (0.2, 0.03, 4.4, 2.1, "tasks")):
+        ax.add_patch(FancyBboxPatch((left, low), width, height, boxstyle="round,pad=0.02", fc="none", ec=GREY))
+        ax.text(left + width - 0.05, low + height - 0.05, label, ha="right", va="top", fontsize=8, color=GREY)
+    save(figure, path)
+
+
 def draw_glyphs(path: Path) -> None:
     """Ten of the built-in characters, each by ten drawers."""
     import imageio.v3 as iio
@@ -488,5 +602,7 @@ def draw_everything(out: Path) -> None:
     draw_meta_lstm(out)
     draw_costs(out)
     draw_all_features(out)
+    draw_memorization(out)
+    draw_bayes(out)
     if (out / "costs_train.json").exists():
         draw_adapted(read(out / "costs_train.json"), out / "costs_train.png")

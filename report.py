@@ -27,6 +27,7 @@ from pictures import (
     TITLES,
     digits_of,
     interval,
+    interval_of,
     load,
     processor,
     read,
@@ -474,6 +475,65 @@ interval;
 Command: `{plain_command(e)}`; random points: `{plain_command(random)}`."""
 
 
+def memorization_table(out: Path) -> str:
+    """A row for each task, learner and regulariser; accuracies in per cent, squared errors as they are."""
+    results, rows = [read(path) for path in sorted(out.glob("memorization/*.json"))], []
+    for task in pictures.TASKS:
+        for learner in ("maml", "blackbox"):
+            for regulariser in pictures.REGULARISERS:
+                chosen = (task, learner, regulariser)
+                runs = [run for run in results if (run["task"], run["learner"], run["regulariser"]) == chosen]
+                cells = [
+                    interval_of(runs, f"{part}_{condition}")
+                    for part in ("train", "test")
+                    for condition in pictures.CONDITIONS
+                    if runs
+                ]
+                if runs and runs[0]["figure"] == "accuracy":
+                    rows.append([*chosen, len(runs), *(f"{100 * mean:.1f} ± {100 * half:.1f}" for mean, half in cells)])
+                elif runs:
+                    rows.append([*chosen, len(runs), *(f"{mean:.3f} ± {half:.3f}" for mean, half in cells)])
+    titles = "task | learner | regulariser | seeds | train, own | train, emptied | train, other "
+    return "\n".join(table(titles + "| test, own | test, emptied | test, other", rows)) if rows else "Not measured."
+
+
+def bayes_tables(out: Path) -> str:
+    """For each run: negative log likelihood by points with and without metadata, the paired gain, coverage."""
+    lines: list[str] = []
+    for run in [read(path) for path in sorted(out.glob("bayes/*.json"))]:
+        rows = []
+        for i, n in enumerate(run["points"]):
+            pairs = [f"{run[key][i]:.3f} ± {run[f'{key}_ci95'][i]:.3f}" for key in ("nll_with", "nll_without", "gain")]
+            covered = [
+                f"{100 * run[key][i]:.1f}" if key in run else "" for key in ("coverage90_with", "coverage90_without")
+            ]
+            rows.append([n, *pairs, *covered, f"{run['bound_with'][i]:.2f}", f"{run['evidence_with'][i]:.2f}"])
+        what = f"{run['world']}, metadata {run['metadata']}, {'phi1 dropped' if run['drop_phi1'] else 'whole bound'}"
+        titles = "points | NLL with | NLL without | gain, paired | 90 % covers, with | without | bound | evidence"
+        lines += [f"{what}, seed {run['seed']}, {run['num_test_tasks']:,} test tasks: `{plain_command(run)}`", ""]
+        lines += [*table(titles, rows), ""]
+    return "\n".join(lines).rstrip() or "Not measured."
+
+
+def mae_table(out: Path) -> str:
+    """Each way to use the frozen features, and the same of the untrained transformer."""
+    ways = {
+        "test_accuracy": "whitened, views",
+        "test_accuracy_one_view": "whitened, one view",
+        "test_accuracy_plain": "plain",
+        "test_accuracy_linear": "linear head",
+        "test_accuracy_untrained": "untrained",
+    }
+    rows, commands = [], []
+    for name in sorted({path.stem.rsplit("_seed", 1)[0] for path in out.glob("mae/*_seed*.json")}):
+        runs = load(out, f"mae/{name}")
+        figures = [figure_of(runs, key) if key in runs[0] else "" for key in ways]
+        rows.append([name.replace("_", " "), *figures, interval(runs)[2], minutes(runs)])
+        commands.append(f"- `{plain_command(runs[0])}`")
+    titles = f"mae, course split | {' | '.join(ways.values())} | ± over | minutes"
+    return "\n".join([*table(titles, rows), "", "Commands:", "", *commands]) if rows else "Not measured."
+
+
 def speed_table(out: Path) -> str:
     races, rows = read(out / "speed.json"), []
     for race in races:
@@ -554,7 +614,7 @@ def page(out: Path, dataset: str = "omniglot") -> str:
     seconds = [read(file).get("train_seconds", 0) for part in PARTS for file in sorted((out / part).glob("*.json"))]
     lines += ["", f"All {len(seconds)} runs together trained for {sum(seconds) / 3600:.1f} hours."]
     for picture in sorted(out.glob("*.png")):
-        if picture.stem not in ("glyphs", "tensorboard"):
+        if picture.stem not in ("glyphs", "tensorboard", "bayes_plates"):
             lines += ["", f"![{picture.stem.replace('_', ' ')}]({picture.name})"]
     return "\n".join(lines) + "\n"
 
@@ -612,6 +672,9 @@ BLOCKS = {
     "meta_lstm": meta_lstm_table,
     "costs": costs_text,
     "features": features_text,
+    "memorization": memorization_table,
+    "bayes": bayes_tables,
+    "mae": mae_table,
     "speed": speed_table,
     "faults": faults_text,
 }
@@ -658,6 +721,7 @@ def main(argv=None) -> None:
     pictures.draw_everything(out)
     if out.resolve() == HERE / "results":
         pictures.draw_glyphs(out / "glyphs.png")
+        pictures.draw_plates(out / "bayes_plates.png")
         if args.tensorboard or not (out / "tensorboard.png").exists():
             pictures.draw_tensorboard(out)
         kept = "kept as it is" if (out / "tensorboard.png").exists() else "missing: it needs chromium"

@@ -641,7 +641,7 @@ def test_training_starts_from_the_weights_of_a_run(script, runs):
     model = {
         "protonet": lambda: protonet.make_encoder(args, 1),
         "hw1": lambda: hw1.MANN(2, 2, 8),
-        "maml": lambda: maml.Learner(protonet.Conv4(1, 4, 28, strided=True), 5, 1, 0.4, "linear", False, 1.0, False),
+        "maml": lambda: maml.MAML(protonet.Conv4(1, 4, 28, strided=True), 5, 1, 0.4, "linear", False, 1.0, False),
     }[script]()
     experiment.init_from(args, model)
     best = torch.load(runs / script / "best.pt", weights_only=True)["model"]

@@ -30,6 +30,10 @@ SMALLEST = {
                f"--meta_batch_size 1 --num_query 1 --train_query 1 --train_classes 5 {GLYPHS}",
     "meta_lstm.py": "--train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --meta_batch_size 1 "
                     f"--inner_epochs 1 --num_query 1 --train_query 1 {GLYPHS}",
+    "mae.py": f"--smoke --train_steps 2 --eval_freq 1 --width 16 --depth 1 --meta_batch_size 4 --views 1 "
+              f"--whitening_images 20 {GLYPHS}",
+    "memorization.py": "--smoke --train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --device cpu",
+    "bayes.py": "--smoke --train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --device cpu",
     "profile_costs.py": "--smoke --outer_steps 2 --meta_batch_size 2 --hidden_dim 8",
     "feature_weights.py": "--smoke --train_steps 2 --eval_freq 1 --num_test_tasks 4 --alias_steps 20 --max_points 33",
 }  # fmt: skip
@@ -92,13 +96,14 @@ def different_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", different_commands())
-def test_every_command_runs_in_its_smallest_form(command, folders, capsys):
+def test_every_command_runs_in_its_smallest_form(command, folders):
     base, run_dir = folders
     script, *flags = shlex.split(command)
     data = str(base / "DIR")
     filled = [data if flag in ("DIR", "miniImagenet") else flag for flag in flags]
     if "RUN_DIR" in flags:
-        filled = [run_dir(script) if flag == "RUN_DIR" else flag for flag in filled]
+        owner = "mae.py" if "--init_from" in flags else "protonet.py" if script == "predict.py" else script
+        filled = [run_dir(owner) if flag == "RUN_DIR" else flag for flag in filled]
     if "--resume" in flags:
         final = filled  # a resumed run keeps its flags
     elif "--help" in flags:
@@ -110,8 +115,7 @@ def test_every_command_runs_in_its_smallest_form(command, folders, capsys):
         final = [*smallest(script, filled), "--log_dir", str(base)]
         if "--out" in flags:
             final[final.index("--out") + 1] = str(base)
-    importlib.import_module(script.removesuffix(".py")).main(final)
-    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) or True
+    assert importlib.import_module(script.removesuffix(".py")).main(final)  # its metrics
 
 
 def test_the_other_commands_are_known(run_script, tmp_path):

@@ -61,7 +61,7 @@ def test_every_picture_comes_back(restored):
 def test_without_a_browser_the_picture_of_tensorboard_is_kept_and_that_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "HERE", tmp_path)
     monkeypatch.setattr(pictures, "find_browser", lambda: None)
-    for name in ("draw_glyphs", "draw_everything"):
+    for name in ("draw_glyphs", "draw_plates", "draw_everything"):
         monkeypatch.setattr(pictures, name, lambda *args: None)
     (tmp_path / "results").mkdir()
     (tmp_path / "README.md").touch()
