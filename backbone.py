@@ -66,7 +66,7 @@ def conv4(
 ) -> torch.Tensor:
     """Conv4 as a function of `parameters` (weight0, gamma0, beta0, ... of a `Conv4`).
 
-    images: [n, C, H, W], or [B, n, C, H, W] for B tasks, which norm="support" needs.
+    images: [n, C, H, W] of one task, or [B, n, C, H, W] of B tasks, which norm="support" keeps apart.
     running: mean0, var0, ...; needed for norm="running", updated in place where momentum > 0. Under torchrun these
     are the statistics of the images of all processes, as if one had them all.
     """
@@ -131,7 +131,7 @@ def batch_norm(
     eps: float = EPS,
     all_processes: bool = False,
 ) -> torch.Tensor:
-    """Batch norm of x [n, C, H, W], with norm="support" of B tasks [B, n, C, H, W]; gamma, beta [C].
+    """Batch norm of x [n, C, H, W], with norm="support" also of B tasks [B, n, C, H, W]; gamma, beta [C].
 
     averages: running mean and variance [C] each; they normalise with norm="running", and with norm="batch" and
     momentum > 0 the statistics of x enter them. all_processes: under torchrun these are the statistics of the images of
@@ -140,8 +140,8 @@ def batch_norm(
     if norm not in NORMS:
         raise ValueError(f"norm {norm!r} is unknown; use one of {NORMS}")
     if norm == "support":
-        if x.dim() != 5 or not 0 < num_support <= x.shape[1]:
-            raise ValueError("norm='support' needs images [B, n, C, H, W] and 0 < num_support <= n")
+        if not 0 < num_support <= x.shape[-4]:
+            raise ValueError("norm='support' needs the images of tasks and 0 < num_support <= n")
         return support_norm(x, gamma, beta, num_support, eps)
     if norm == "running":
         return F.batch_norm(x, *averages, gamma, beta, training=False, eps=eps)
@@ -152,11 +152,11 @@ def batch_norm(
 
 
 def support_norm(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, num_support: int, eps: float):
-    """Batch norm of x [B, n, C, H, W] with each task's statistics of its first `num_support` images."""
-    support = x[:, :num_support]
+    """Batch norm of x [B, n, C, H, W], or [n, C, H, W], with each task's statistics of its first num_support images."""
+    support = x.narrow(-4, 0, num_support)
     support = support if x.dtype == torch.float64 else support.float()  # statistics in bfloat16 have two digits
-    var, mean = torch.var_mean(support, dim=(1, 3, 4), correction=0, keepdim=True)
-    if len(x) == 1 and not torch.is_grad_enabled():  # fused, but blind to the statistics' own gradient
+    var, mean = torch.var_mean(support, dim=(-4, -2, -1), correction=0, keepdim=True)
+    if x.dim() == 5 and len(x) == 1 and not torch.is_grad_enabled():  # fused, but blind to the statistics' own gradient
         return F.batch_norm(x[0], mean.flatten(), var.flatten(), gamma, beta, training=False, eps=eps)[None]
     scale = gamma.view(-1, 1, 1) * (var + eps).rsqrt()
     return (x - mean) * scale + beta.view(-1, 1, 1)

@@ -38,7 +38,7 @@ import protonet
 from backbone import Conv4
 from hw1 import MANN, learn_a_little
 from load_data import Dataset, EpisodeSampler, load_dataset
-from maml import Learner, Setting, embed, meta_gradient
+from maml import MAML, Setting, embed, meta_gradient, task_loss
 
 
 def race(contestants: dict, repeats: int, warmup: int = 5) -> dict[str, np.ndarray]:
@@ -208,6 +208,19 @@ def products_of_a_step(course: CourseMANN, B: int, T: int):
     return products
 
 
+def kept_for_backward(call) -> float:
+    """Megabytes of all tensors that `call` keeps for its backward pass, each counted once."""
+    storages = {}
+
+    def remember(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        call()
+    return round(sum(storages.values()) / 1e6, 2)
+
+
 def bench_mann(args, device: torch.device, dataset: Dataset) -> dict:
     sampler = EpisodeSampler(
         dataset, "train", args.num_classes, args.num_shot, 1, args.meta_batch_size, args.random_seed, device
@@ -221,11 +234,21 @@ def bench_mann(args, device: torch.device, dataset: Dataset) -> dict:
         adam = torch.optim.Adam(ours.parameters(), 1e-3, fused=True)
         step = lambda ours=ours, adam=adam, dtype=dtype: our_step(ours, adam, images, labels, dtype)
         contestants[f"our step, {str(dtype).removeprefix('torch.')}"] = step
+    features, kept = torch.rand(*images.shape[:3], 64, device=device), {}  # as an encoder would give them
+    for memory in ("lstm", "attention", "external"):
+        ours = MANN(
+            args.num_classes, args.num_shot + 1, args.hidden_dim, head="linear", dim_input=64, memory=memory
+        ).to(device)
+        adam = torch.optim.Adam(ours.parameters(), 1e-3, fused=True)
+        step = lambda ours=ours, adam=adam: our_step(ours, adam, features, labels, torch.float32)
+        contestants[f"{memory}, 64 features an image"] = step
+        kept[memory] = kept_for_backward(step)
     contestants["the step's matrix products alone, float32"] = products_of_a_step(
         course, len(images), images.shape[1] * images.shape[2]
     )
     title = f"mann, B {args.meta_batch_size}, K {args.num_shot}, N {args.num_classes}, hidden {args.hidden_dim}"
-    return print_race(title, race(contestants, args.repeats), device)
+    print("  megabytes kept for the backward pass:", kept)
+    return print_race(title, race(contestants, args.repeats), device) | {"megabytes_kept": kept}
 
 
 # ----------------------------------------------------------------------------------- protonet
@@ -387,20 +410,20 @@ def bench_costs(args, device: torch.device, dataset: Dataset | None) -> dict:
     """32 sinusoids, 5 inner steps, MAML and ES (two perturbations a task): one after another, together, and `auto`."""
     B = 4 if args.smoke else 32
     flags = Namespace(
-        meta_batch_size=B, num_perturbations=2 * B, num_shot=10, num_query=100, inner_steps=5, inner_rate=1e-2,
-        sigma=1e-3, layers=2, hidden_size=args.hidden_dim, learning_rate=1e-3,
+        meta_batch_size=B, num_perturbations=2 * B, num_shot=10, num_query=100, inner_steps=5, inner_lr=1e-2,
+        sigma=1e-3, layers=2, hidden_dim=args.hidden_dim, learning_rate=1e-3,
     )  # fmt: skip
     results = {}
     for method in ("maml", "es"):
-        net = plain_mlp(flags.layers, flags.hidden_size).to(device)
+        net = plain_mlp(flags.layers, flags.hidden_dim).to(device)
         adam = torch.optim.Adam(net.parameters(), 1e-3)
 
         def plain(net=net, adam=adam, method=method) -> None:
             tasks = [one_sinusoid(flags.num_shot, flags.num_query, device) for _ in range(B)]
             if method == "maml":
-                course_maml_step(net, adam, tasks, flags.inner_steps, flags.inner_rate)
+                course_maml_step(net, adam, tasks, flags.inner_steps, flags.inner_lr)
             else:
-                course_es_step(net, adam, tasks, flags.inner_steps, flags.inner_rate, flags.sigma)
+                course_es_step(net, adam, tasks, flags.inner_steps, flags.inner_lr, flags.sigma)
 
         model, optimizer = profile_costs.start(flags, device)
         chosen, at_once = profile_costs.fastest_engine(flags, method, device)
@@ -409,7 +432,7 @@ def bench_costs(args, device: torch.device, dataset: Dataset | None) -> dict:
             contestants[name] = lambda m=model, o=optimizer, k=method, e=engine, n=n: profile_costs.meta_step(
                 m, o, flags, k, e, n
             )
-        title = f"costs, {profile_costs.LABELS[method]}, B {B}, hidden 2 x {flags.hidden_size}, 5 inner steps"
+        title = f"costs, {profile_costs.LABELS[method]}, B {B}, hidden 2 x {flags.hidden_dim}, 5 inner steps"
         results[method] = print_race(title, race(contestants, args.repeats, warmup=2), device)
     return results
 
@@ -458,7 +481,7 @@ def bench_maml(args, device: torch.device, dataset: Dataset) -> dict:
         for steps in (1, 5):
             for first_order in (False, True):
                 encoder = Conv4(strided=strided)
-                learner = Learner(encoder, N, steps, 0.4).to(device)
+                learner = MAML(encoder, N, steps, 0.4).to(device)
                 contestants = {}
                 for dtype in precisions(device):
                     s = Setting(N, strided, first_order=first_order, dtype=dtype)
@@ -471,7 +494,8 @@ def bench_maml(args, device: torch.device, dataset: Dataset) -> dict:
                     contestants[f"loop over tasks, {name}"] = plain
 
                     def ours(learner=learner, s=s, steps=steps):
-                        meta_gradient(learner, tasks, s, [1.0], steps)
+                        theta, sizes = learner.theta(), learner.step_sizes(steps)
+                        meta_gradient(learner, tasks, lambda *task: task_loss(theta, sizes, *task, s, [1.0]))
 
                     contestants[f"maml.py, {name}"] = ours
 

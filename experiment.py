@@ -40,6 +40,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+try:  # locks of files; Windows has others
+    import fcntl
+except ImportError:
+    fcntl = None
+
 VAL_SEED, TEST_SEED = 1_000_001, 1_000_002  # of the fixed tasks, the same for every method and seed
 INIT_FROM = {"metavar": "RUN_DIR", "help": "start from the weights of this run, of whatever method"}  # of --init_from
 RUN_FLAGS = {"resume", "checkpoint", "test", "device", "num_test_tasks"}  # may differ when a run continues
@@ -93,6 +98,9 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Prints the script's docstring as it stands and each flag's default."""
 
 
+DEVICES = ["auto", "cpu", "cuda", "mps"]
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line instead of argparse's usage text."""
@@ -108,7 +116,7 @@ def make_parser(doc: str, without: tuple[str, ...] = (), **defaults) -> tuple[ar
         return lambda flag, **kwargs: None if flag in without else groups[group].add_argument(flag, **kwargs)
 
     add = adder("run")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU when there is one")
+    add("--device", choices=DEVICES, default="auto", help="auto: cuda if there is one; mps (Apple) is untested")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="precision of the forward pass")
     add("--random_seed", type=whole(0), default=1, help="fixes everything on one device")
     add("--log_dir", default="runs", help="folder of all run folders")
@@ -139,14 +147,18 @@ def make_parser(doc: str, without: tuple[str, ...] = (), **defaults) -> tuple[ar
     return parser, groups
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None, smoke: dict, fixed: tuple[str, ...] = ()):
+def parse(
+    parser: argparse.ArgumentParser, argv: list[str] | None, smoke: dict, fixed: tuple[str, ...] = (), longer=None
+):
     """Parse `argv`; `--smoke` and a saved run change the defaults, never what was typed.
 
     With --resume every flag but RUN_FLAGS must be the run's own, with --checkpoint those in `fixed`
-    (what shapes the model).
+    (what shapes the model). A run may be resumed with more --train_steps where longer(its flags) is None; otherwise
+    that is the reason why not, say, a learning rate that falls to zero at its end.
     """
-    typed = argparse.Namespace(**{action.dest: None for action in parser._actions})
-    typed = {k: v for k, v in vars(parser.parse_args(argv, typed)).items() if v is not None}
+    first = parser.parse_args(argv)
+    words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    typed = {a.dest: getattr(first, a.dest) for a in parser._actions if words & set(a.option_strings)}
     if typed.get("smoke"):
         parser.set_defaults(**smoke)
     saved_run = typed.get("resume") or typed.get("checkpoint")
@@ -154,6 +166,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, smoke: dict, 
         raise UserError("--resume and --checkpoint exclude each other; --resume trains on, --checkpoint is for --test")
     if typed.get("test") and not typed.get("checkpoint"):
         raise UserError("--test needs --checkpoint RUN_DIR, the run to test")
+    if typed.get("checkpoint") and not typed.get("test"):
+        offered = any(action.dest == "init_from" for action in parser._actions)
+        others = "--resume RUN_DIR or --init_from RUN_DIR" if offered else "--resume RUN_DIR"
+        raise UserError(f"--checkpoint needs --test; to train on use {others}")
     if saved_run:
         saved = read_json(Path(saved_run) / "flags.json", "resume" if typed.get("resume") else "checkpoint")
         if saved.get("script") != parser.prog.removesuffix(".py"):
@@ -163,7 +179,13 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, smoke: dict, 
         flags["num_test_tasks"] = saved["flags"]["num_test_tasks"]
         for name, value in typed.items():
             bound = name not in RUN_FLAGS if typed.get("resume") else name in fixed
-            if bound and value != flags.get(name):
+            if typed.get("resume") and name == "train_steps" and value > flags[name]:
+                reason = longer(flags) if longer else "its schedule ends there"
+                if reason:
+                    remedy = "a run that starts from its weights (--init_from) can be longer"
+                    raise UserError(f"--train_steps {value}: the run ends after {flags[name]}, for {reason}; {remedy}")
+                flags[name], saved["command"] = value, f"{saved['command']} --train_steps {value}"
+            elif bound and value != flags.get(name):
                 raise UserError(f"--{name} {value} is not the run's {flags.get(name)}; drop it or start a new run")
         parser.set_defaults(**flags)
     args = parser.parse_args(argv)
@@ -195,6 +217,9 @@ def read_json(path: Path, flag: str) -> dict:
 
 def run_script(main) -> None:
     """Run `main()`; what the user can mend becomes one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a console that lacks a character shows its number
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
@@ -228,6 +253,10 @@ def setup(args) -> torch.device:
     keep_freed_memory()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here; use --device cpu or auto")
+    if args.device == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("--device mps: torch finds no Apple GPU here; use --device cpu or auto")
+        return torch.device("mps")
     gpu = args.device != "cpu" and torch.cuda.is_available()
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if gpu else "gloo")
@@ -376,6 +405,38 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
 
+LOCKS: dict[Path, object] = {}  # of run folders, held until this process ends
+
+
+def hold(folder: Path) -> None:
+    """Take the lock of a run folder; UserError when another process trains that run. The system frees it at our end."""
+    path = folder.resolve() / ".lock"
+    if path in LOCKS:
+        return
+    try:
+        file = open(path, "a")
+    except OSError:
+        return  # a folder that cannot be written to will say so when it must be
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError:
+        file.close()
+        raise UserError(f"--resume {folder}: another process is training this run; wait for its end") from None
+    LOCKS[path] = file
+
+
+def resume_command(script: str, folder: Path) -> str:
+    """What to type to continue a run."""
+    own = Path(sys.argv[0]) if Path(sys.argv[0]).name == f"{script}.py" else Path(__file__).with_name(f"{script}.py")
+    words = ["python", str(own), "--resume", str(folder)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
 class Run:
     """One run folder, and all state that shapes the future of the run.
 
@@ -395,9 +456,15 @@ class Run:
         self.tracked: dict = {}
         if args.resume:
             self.folder = Path(args.resume)
-            before = read_json(self.folder / "flags.json", "resume").get("dataset")
+            saved = read_json(self.folder / "flags.json", "resume")
+            before = saved.get("dataset")
             if before != dataset:  # say, `auto` found Omniglot then and not now
                 raise UserError(f"--resume {self.folder} trained on {before}, but the data found now is {dataset}")
+            if self.writes:
+                hold(self.folder)
+                if "train_steps" in saved["flags"] and args.train_steps > saved["flags"]["train_steps"]:
+                    saved["flags"]["train_steps"], saved["command"] = args.train_steps, args.command
+                    write_json(self.folder / "flags.json", saved)
         else:
             self.folder = self._new_folder()
         self.writer = None
@@ -420,6 +487,7 @@ class Run:
                     folder = Path(a.log_dir) / f"{name}_{attempt + 1}"  # started in the same second
                 except OSError as error:
                     raise UserError(f"cannot create {folder} ({error}); choose another --log_dir") from None
+            hold(folder)
             saved = {"script": self.script, "dataset": self.dataset, "command": a.command, "flags": flags_of(a)}
             write_json(folder / "flags.json", saved | {"versions": versions(), "git_commit": a.git_commit})
         if shard()[1] > 1:
@@ -490,7 +558,7 @@ class Run:
                 bar.update()
                 if caught:
                     self.save()
-                    resume = f"python {self.script}.py --resume {self.folder}"
+                    resume = resume_command(self.script, self.folder)
                     print(f"interrupted at step {self.step}; continue with: {resume}", file=sys.stderr)
                     sys.exit(128 + caught[0])
         finally:
@@ -610,25 +678,9 @@ def report(args, script: str, dataset: str, metrics: dict, path: Path | None = N
     if shard()[0] == 0:
         if path:
             write_json(path, metrics)
-        only_in_file = ("accuracies", "curves", "flags", "versions")
+        only_in_file = ("accuracies", "curves", "flags", "versions", "episode", "examples", "errors", "history", "path")
         print(json.dumps({k: v for k, v in metrics.items() if k not in only_in_file}))
     return metrics
-
-
-def init_from(args, model: torch.nn.Module) -> None:
-    """Start `model` from the weights of the run --init_from, or from that run's part `encoder` if it has one.
-
-    For scripts that offer the flag: add_argument("--init_from", **INIT_FROM). Nothing is loaded where --resume or
-    --checkpoint names weights of the run's own.
-    """
-    if not args.init_from or args.resume or args.checkpoint:
-        return
-    path = Path(args.init_from) / "best.pt"
-    if not path.exists():
-        raise UserError(f"--init_from {args.init_from} has no best.pt; name the folder of a trained run")
-    state = load_checkpoint(path).get("model", {})
-    part = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
-    load_state(model, part or state, path)
 
 
 def processor() -> str:
@@ -639,6 +691,32 @@ def processor() -> str:
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     kind = torch.backends.cpu.get_cpu_capability() + (" with bfloat16" if fast_in_bfloat16(torch.device("cpu")) else "")
     return f"{name}, {kind}"
+
+
+def init_from(args, model: torch.nn.Module) -> None:
+    """Start `model` from the weights of the run --init_from: its whole model, or where only that fits an `encoder`.
+
+    For scripts that offer the flag: add_argument("--init_from", **INIT_FROM). Nothing is loaded where --resume or
+    --checkpoint names weights of the run's own.
+    """
+    if not args.init_from or args.resume or args.checkpoint:
+        return
+    path = Path(args.init_from) / "best.pt"
+    if not path.exists():
+        raise UserError(f"--init_from {args.init_from} has no best.pt; name the folder of a trained run")
+    state = load_checkpoint(path).get("model", {})
+    parts: dict[str, dict] = {}  # "", "pretrained.", ... -> the state of the encoder there
+    for name, value in state.items():
+        before, found, after = name.partition("encoder.")
+        if found:
+            parts.setdefault(before, {})[after] = value
+    encoder = getattr(model, "encoder", None)
+    for part in parts.values():
+        if set(part) == set(model.state_dict()):  # an encoder from a run that has more
+            return load_state(model, part, path)
+    if isinstance(encoder, torch.nn.Module) and set(state) == set(encoder.state_dict()):
+        return load_state(encoder, state, path)  # from a run that is nothing but an encoder
+    load_state(model, state, path)
 
 
 def load_best(folder: Path | str, model: torch.nn.Module) -> int:

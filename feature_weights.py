@@ -41,9 +41,9 @@ LEARNING_RATE = {"closed_form": 0.1, "gradient": 0.1, "classification": 0.3, "lo
 ADAM = 0.01  # learning rate of adam
 # 0.032 is n / (2 d): with all weights 1 one step on the grid is then nearly the min-norm solution, within 4 %. It would
 # be exact if all eigenvalues of A A^T were d = 500; at 32 points they are 480 to 512.
-INNER_LEARNING_RATE = {"gradient": 0.032, "logistic": 0.128}
+INNER_LR = {"gradient": 0.032, "logistic": 0.128}
 ALIAS_STARTS = [(1.0, 1.0), (0.5, 1.5), (-1.2, 0.4), (0.3, -0.6)]
-MEASURED_FLAGS = ("part", "points", "num_features", "num_true", "num_points", "num_gd_steps", "inner_learning_rate",
+MEASURED_FLAGS = ("part", "points", "num_features", "num_true", "num_points", "num_gd_steps", "inner_lr",
                   "optimizer", "learning_rate", "meta_batch_size", "train_steps", "num_test_tasks")
 UNUSED = ("--dtype", "--test", "--checkpoint", "--dataset", "--data_folder", "--split", "--image_size", "--num_classes",
           "--num_shot", "--num_query", "--rotations", "--patience", "--num_val_tasks")  # fmt: skip
@@ -157,7 +157,7 @@ def adapt(c: torch.Tensor, phi: torch.Tensor, y: torch.Tensor, n: torch.Tensor, 
         beta = min_norm(A, y)
     else:
         learner = regression_steps if args.part == "gradient" else logistic_steps
-        beta = learner(A, y, n, args.num_gd_steps, args.inner_learning_rate)
+        beta = learner(A, y, n, args.num_gd_steps, args.inner_lr)
     return c[:, None] * beta
 
 
@@ -277,7 +277,7 @@ def parse_args(argv=None):
     add("--num_fresh", type=whole(1), default=128, help="uniform points of the meta-loss in each step")
     add = groups["model"].add_argument
     add("--num_gd_steps", type=whole(1), help=f"inner gradient steps (default: {GD_STEPS})")
-    add("--inner_learning_rate", type=number(above=True), help=f"of these steps (default: {INNER_LEARNING_RATE})")
+    add("--inner_lr", type=number(above=True), help=f"of these steps (default: {INNER_LR})")
     add = groups["optimisation"].add_argument
     add("--optimizer", choices=["sgd", "adam"], help="of the feature weights (default: sgd; closed_form: both)")
     add("--learning_rate", type=number(above=True), help=f"of adam (default: {ADAM}) or sgd (default: {LEARNING_RATE})")
@@ -288,7 +288,7 @@ def parse_args(argv=None):
     add("--max_points", type=whole(1), default=64, help="the curves go from 1 to this many training points")
     smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_features": 100, "max_points": 40,
              "alias_steps": 3000, "alias_growth": 1e-2}  # fmt: skip
-    args = experiment.parse(parser, argv, smoke)
+    args = experiment.parse(parser, argv, smoke, longer=lambda flags: None)  # its learning rate is constant
     args.patience = 0  # the last weights count; there is no early stop
     if args.num_true > args.num_features:
         raise UserError(f"--num_true {args.num_true} is more than --num_features {args.num_features}; use fewer")
@@ -308,7 +308,7 @@ def trainings(args) -> list[argparse.Namespace]:
             for optimizer in [args.optimizer] if args.optimizer else OPTIMIZERS.get(part, ["sgd"]):
                 one = argparse.Namespace(**vars(args))
                 one.part, one.num_gd_steps, one.optimizer = part, steps, optimizer
-                one.inner_learning_rate = args.inner_learning_rate or INNER_LEARNING_RATE.get(part)
+                one.inner_lr = args.inner_lr or INNER_LR.get(part)
                 one.learning_rate = args.learning_rate or (LEARNING_RATE[part] if optimizer == "sgd" else ADAM)
                 one.name = part + (f"_{steps}_steps" if steps else "") + ("_adam" if optimizer == "adam" else "")
                 one.name += "_random" if args.points == "random" else ""
@@ -338,7 +338,7 @@ def measure(args, device: torch.device) -> dict:
     run, model = meta_train(args, device)
     sizes = torch.arange(1, args.max_points + 1)
     # To gradient steps the size of the weights matters: at 1 / sqrt(2 lr) one step of regression is exact.
-    scale = 1 / math.sqrt(2 * args.inner_learning_rate) if args.part == "gradient" else 1.0
+    scale = 1 / math.sqrt(2 * args.inner_lr) if args.part == "gradient" else 1.0
     oracle = scale * (torch.arange(args.num_features, device=device) < args.num_true).double()
     weights = {"meta": model.c.detach(), "ones": torch.ones_like(oracle), "oracle": oracle}
     errors = {name: test_curve(c, sizes, args, device).cpu() for name, c in weights.items()}

@@ -6,6 +6,8 @@ An LSTM has to store which picture bore which label; labels are drawn anew for e
 weights can only learn how to learn. The loss is the cross entropy of the N query predictions alone.
 
     python hw1.py --num_shot 1 --num_classes 2            about two minutes on two CPU cores
+    python hw1.py --memory attention --num_classes 5      attention in place of the LSTM (memory.py)
+    python hw1.py --memory external                       an external memory, sequences of 50 images
     python hw1.py --num_shot 1 --num_classes 2 --smoke    a complete run in seconds
     python hw1.py --num_shot 1 --num_classes 2 --head recurrent --logit_scale 1 --forget_bias 0 --no-rotations \\
         --schedule constant --learning_rate 1e-3 --clip 0 --train_steps 25000    the course's recipe
@@ -13,16 +15,31 @@ weights can only learn how to learn. The loss is the cross entropy of the N quer
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import experiment
-from backbone import Conv4
+import memory
+from backbone import Conv4, Muon
 from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
-from load_data import EpisodeSampler, deal_tasks, load_dataset, log_episode
+from load_data import EpisodeSampler, deal_tasks, load_dataset, log_episode, refuse_trained_classes
+from memory import CausalAttention, ExternalMemory, accuracy_by_sight, one_step_late
 
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+RECIPES = {  # what --memory changes of the defaults
+    "lstm": {},
+    "attention": {
+        "encoder": "conv4", "encoder_rate": 0.1, "learning_rate": 1e-3, "shared_classes": 60, "meta_batch_size": 256,
+        "jitter": 0.1, "shift": 0.1, "train_steps": 4000, "eval_freq": 500,
+    },
+    "external": {
+        "protocol": "sequence", "num_shot": 9, "hidden_dim": 200, "meta_batch_size": 16, "learning_rate": 1e-3,
+        "jitter": 0.1, "shift": 0.1, "train_steps": 20_000, "eval_freq": 1000, "num_val_tasks": 400,
+    },
+}  # fmt: skip
 
 
 class MANN(nn.Module):
@@ -37,7 +54,10 @@ class MANN(nn.Module):
         recurrent head's logits are multiplied by this.
     forget_bias: added to the LSTM's initial forget-gate bias; at 1 the memory of the support set
         survives to the queries from the first step on (Jozefowicz et al. 2015).
-    encoder: "none" feeds the pixels, "conv" 64 features of a strided Conv4 trained along (28x28 images).
+    encoder: "none" feeds the pixels, "strided" 64 features of a strided Conv4 trained along (28x28 images), "conv4"
+        those of the Conv4 of protonet.py.
+    memory: "lstm" is all of the above; "attention" puts num_layers of causal attention with `heads` heads in the place
+        of the recurrent layers, "external" an LSTM of hidden_dim units with a table (memory.py).
     """
 
     def __init__(
@@ -52,13 +72,22 @@ class MANN(nn.Module):
         forget_bias: float = 0.0,
         encoder: str = "none",
         dim_input: int = 784,
+        memory: str = "lstm",
+        heads: int = 4,
     ):
         super().__init__()
         self.num_classes, self.samples_per_class = num_classes, samples_per_class
-        self.encoder = Conv4(dim_input // 784, strided=True) if encoder == "conv" else None
+        self.encoder = None if encoder == "none" else Conv4(dim_input // 784, strided=encoder == "strided")
         features = self.encoder.out_features if self.encoder else dim_input
         # Averaged over space, the features of all images are alike at first; this brings out the difference.
-        self.standardise = nn.BatchNorm1d(features, affine=False) if self.encoder else None
+        self.standardise = nn.BatchNorm1d(features, affine=False) if encoder == "strided" else nn.Identity()
+        self.attention = CausalAttention(features, num_layers, heads) if memory == "attention" else None
+        self.layers, self.readout, self.logit_scale = nn.ModuleList(), None, 1.0
+        if memory == "external":
+            self.layers.append(ExternalMemory(num_classes + features, hidden_dim, heads=heads))
+            self.readout = nn.Linear(self.layers[0].units, num_classes)
+        if memory != "lstm":
+            return
         last = num_classes if head == "recurrent" else hidden_dim
         sizes = [num_classes + features] + [hidden_dim] * (num_layers - 1) + [last]
         cell = CELLS[recurrent]
@@ -100,6 +129,8 @@ class MANN(nn.Module):
 
     def classify(self, features: torch.Tensor, input_labels: torch.Tensor) -> torch.Tensor:
         """`forward` for encoded images [B, K+1, N, D]."""
+        if self.attention:
+            return self.attention(features, input_labels)
         B, rows, N, _ = features.shape
         labels = torch.cat([input_labels[:, :-1], torch.zeros_like(input_labels[:, -1:])], dim=1)
         pairs = torch.cat([features, labels], dim=-1)  # [B, K+1, N, D + N]
@@ -112,8 +143,13 @@ class MANN(nn.Module):
         Every query continues from the memory that the support set left, so that no prediction can
         rule out the classes of the other queries.
         """
-        B, _, N, _ = input_images.shape
-        features = self.encode(input_images)
+        return self.classify_alone(self.encode(input_images), input_labels)
+
+    def classify_alone(self, features: torch.Tensor, input_labels: torch.Tensor) -> torch.Tensor:
+        """`forward_alone` for encoded images [B, K+1, N, D]."""
+        if self.attention:  # its queries do not see each other
+            return self.attention(features, input_labels)[:, -1]
+        B, _, N, _ = features.shape
         support = torch.cat([features[:, :-1], input_labels[:, :-1]], dim=-1).flatten(1, 2)
         queries = torch.cat([features[:, -1], torch.zeros_like(input_labels[:, -1])], dim=-1)  # [B, N, D + N]
         _, ends = self.read(support)
@@ -136,6 +172,44 @@ def learn_a_little(recurrent: str, device: torch.device) -> None:
     states.sum().backward()
 
 
+def large_task_loss(model: MANN, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of one task of P classes, features [1, K+1, P, D]; it tells more classes apart than a dealt one.
+
+    With one shot, support and queries also change places: the same features give twice as many questions.
+    """
+    loss = model.loss_function(model.classify(features, labels).float(), labels)
+    if features.shape[1] > 2:
+        return loss
+    order = labels[:, 1].argmax(dim=-1).argsort(dim=1)  # queries in class order, to serve as support
+    query = features[:, 1].gather(1, order[..., None].expand_as(features[:, 1]))
+    swapped, in_order = torch.stack([query, features[:, 0]], dim=1), labels[:, :1].expand_as(labels)
+    return (loss + model.loss_function(model.classify(swapped, in_order).float(), in_order)) / 2
+
+
+def features_once(model: MANN, sampler: EpisodeSampler, num_tasks: int) -> torch.Tensor | None:
+    """Features [images, D] of the sampler's split, where its tasks would encode more images than it has; else None."""
+    few = num_tasks * sampler.N * (sampler.K + 1) < len(sampler.images)
+    if model.encoder is None or few or sampler.jitter or sampler.shift:
+        return None
+    return torch.cat([model.encode(part.flatten(1).float() / 255) for part in sampler.images.split(1000)])
+
+
+@torch.no_grad()
+def evaluate_sights(model: MANN, sampler: EpisodeSampler, num_tasks: int) -> tuple[torch.Tensor, float]:
+    """Accuracy [num_tasks, K+1] at the first, second, ... sight of a class in sequences with late labels; mean loss."""
+    was_training = model.training
+    model.eval()
+    once, right, losses = features_once(model, sampler, num_tasks), [], []
+    for images, labels in sampler.first(num_tasks, sampler.sample_rows, features=once):
+        features = model.encode(images) if once is None else images
+        sequence, targets, sights = one_step_late(features, labels, sampler.generator)
+        logits = model.read(sequence)[0]
+        losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item() * len(labels))
+        right.append(accuracy_by_sight((logits.argmax(dim=-1) == targets).float(), sights, sampler.K + 1).cpu())
+    model.train(was_training)
+    return torch.cat(right), sum(losses) / num_tasks
+
+
 @torch.no_grad()
 def evaluate(model: MANN, sampler: EpisodeSampler, num_tasks: int, alone: bool = False) -> tuple[torch.Tensor, float]:
     """Accuracy of each of the first `num_tasks` tasks of the sampler's stream [num_tasks], and the mean loss.
@@ -145,11 +219,10 @@ def evaluate(model: MANN, sampler: EpisodeSampler, num_tasks: int, alone: bool =
     was_training = model.training
     model.eval()
     correct, losses = [], []
-    for images, labels in sampler.first(num_tasks, sampler.sample_rows):
-        if alone:
-            preds = torch.cat([torch.zeros_like(labels[:, :-1]), model.forward_alone(images, labels)[:, None]], dim=1)
-        else:
-            preds = model(images, labels)
+    once = features_once(model, sampler, num_tasks)
+    together, apart = (model, model.forward_alone) if once is None else (model.classify, model.classify_alone)
+    for images, labels in sampler.first(num_tasks, sampler.sample_rows, features=once):
+        preds = apart(images, labels)[:, None] if alone else together(images, labels)
         losses.append(model.loss_function(preds, labels).item() * len(labels))
         right = preds[:, -1].argmax(dim=-1) == labels[:, -1].argmax(dim=-1)  # [B, N]
         correct.append(right.float().mean(dim=1).cpu())
@@ -166,23 +239,52 @@ def guess(model: MANN, support: torch.Tensor, support_labels: torch.Tensor, quer
     return model(images, labels)[0, -1].argmax(dim=-1)
 
 
+@torch.no_grad()
+def log_attention(run: Run, model: MANN, sampler: EpisodeSampler) -> None:
+    """Send to TensorBoard which support images each query of one test episode looks at."""
+    if not (run.writes and model.attention):
+        return
+    images, labels = next(sampler.first(1, sampler.sample_rows))
+    model.eval()
+    looks = model.attention.look(model.encode(images), labels)[0, -sampler.N :]
+    support, query = (part.reshape(-1, *sampler.images.shape[1:]) for part in (images[0, :-1], images[0, -1]))
+    run.writer.add_figure("attention", memory.attention_figure(support, query, looks), run.step)
+
+
+@torch.no_grad()
+def log_sequence(run: Run, model: MANN, sampler: EpisodeSampler, accuracy: torch.Tensor) -> None:
+    """Send the accuracy by sight [K+1] to TensorBoard, and what an external memory reads and writes in a sequence."""
+    if not run.writes:
+        return
+    run.writer.add_figure("accuracy_by_sight", memory.sights_figure(accuracy, sampler.N), run.step)
+    if isinstance(model.layers[0], ExternalMemory):
+        model.eval()
+        images, labels = next(sampler.first(1, sampler.sample_rows))
+        sequence = one_step_late(model.encode(images), labels, sampler.generator)[0]
+        run.writer.add_figure("memory", memory.memory_figure(model.layers[0], sequence), run.step)
+
+
 def parse_args(argv=None):
     """The flags; combinations that cannot work are refused here."""
     parser, groups = experiment.make_parser(
-        __doc__, num_classes=5, num_query=1, meta_batch_size=128, train_steps=6000, eval_freq=100,
-        num_val_tasks=2000, num_test_tasks=10_000, rotations=True,
+        __doc__, without=("--num_query",), num_classes=5, num_query=1, meta_batch_size=128, train_steps=6000,
+        eval_freq=100, num_val_tasks=2000, num_test_tasks=10_000, rotations=True,
     )  # fmt: skip
     parser.prog = "hw1.py"
     add = groups["model"].add_argument
-    add("--hidden_dim", type=whole(1), default=128, help="units of the hidden recurrent layers")
+    add("--memory", choices=list(RECIPES), default="lstm", help="what remembers; it has defaults of its own")
+    add("--heads", type=whole(1, 64), default=4, help="of attention, or of the external memory")
+    add("--hidden_dim", type=whole(1), default=128, help="units of the hidden recurrent layers, or of the controller")
     add("--recurrent", choices=sorted(CELLS), default="lstm", help="kind of recurrent layer")
-    add("--num_layers", type=whole(1, 100), default=2, help="recurrent layers")
+    add("--num_layers", type=whole(1, 100), default=2, help="recurrent layers, or layers of attention")
     add("--head", choices=["linear", "recurrent"], default="linear", help="what makes N logits; the course: recurrent")
     add("--logit_scale", type=number(above=True), default=10.0, help="factor on the recurrent head's states; course: 1")
     add("--forget_bias", type=number(), default=1.0, help="added to the LSTM's forget-gate bias; the course: 0")
-    add("--encoder", choices=["none", "conv"], default="none", help="conv reads the images by a Conv4 first")
+    encoder = "reads the images first: a strided Conv4, or the one of protonet.py"
+    add("--encoder", choices=["none", "strided", "conv4"], default="none", help=encoder)
     add = groups["optimisation"].add_argument
     add("--learning_rate", type=number(above=True), default=4e-3, help="of Adam, at its peak; the course: 1e-3")
+    add("--encoder_rate", type=number(), default=0.0, help="of Muon, for the encoder alone; 0: Adam trains it too")
     add("--schedule", choices=["constant", "linear"], default="linear", help="linear: falls to 0 over the second half")
     add("--shared_classes", type=whole(0), default=0, metavar="P",
         help="deal the tasks of a step from the images of P classes, each encoded once; 0: no")  # fmt: skip
@@ -190,18 +292,35 @@ def parse_args(argv=None):
     add = groups["data"].add_argument
     add("--num_workers", type=whole(0), default=0, help="kept for the course's commands: episodes need no workers here")
     add("--image_caching", type=str, default="True", help="kept for the course's commands: images are always in memory")
+    add("--protocol", choices=["support", "sequence"], default="support",
+        help="sequence: the K+1 images of each class in one shuffled sequence, each label one step late")  # fmt: skip
     add("--jitter", type=number(0, 1), default=0.0, help="random turn (radians), size and slant of training images")
+    add("--shift", type=number(0, 1), default=0.0, help="random shift of training images, a share of half their size")
     add("--fixed_labels", action="store_true", help="training characters keep their labels: the memorisation lesson")
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--memory", nargs="?", default="lstm")
+    kind = chosen.parse_known_args(argv)[0].memory
+    parser.set_defaults(**RECIPES.get(kind, {}))
     smoke = {"train_steps": 40, "eval_freq": 20, "num_val_tasks": 200, "num_test_tasks": 600, "hidden_dim": 32,
              "meta_batch_size": 32}  # fmt: skip
-    shapes = ("num_classes", "hidden_dim", "recurrent", "num_layers", "head", "logit_scale", "encoder", "image_size")
-    args = experiment.parse(parser, argv, smoke, fixed=shapes)
-    if args.num_query != 1:
-        raise UserError(f"--num_query {args.num_query}: the sequence has one query of each class; drop the flag")
-    if args.shared_classes and args.shared_classes < args.num_classes:
+    less = {"meta_batch_size": 4, "train_steps": 10, "eval_freq": 5}
+    smoke |= {"attention": less | {"shared_classes": 8}, "external": less | {"num_shot": 3}}.get(kind, {})
+    shapes = tuple("memory heads hidden_dim recurrent num_layers head logit_scale encoder image_size".split())
+    shapes += () if kind == "attention" else ("num_classes",)  # attention may be asked for other N than it learned
+    groups["run"].add_argument("--init_from", **experiment.INIT_FROM)
+    falls = "its learning rate falls to zero there (--schedule linear)"
+    longer = lambda flags: falls if flags["schedule"] == "linear" else None
+    args = experiment.parse(parser, argv, smoke, fixed=shapes, longer=longer)
+    if not args.test and 0 < args.shared_classes < args.num_classes:
         raise UserError(f"--shared_classes {args.shared_classes} is less than --num_classes {args.num_classes}")
-    if args.encoder == "conv" and args.image_size != 28:
-        raise UserError(f"--encoder conv reads 28x28 images; drop --image_size {args.image_size}")
+    if args.encoder != "none" and args.image_size != 28:
+        raise UserError(f"--encoder {args.encoder} reads 28x28 images; drop --image_size {args.image_size}")
+    if args.encoder_rate and args.encoder == "none":
+        raise UserError(f"--encoder_rate {args.encoder_rate:g} needs an encoder; add --encoder conv4")
+    if args.protocol == "sequence" and (args.memory == "attention" or args.shared_classes):
+        raise UserError("--protocol sequence has no support set: use --memory external or lstm, no --shared_classes")
+    if args.memory == "attention" and (64 if args.encoder != "none" else args.image_size**2) % args.heads:
+        raise UserError(f"--heads {args.heads} does not divide the features of an image; use 1, 2 or 4")
     return args
 
 
@@ -210,53 +329,70 @@ def main(argv=None) -> dict:
     device = experiment.setup(args)
     dtype = experiment.precision(args, device, probe=lambda: learn_a_little(args.recurrent, device))
     if args.shared_classes and experiment.shard()[1] > 1:
-        raise UserError("--shared_classes cannot be split over processes; drop it or run without torchrun")
+        raise UserError("--shared_classes cannot be split over processes; use 0 or run without torchrun")
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
 
     def sampler(part: str, seed: int, B: int, num_classes: int = args.num_classes, **options) -> EpisodeSampler:
-        return EpisodeSampler(dataset, part, num_classes, args.num_shot, 1, B, seed, device, **options)
+        flags = ("num_classes" if num_classes == args.num_classes else "shared_classes", "num_shot", None)
+        return EpisodeSampler(dataset, part, num_classes, args.num_shot, 1, B, seed, device, flags=flags, **options)
 
     B, N, P = args.meta_batch_size, args.num_classes, args.shared_classes
     train = sampler("train", args.random_seed, 1 if P else B, num_classes=P or N, rotations=args.rotations,
-                    fixed_labels=args.fixed_labels, jitter=args.jitter, shard=experiment.shard())  # fmt: skip
+                    fixed_labels=args.fixed_labels, jitter=args.jitter, shift=args.shift,
+                    shard=experiment.shard())  # fmt: skip
     val, test = sampler("val", VAL_SEED, 200), sampler("test", TEST_SEED, 200)
+    refuse_trained_classes(args, dataset)
     model = MANN(
         args.num_classes, args.num_shot + 1, args.hidden_dim, args.recurrent, args.num_layers, args.head,
-        args.logit_scale, args.forget_bias, args.encoder, dim_input=dataset.images[0].size,
+        args.logit_scale, args.forget_bias, args.encoder, dataset.images[0].size, args.memory, args.heads,
     ).to(device, memory_format=torch.channels_last)  # fmt: skip
     if args.test:
         step = experiment.load_best(args.checkpoint, model)
         metrics = {"best_step": step} | test_report(args, model, test, dtype, device)
         return experiment.report(args, "hw1", dataset.name, metrics, digest=dataset.digest)
 
-    optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
-    linear = args.schedule == "linear"
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: min(1.0, 2 * (1 - done / args.train_steps)) if linear else 1.0
-    )
+    experiment.init_from(args, model)
+    encoder = dict(model.encoder.named_parameters(prefix="encoder")) if args.encoder_rate else {}
+    others = [p for name, p in model.named_parameters() if name not in encoder]
+    optimizers = {"optimizer": torch.optim.Adam(others, args.learning_rate, fused=True)}
+    if encoder:
+        optimizers["encoder_optimizer"] = Muon(encoder.values(), args.encoder_rate)
+    share = lambda done: min(1.0, 2 * (1 - done / args.train_steps)) if args.schedule == "linear" else 1.0
+    schedules = {
+        name.replace("optimizer", "schedule"): torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        for name, optimizer in optimizers.items()
+    }
+    in_sequence = args.protocol == "sequence"
+    judge = evaluate_sights if in_sequence else evaluate
     run = Run(args, "hw1", dataset.name, dataset.digest)
-    run.track(model=model, optimizer=optimizer, schedule=schedule, sampler=train)
+    run.track(model=model, **optimizers, **schedules, sampler=train)
     for _ in run.steps():
         images, labels = train.sample_rows()  # [B, K+1, N, 784], [B, K+1, N, N]; or one task of P classes
         with experiment.autocast(device, dtype):
             features = model.encode(images)
-            if P:
-                features, labels = deal_tasks(features, labels, B, N, train.generator)
-            preds = model.classify(features, labels)
-        loss = model.loss_function(preds.float(), labels)
-        optimizer.zero_grad()
+            if in_sequence:
+                sequence, targets, _ = one_step_late(features, labels, train.generator)
+                loss = F.cross_entropy(model.read(sequence)[0].float().flatten(0, 1), targets.flatten())
+            else:
+                large = large_task_loss(model, features, labels) if P and model.attention else 0
+                if P:
+                    features, labels = deal_tasks(features, labels, B, N, train.generator)
+                loss = large + model.loss_function(model.classify(features, labels).float(), labels)
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
         loss.backward()
         experiment.average_gradients(model)
         if args.clip > 0:
             nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        optimizer.step()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers.values(), schedules.values(), strict=True):
+            optimizer.step()
+            schedule.step()
         run.record(loss)
         if run.time_to_evaluate():
             with run.clock_stopped():
-                val_accuracy, val_loss = evaluate(model, val, args.num_val_tasks)
+                val_accuracy, val_loss = judge(model, val, args.num_val_tasks)
                 # The homework plots the test curve; nothing is decided by it.
-                test_accuracy, test_loss = evaluate(model, test, args.num_val_tasks)
+                test_accuracy, test_loss = judge(model, test, args.num_val_tasks)
             val_accuracy, test_accuracy = val_accuracy.mean().item(), test_accuracy.mean().item()
             # The memorisation lesson is about where training ends, so there the last model counts.
             run.evaluated(None if args.fixed_labels else val_accuracy, {
@@ -264,15 +400,21 @@ def main(argv=None) -> dict:
                 "Loss/test": test_loss, "Accuracy/test": test_accuracy,
             })  # fmt: skip
     run.load_best(model)
-    log_episode(run, test, lambda *task: guess(model, *task))
     metrics = test_report(args, model, test, dtype, device)
+    if in_sequence:
+        log_sequence(run, model, test, torch.tensor(metrics["accuracy_by_sight"]))
+    else:
+        log_episode(run, test, lambda *task: guess(model, *task))
+        log_attention(run, model, test)
     if args.fixed_labels:
         metrics["train_accuracy"] = evaluate(model, train, args.num_val_tasks)[0].mean().item()
     return run.finish(metrics)
 
 
 def test_report(args, model: MANN, test: EpisodeSampler, dtype: torch.dtype, device: torch.device) -> dict:
-    """Accuracy on the fixed test tasks, queries asked together (the course's way) and alone."""
+    """Accuracy on the fixed test tasks, queries asked together (the course's way) and alone; or by sight."""
+    if args.protocol == "sequence":
+        return sights_report(args, model, test, dtype, device)
     accuracies = evaluate(model, test, args.num_test_tasks)[0]
     accuracy, ci95 = experiment.mean_and_ci95(accuracies)
     alone, alone_ci95 = experiment.mean_and_ci95(evaluate(model, test, args.num_test_tasks, alone=True)[0])
@@ -282,6 +424,20 @@ def test_report(args, model: MANN, test: EpisodeSampler, dtype: torch.dtype, dev
         "dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device),
         "parameters": sum(p.numel() for p in model.parameters()),
         "accuracies": [round(a, 4) for a in accuracies.tolist()],
+    }  # fmt: skip
+
+
+def sights_report(args, model: MANN, test: EpisodeSampler, dtype: torch.dtype, device: torch.device) -> dict:
+    """Accuracy on the fixed test sequences: at the first, second, ... sight of a class, and of all."""
+    accuracies = evaluate_sights(model, test, args.num_test_tasks)[0]
+    by_sight = [experiment.mean_and_ci95(column) for column in accuracies.unbind(dim=1)]
+    accuracy, ci95 = experiment.mean_and_ci95(accuracies.mean(dim=1))
+    return {
+        "test_accuracy": accuracy, "ci95": ci95, "num_test_tasks": args.num_test_tasks, "memory": args.memory,
+        "accuracy_by_sight": [mean for mean, _ in by_sight], "ci95_by_sight": [ci95 for _, ci95 in by_sight],
+        "dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "accuracies": [round(a, 4) for a in accuracies.mean(dim=1).tolist()],
     }  # fmt: skip
 
 

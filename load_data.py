@@ -15,7 +15,6 @@ Everywhere: float32 images in [0, 1], 1 is ink and 0 is paper; colour photograph
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import inspect
 import json
@@ -30,9 +29,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import experiment
 from experiment import TEST_SEED, VAL_SEED, UserError
 from glyphs import draw_glyphs, glyph_arrays
-from omniglot import ARCHIVES, NotFound, cached, fingerprint, folder_arrays, locate_omniglot, read_omniglot
+from omniglot import (
+    ARCHIVES,
+    NotFound,
+    cached,
+    fingerprint,
+    folder_arrays,
+    list_folder,
+    list_omniglot,
+    locate_omniglot,
+    omniglot_arrays,
+)
 
 
 class Dataset(NamedTuple):
@@ -46,6 +56,7 @@ class Dataset(NamedTuple):
     source: str  # where the images came from
     digest: str  # of the images and names, whatever form they were read from
     cache_file: Path
+    inverted: bool = False  # a grey folder of dark strokes on bright paper, turned to 255 is ink
 
     @property
     def starts(self) -> np.ndarray:
@@ -56,11 +67,31 @@ class Dataset(NamedTuple):
 
 
 def make_splits(name: str, names: list[str], split: str) -> dict[str, np.ndarray]:
-    """Class indices of train, val and test; the same on every machine (sorted names, seeded shuffle)."""
-    parts = [n.split("/")[0] for n in names]
-    if name == "folder" and set(parts) == {"train", "val", "test"}:  # the miniImageNet layout
-        return {p: np.array([i for i, q in enumerate(parts) if q == p]) for p in ("train", "val", "test")}
+    """Class indices of train, val and test; the same on every machine (sorted names, seeded shuffle).
+
+    A folder that is divided stays so; without a val/ a fifth of its training classes are for validation. Other folders
+    are divided 64:16:20, with `lake` by alphabets.
+    """
     order = sorted(range(len(names)), key=names.__getitem__)
+    groups = [n.split("/")[0] for n in names]
+    shuffle = random.Random(1).shuffle
+    if name == "folder" and {"train", "test"} <= set(groups) <= {"train", "val", "test"}:
+        parts = {p: np.array([i for i, q in enumerate(groups) if q == p]) for p in ("train", "val", "test")}
+        if len(parts["val"]) == 0:
+            train = [i for i in order if groups[i] == "train"]
+            shuffle(train)
+            held = max(round(0.2 * len(train)), min(5, len(train) // 2))
+            parts |= {"train": np.array(sorted(train[held:])), "val": np.array(sorted(train[:held]))}
+        return parts
+    if name == "folder" and split == "lake":
+        alphabets = sorted(set(groups))
+        if len(alphabets) < 3 or len(alphabets) == len(names):
+            raise UserError("--split lake divides alphabets; want --data_folder with alphabet/character folders")
+        shuffle(alphabets)
+        ends = [max(1, round(0.64 * len(alphabets))), max(2, round(0.8 * len(alphabets)))]
+        parts = alphabets[: ends[0]], alphabets[ends[0] : ends[1]], alphabets[ends[1] :]
+        chosen = [np.array([i for i in order if groups[i] in part]) for part in parts]
+        return dict(zip(("train", "val", "test"), chosen, strict=True))
     if name == "folder":
         sizes = [round(0.64 * len(names)), round(0.16 * len(names))]
     elif split == "course":
@@ -68,8 +99,8 @@ def make_splits(name: str, names: list[str], split: str) -> dict[str, np.ndarray
     else:  # lake: train and validate on the 964 background characters, test on the 659 of evaluation
         order = [i for i in order if i < ARCHIVES["images_background"][0]]
         sizes = [len(order) - 100, 100]
-    random.Random(1).shuffle(order)
-    if split == "lake" and name != "folder":
+    shuffle(order)
+    if split == "lake":
         order += range(ARCHIVES["images_background"][0], len(names))
     train, val, test = np.split(np.array(order), np.cumsum(sizes))
     return {"train": train, "val": val, "test": test}
@@ -96,28 +127,39 @@ def load_dataset(
                 file=sys.stderr,
             )
             return load_dataset("glyphs", None, split, image_size)
+    notes: list[str] = []
     if name == "omniglot":
         form, paths = locate_omniglot(data_folder)
-        source, held = f"{form} in {paths[0].parent if form != 'resized' else paths[0]}", fingerprint(paths)
-        build = lambda: read_omniglot(form, paths, image_size)
+        source, held = (
+            f"{form} in {paths[0].parent if form != 'resized' else paths[0]}",
+            fingerprint(list_omniglot(paths)),
+        )
+        build = lambda: omniglot_arrays(form, paths, image_size)
     elif name == "glyphs":
         # Other drawing code makes other glyphs, and so another cache file.
         held = hashlib.sha256(inspect.getsource(draw_glyphs).encode()).hexdigest()
         source = "drawn by glyphs.draw_glyphs"
-        build = lambda: glyph_arrays(image_size)
+        build = lambda: (*glyph_arrays(image_size), {})
     elif name == "folder":
         folder = Path(data_folder or "")
         if not data_folder or not folder.is_dir():
             raise UserError(f"--dataset folder needs --data_folder, a folder of class folders; got {data_folder!r}")
-        depth = 2 if all((folder / part).is_dir() for part in ("train", "val", "test")) else 1
-        source, held = str(folder), fingerprint([folder])
-        build = lambda: folder_arrays(folder, depth, image_size)
+        classes, notes = list_folder(folder)
+        source, held = str(folder), fingerprint(classes)
+        build = lambda: folder_arrays(folder, classes, image_size)
     else:
         raise UserError(f"--dataset {name} is unknown; use auto, omniglot, glyphs or folder")
-    images, counts, names, cache_file = cached(name, held, image_size, build)
+    images, counts, names, remarks, cache_file = cached(name, held, image_size, build)
+    splits = make_splits(name, names, split)
+    notes += remarks.get("notes", [])
+    if name == "folder" and names[0].startswith("train/") and not any(n.startswith("val/") for n in names):
+        notes.append(f"no val/ with classes: {len(splits['val'])} classes of train/ are for validation")
+    for note in notes:
+        print(f"note: {source}: {note}", file=sys.stderr)
     digest = hashlib.sha256(json.dumps([images.shape, counts.tolist(), names]).encode())
     digest.update(np.ascontiguousarray(images))
-    return Dataset(name, images, counts, names, make_splits(name, names, split), source, digest.hexdigest(), cache_file)
+    inverted = remarks.get("inverted", False)
+    return Dataset(name, images, counts, names, splits, source, digest.hexdigest(), cache_file, inverted)
 
 
 # --------------------------------------------------------------------------------------- episodes
@@ -178,6 +220,7 @@ class EpisodeSampler:
     shift: and moved by up to this share of half its size.
     shard: (rank, world) keeps the rank-th of `world` equal slices of every meta-batch; all ranks draw
         the same tasks together, so their union does not depend on `world`.
+    flags: what the user sets N, K and Q by, for the words of an error; None where there is no flag.
     """
 
     def __init__(
@@ -197,6 +240,7 @@ class EpisodeSampler:
         jitter: float = 0.0,
         shift: float = 0.0,
         shard: tuple[int, int] = (0, 1),
+        flags: tuple[str | None, ...] = ("num_classes", "num_shot", "num_query"),
     ):
         chosen = dataset.splits[split]
         self.N, self.K, self.Q, self.B = num_classes, num_shot, num_query, batch_size
@@ -213,13 +257,12 @@ class EpisodeSampler:
             alphabets = [f"{a} turned {turn}" for turn in range(4) for a in alphabets]
         self.num_available = len(counts)
         smallest = int(counts.argmin())
+        n, k, q = (f"--{flag} {v}" if flag else str(v) for flag, v in zip(flags, (self.N, self.K, self.Q), strict=True))
         if self.N > self.num_available:
-            raise UserError(f"--num_classes {self.N} is more than the {self.num_available} classes of split '{split}'")
+            raise UserError(f"{n} is more than the {self.num_available} classes of split '{split}'; use fewer")
         if self.K + self.Q > counts[smallest]:
             name = dataset.names[chosen[smallest % len(chosen)]]
-            raise UserError(
-                f"--num_shot {self.K} plus --num_query {self.Q} is more than the {counts[smallest]} images of {name}"
-            )
+            raise UserError(f"{k} plus {q} is more than the {counts[smallest]} images of {name}; use fewer")
         self.images = images.contiguous().to(device)  # uint8 [total, C, H, W]
         self.counts = torch.from_numpy(counts).to(device)
         self.starts = torch.cumsum(self.counts, 0) - self.counts
@@ -238,6 +281,14 @@ class EpisodeSampler:
         self.one_hot = torch.eye(self.N, device=device)
         self.generator = torch.Generator(device)
         self.reset()
+
+    def __getstate__(self) -> dict:
+        """What pickle and copy take, for worker processes that do not start as copies of this one."""
+        return self.__dict__ | {"generator": self.generator.get_state()}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state | {"generator": torch.Generator(state["counts"].device)}
+        self.generator.set_state(state["generator"])
 
     def reset(self) -> None:
         """Start the stream of tasks again from the seed."""
@@ -283,7 +334,8 @@ class EpisodeSampler:
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Float32 images [B, ..., C, H, W] in [0, 1] of int64 rows [B, ...]."""
         images = self.images.index_select(0, rows.reshape(-1)).to(torch.float32).div_(255)
-        if limits := [self.jitter] * 4 * (self.jitter > 0 or self.shift > 0) + [self.shift] * 2 * (self.shift > 0):
+        if self.jitter > 0 or self.shift > 0:
+            limits = [self.jitter] * 4 + ([self.shift] * 2 if self.shift > 0 else [])
             rank, world = self.shard
             shape = (world, rows.numel(), len(limits))  # all ranks draw for all and use their own
             noise = torch.rand(shape, generator=self.generator, device=rows.device)[rank]
@@ -308,18 +360,19 @@ class EpisodeSampler:
             support_labels, query_labels = self.one_hot[support_labels], self.one_hot[query_labels]
         return support, support_labels, query, query_labels
 
-    def sample_rows(self, batch_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample_rows(self, batch_size: int | None = None, features: torch.Tensor | None = None):
         """A meta-batch in the course's layout, for Q = 1.
 
         Returns float32 images [B, K+1, N, C*H*W] and one-hot float32 labels [B, K+1, N, N]. Rows
-        0 to K-1 are the support set in class order; row K holds the N queries, shuffled.
+        0 to K-1 are the support set in class order; row K holds the N queries, shuffled. With `features`
+        [len(self.images), D] the same tasks hold these rows in place of the images.
         """
         rows, order = self.draw(batch_size)
         B, N, K = len(rows), self.N, self.K
         rows = torch.cat([rows[:, :, :K].transpose(1, 2), rows[:, :, K].gather(1, order)[:, None]], dim=1)
         labels = torch.cat([self.labels.expand(B, K, N), order[:, None]], dim=1)
         one_hot = self.one_hot.index_select(0, labels.reshape(-1)).view(B, K + 1, N, N)
-        return self.gather(rows).flatten(3), one_hot
+        return (self.gather if features is None else features.__getitem__)(rows).flatten(3), one_hot
 
     def first(self, num_tasks: int, sample=None, **options):
         """Start the stream again and yield its meta-batches, the last one cut, until they hold `num_tasks` tasks.
@@ -334,6 +387,44 @@ class EpisodeSampler:
             yield batch
 
 
+def refuse_trained_classes(args, dataset: Dataset) -> None:
+    """UserError where a test class was seen in training by the run of --checkpoint or --init_from, or before it."""
+    flag = "checkpoint" if getattr(args, "checkpoint", None) else "init_from"
+    run = None if getattr(args, "resume", None) else getattr(args, flag, None)
+    while run:
+        try:
+            saved = json.loads((Path(run) / "flags.json").read_text())
+            name, flags = saved["dataset"], saved["flags"]
+            split, folder = flags.get("split", "course"), flags.get("data_folder")
+            seen = seen_in_training(dataset, name, split, folder)
+        except (OSError, ValueError, KeyError, UserError) as error:
+            print(f"note: cannot compare the test classes with those that {run} saw ({error})", file=sys.stderr)
+            return
+        if seen:
+            raise UserError(
+                f"--{flag} {run} was trained on, or chosen by, {seen} of {len(dataset.splits['test'])} test classes "
+                f"(its data: {name}, --split {split}); test on that, or train a run with --split {args.split}"
+            )
+        run = flags.get("init_from")
+
+
+def seen_in_training(dataset: Dataset, name: str, split: str, folder: str | None) -> int:
+    """How many test classes of `dataset` are training or validation classes of another dataset or split, by content."""
+    test = dataset.splits["test"]
+    if "folder" not in (name, dataset.name):
+        if name != dataset.name or dataset.name not in ("omniglot", "glyphs"):
+            return 0
+        theirs = make_splits(name, dataset.names, split)
+        return len(set(test) & {*theirs["train"], *theirs["val"]})
+    theirs = load_dataset(name, folder, split, dataset.images.shape[-1])
+    contents = lambda data, classes: {
+        hashlib.sha256(np.ascontiguousarray(data.images[s : s + c])).digest()
+        for s, c in zip(data.starts[classes], data.counts[classes], strict=True)
+    }
+    known = contents(theirs, np.concatenate([theirs.splits["train"], theirs.splits["val"]]))
+    return len(known & contents(dataset, test))
+
+
 def fixed_tasks(dataset: Dataset, part: str, args, device: torch.device, **options) -> EpisodeSampler:
     """The tasks of validation or test (`part`): the same for every method, seed and processor.
 
@@ -341,6 +432,8 @@ def fixed_tasks(dataset: Dataset, part: str, args, device: torch.device, **optio
     """
     N, K, Q = args.num_classes, args.num_shot, args.num_query
     seed = {"val": VAL_SEED, "test": TEST_SEED}[part]
+    if part == "test":
+        refuse_trained_classes(args, dataset)
     return EpisodeSampler(dataset, part, N, K, Q, max(1, 2000 // (N * (K + Q))), seed, device, **options)
 
 
@@ -370,7 +463,7 @@ class DataGenerator(torch.utils.data.IterableDataset):
     (leave it on the CPU for a DataLoader with workers).
 
     The stream follows from torch's seed alone (`torch.manual_seed`): each pass over the loader and
-    each worker has an own stream.
+    each worker has an own stream, also with `persistent_workers` and whatever way workers are started.
     """
 
     def __init__(
@@ -392,6 +485,7 @@ class DataGenerator(torch.utils.data.IterableDataset):
         dataset = load_dataset(name, config.get("data_folder"), split, self.img_size[0])
         self.dim_input, self.dim_output = int(np.prod(dataset.images.shape[1:])), num_classes
         self.device = torch.device(device)
+        self.passes = 0  # of this worker process
         seed = int(torch.empty((), dtype=torch.int64).random_())
         rotations = config.get("rotations", False) and batch_type == "train"
         self.sampler = EpisodeSampler(
@@ -405,8 +499,13 @@ class DataGenerator(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
-        # DataLoader draws a fresh base seed for each pass and adds the worker's number to it.
-        seed = worker.seed if worker else int(torch.empty((), dtype=torch.int64).random_())
+        if worker is None:
+            seed = int(torch.empty((), dtype=torch.int64).random_())
+        elif self.passes == 0:
+            seed = worker.seed  # a fresh base seed of the loader's pass plus the worker's number
+        else:  # a persistent worker keeps its seed
+            seed = int(np.random.SeedSequence([worker.seed, self.passes]).generate_state(1, np.uint64)[0] >> 1)
+        self.passes += worker is not None
         self.sampler.generator.manual_seed(seed)
         while True:
             yield self._sample()
@@ -472,15 +571,9 @@ def class_sheet(dataset: Dataset, rows: int = 10, columns: int = 10) -> np.ndarr
     return paper.repeat(2, axis=0).repeat(2, axis=1)
 
 
-def one_line(message: str):
-    """What argparse calls on bad flags, without its usage text."""
-    raise UserError(f"{message} (see python load_data.py --help)")
-
-
 def main(argv=None) -> Dataset:
     """Print what was found; write a picture of one episode and one of some classes to runs/."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = one_line
+    parser = experiment._Parser(prog="load_data.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--dataset", choices=["auto", "omniglot", "glyphs", "folder"], default="auto")
     parser.add_argument("--data_folder", help="where the images are")
     parser.add_argument("--split", choices=["course", "lake"], default="course")
@@ -496,16 +589,15 @@ def main(argv=None) -> Dataset:
     print(f"digest      {data.digest}\ncache file  {data.cache_file}\nloaded in   {seconds:.2f} s")
     sampler = EpisodeSampler(data, "train", min(5, len(data.splits["train"])), 1, 1)
     episode = [tensor[0] for tensor in sampler.sample(1)]
-    Path("runs").mkdir(exist_ok=True)
-    episode_figure(*episode).savefig("runs/episode.png", dpi=150)
-    iio.imwrite("runs/classes.png", class_sheet(data))
+    try:
+        Path("runs").mkdir(exist_ok=True)
+        episode_figure(*episode).savefig("runs/episode.png", dpi=150)
+        iio.imwrite("runs/classes.png", class_sheet(data))
+    except OSError as error:
+        raise UserError(f"cannot write pictures into runs/ ({error}); start in another working directory") from None
     print("pictures    runs/episode.png, runs/classes.png")
     return data
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    experiment.run_script(main)

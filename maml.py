@@ -14,10 +14,10 @@ or treats their gradients as constants (`--first_order`).
 The paper's 5-way and 20-way recipes:
 
     python maml.py --encoder strided --features plain --warmup_steps 0 --head_lr 0.4 --meta_batch_size 32 \\
-        --train_query 15 --train_steps 60000 --schedule constant --outer_lr 1e-3
+        --train_query 15 --train_steps 60000 --schedule constant --learning_rate 1e-3
     python maml.py --num_classes 20 --encoder strided --features plain --warmup_steps 0 --head_lr 0.1 \\
         --inner_lr 0.1 --inner_steps 5 --meta_batch_size 16 --train_query 15 --train_steps 60000 \\
-        --schedule constant --outer_lr 1e-3
+        --schedule constant --learning_rate 1e-3
 
 Sources beside it: Antoniou et al. 2019 (MAML++: learned inner rates, multi-step loss, cosine schedule),
 Raghu et al. 2020 (ANIL), Triantafillou et al. 2020 (Proto-MAML), Kao et al. 2022 (zeroing the head). Measured results:
@@ -28,14 +28,15 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._C._functorch import is_batchedtensor
 from torch.func import grad, vmap
 
 import experiment
@@ -48,7 +49,7 @@ Parameters = dict[str, torch.Tensor]
 # ---------------------------------------------------------------------------------- the method
 
 
-class Learner(nn.Module):
+class MAML(nn.Module):
     """What the outer loop learns: theta (a Conv4 and a linear head) and the inner learning rates.
 
     With head="proto" there is no head to learn. `rates` [inner steps, tensors of theta] has the order of `names`.
@@ -90,7 +91,6 @@ class Setting(NamedTuple):
     batch_norm: str = "transductive"
     dtype: torch.dtype = torch.float32
     sphere: bool = False
-    under_vmap: bool = False  # there the second derivative of F.batch_norm is wrong (torch 2.13): spell it out
 
 
 def embed(theta: Parameters, images: torch.Tensor, s: Setting, num_support: int) -> torch.Tensor:
@@ -102,7 +102,8 @@ def embed(theta: Parameters, images: torch.Tensor, s: Setting, num_support: int)
     """
     with experiment.autocast(images.device, s.dtype):
         n = len(images) if s.batch_norm == "transductive" else num_support  # images that give the statistics
-        if n == len(images) and not s.under_vmap:
+        # Under vmap the second derivative of F.batch_norm is wrong (torch 2.13): there it is spelled out.
+        if n == len(images) and not is_batchedtensor(images):
             features = conv4(theta, images, "batch", strided=s.strided)
         else:
             features = conv4(theta, images[None], "support", None, n, strided=s.strided)[0]
@@ -175,26 +176,6 @@ def task_loss(theta: Parameters, step_sizes, support, support_labels, query, que
     return sum(w * loss for w, loss in zip(weights, losses, strict=True))
 
 
-def each_task(function, *batch: torch.Tensor) -> list:
-    """[function(task) for task in batch], on all CPU cores: one thread a task beats many threads an operation."""
-    workers = torch.get_num_threads()
-    tasks = list(zip(*batch, strict=True))
-    if workers == 1 or len(tasks) == 1:
-        return [function(*task) for task in tasks]
-    enabled = torch.is_grad_enabled()  # belongs to a thread, as the number of threads of an operation does
-
-    def alone(task):
-        torch.set_num_threads(1)
-        with torch.set_grad_enabled(enabled):
-            return function(*task)
-
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(alone, tasks))
-    finally:
-        torch.set_num_threads(workers)
-
-
 def warmup_loss(theta: Parameters, support, support_labels, query, query_labels, s: Setting) -> torch.Tensor:
     """The loss of one task with one query a class and no inner step, in the warm-up.
 
@@ -206,61 +187,8 @@ def warmup_loss(theta: Parameters, support, support_labels, query, query_labels,
     return (F.cross_entropy(asked[0], query_labels[ordered]) + F.cross_entropy(asked[1], support_labels)) / 2
 
 
-def meta_gradient(learner: Learner, batch, s: Setting, weights: list[float], inner_steps: int) -> torch.Tensor:
-    """Add the gradient of the mean outer loss over the tasks of a meta-batch to `.grad`; returns the loss.
-
-    Without `weights` it is that of the warm-up.
-    On a GPU all tasks go through one `vmap`. On a CPU convolutions with different weights for every task are slow
-    when batched, and each task goes by itself; its graph is freed before the next.
-    """
-    theta, step_sizes = learner.theta(), learner.step_sizes(inner_steps)
-
-    def loss_of(*task):
-        return task_loss(theta, step_sizes, *task, s, weights) if weights else warmup_loss(theta, *task, s)
-
-    if batch[0].is_cuda:
-        s = s._replace(under_vmap=True)
-        loss = vmap(loss_of)(*batch).mean()
-        loss.backward()
-        return loss.detach()
-    parameters = [p for p in learner.parameters() if p.requires_grad]
-
-    def gradient_of(*task):
-        loss = loss_of(*task)
-        return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
-
-    losses, gradients = zip(*each_task(gradient_of, *batch), strict=True)
-    for p, of_tasks in zip(parameters, zip(*gradients, strict=True), strict=True):
-        if of_tasks[0] is None:
-            continue  # a head that the warm-up does not use: Adam's averages of it begin with its first gradient
-        mean = sum(of_tasks) / len(losses)  # in the tasks' order
-        p.grad = mean if p.grad is None else p.grad + mean
-    return sum(losses) / len(losses)
-
-
-def multi_step_weights(steps: int, progress: float) -> list[float]:
-    """Weights of the losses after each inner step (MAML++): equal at first, only the last from `progress` 0.25 on."""
-    if steps < 2 or progress >= 0.25:
-        return [1.0]
-    others = (1 - progress / 0.25) / steps
-    return [others] * (steps - 1) + [1 - (steps - 1) * others]
-
-
-def rate_factor(done: int, warmup_steps: int, train_steps: int, schedule: str) -> float:
-    """The outer rate after `done` steps as a share of --outer_lr: a cosine to 1 %, in the warm-up one to 10 % first.
-
-    The steps after the warm-up refine what it has found; at the full rate they destroy it.
-    """
-    if schedule == "constant":
-        return 1.0
-    first = done < warmup_steps
-    begin, end = (1.0, 0.1) if first else (0.1 if warmup_steps else 1.0, 0.01)
-    share = done / warmup_steps if first else (done - warmup_steps) / (train_steps - warmup_steps)
-    return end + (begin - end) * (1 + math.cos(math.pi * share)) / 2
-
-
 @torch.no_grad()
-def evaluate(learner: Learner, sampler: EpisodeSampler, num_tasks: int, s: Setting, steps: int) -> dict:
+def evaluate(learner: MAML, sampler: EpisodeSampler, num_tasks: int, s: Setting, steps: int) -> dict:
     """Accuracy after 0 to `steps` inner steps of the first `num_tasks` tasks of the sampler's stream.
 
     Returns query and support [num_tasks, steps + 1], and the mean query loss. No graph is kept.
@@ -274,7 +202,7 @@ def evaluate(learner: Learner, sampler: EpisodeSampler, num_tasks: int, s: Setti
             logits = query_logits(p, support, query, s)
             loss = F.cross_entropy(logits, query_labels)
             known = classify(p, support, s, len(support))
-            right.append(torch.stack([share(logits, query_labels), share(known, support_labels)]))
+            right.append(torch.stack([accuracy_of(logits, query_labels), accuracy_of(known, support_labels)]))
         return torch.stack(right, dim=1), loss  # [2, steps + 1]
 
     accuracies, losses = [], []
@@ -287,7 +215,7 @@ def evaluate(learner: Learner, sampler: EpisodeSampler, num_tasks: int, s: Setti
     return {"query": accuracy[:, 0], "support": accuracy[:, 1], "loss": sum(losses) / num_tasks}
 
 
-def share(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def accuracy_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (logits.argmax(dim=-1) == labels).float().mean()
 
 
@@ -305,8 +233,9 @@ def parse_args(argv=None):
     add("--train_classes", type=whole(2), default=60, help="classes of a training task with a head of prototypes")
     add("--jitter", type=number(0, 1), default=0.1, help="random turn (radians), size and slant of training images")
     add("--shift", type=number(0, 1), default=0.1, help="random shift of training images, a share of half their size")
+    add("--fixed_labels", action="store_true", help="training characters keep their labels: see memorization.py")
     add = groups["model"].add_argument
-    add("--encoder", choices=["strided", "pooled"], default="pooled", help="Conv4-64, or the paper's for Omniglot")
+    add("--encoder", choices=["strided", "conv4"], default="conv4", help="Conv4-64, or the paper's for Omniglot")
     add("--width", type=whole(1), default=64, help="filters of each convolution")
     add("--features", choices=["auto", "sphere", "plain"], default="auto",
         help="sphere: centred and stretched to one length before the head; auto: before a linear head")  # fmt: skip
@@ -324,7 +253,7 @@ def parse_args(argv=None):
         help="first training steps, one-shot, with a head of prototypes and no inner step; the papers: 0")  # fmt: skip
     add("--first_order", action="store_true", help="drop the second derivative")
     add("--multi_step_loss", action="store_true", help="early in training count the loss after every inner step")
-    add("--outer_lr", type=number(above=True), default=2e-3, help="of Adam, at its start")
+    add("--learning_rate", type=number(above=True), default=2e-3, help="of Adam, at its start")
     add("--schedule", choices=["cosine", "constant"], default="cosine", help="cosine: the rate falls to 1 %% of it")
     add("--clip", type=number(), default=1.0, help="largest norm of the meta-gradient; 0: no limit")
     steps = "gradient steps at validation and test (default: as many as --inner_steps)"
@@ -332,16 +261,26 @@ def parse_args(argv=None):
     smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "width": 16,
              "encoder": "strided", "train_classes": 8, "warmup_steps": 5}  # fmt: skip
     shapes = ("num_classes", "image_size", "encoder", "width", "head", "inner_steps")
-    args = experiment.parse(parser, argv, smoke, fixed=shapes)
+    groups["run"].add_argument("--init_from", **experiment.INIT_FROM)
+    args = experiment.parse(parser, argv, smoke, fixed=shapes, longer=why_no_longer)
     if args.head == "linear" and args.inner_steps == 0:
         raise UserError("--inner_steps 0 with --head linear: a shared head cannot know a task's labels; use 1 or more")
     if args.learn_inner_lrs and args.inner_steps == 0:
         raise UserError("--learn_inner_lrs needs --inner_steps 1 or more")
     if args.test_inner_steps is None:
         args.test_inner_steps = args.inner_steps
+    if args.fixed_labels and args.head == "proto":
+        raise UserError("--fixed_labels with --head proto: a head of prototypes has no labels to memorise; drop one")
     if args.warmup_steps >= args.train_steps:
         raise UserError(f"--warmup_steps {args.warmup_steps} must be less than --train_steps {args.train_steps}")
     return args
+
+
+def why_no_longer(flags: dict) -> str | None:
+    """Why a run with these flags cannot be resumed with more steps; None when it can."""
+    if flags["schedule"] == "cosine":
+        return "its learning rate falls until then (--schedule cosine)"
+    return "the weights of --multi_step_loss are shares of its length" if flags["multi_step_loss"] else None
 
 
 def main(argv=None) -> dict:
@@ -351,7 +290,7 @@ def main(argv=None) -> dict:
     strided = args.encoder == "strided"
     encoder = Conv4(dataset.images.shape[1], args.width, args.image_size, strided)
     head_lr = (args.head_lr or args.num_classes / encoder.out_features**0.5) if args.head == "linear" else None
-    learner = Learner(
+    learner = MAML(
         encoder, args.num_classes, args.inner_steps, args.inner_lr, args.head, args.learn_inner_lrs, head_lr,
         args.zero_head,
     ).to(device)
@@ -367,21 +306,26 @@ def main(argv=None) -> dict:
 
     val = fixed_tasks(dataset, "val", args, device)
 
-    def training_tasks(N: int, K: int, Q: int, B: int, seed: int) -> EpisodeSampler:
-        return EpisodeSampler(dataset, "train", N, K, Q, B, seed, device, rotations=args.rotations,
-                              jitter=args.jitter, shift=args.shift, shard=experiment.shard())  # fmt: skip
+    def training_tasks(N: int, K: int, Q: int, B: int, seed: int, flags: tuple, fixed_labels=False) -> EpisodeSampler:
+        return EpisodeSampler(dataset, "train", N, K, Q, B, seed, device, rotations=args.rotations, jitter=args.jitter,
+                              shift=args.shift, fixed_labels=fixed_labels, shard=experiment.shard(),
+                              flags=flags)  # fmt: skip
 
     # Prototypes make a head for any number of classes; harder tasks teach the encoder faster.
     N, B = args.train_classes, max(experiment.shard()[1], args.meta_batch_size // 4)
-    warmup = training_tasks(N, 1, 1, B, args.random_seed + 1)
+    warmup = training_tasks(N, 1, 1, B, args.random_seed + 1, ("train_classes", None, None))
     if args.head == "linear":
         train = training_tasks(
-            args.num_classes, args.num_shot, args.train_query, args.meta_batch_size, args.random_seed
-        )
+            args.num_classes, args.num_shot, args.train_query, args.meta_batch_size, args.random_seed,
+            ("num_classes", "num_shot", "train_query"), args.fixed_labels,
+        )  # fmt: skip
     else:
-        train = training_tasks(N, args.num_shot, 1, B, args.random_seed)
+        train = training_tasks(N, args.num_shot, 1, B, args.random_seed, ("train_classes", "num_shot", None))
+    experiment.init_from(args, learner)
+    s_warmup = s._replace(head="proto" if args.head == "proto" else "one_step", num_classes=warmup.N)
+    s_train = s._replace(num_classes=train.N)
     trained = [p for p in learner.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, args.outer_lr, fused=True)
+    optimizer = torch.optim.Adam(trained, args.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: rate_factor(done, args.warmup_steps, args.train_steps, args.schedule)
     )
@@ -391,11 +335,12 @@ def main(argv=None) -> dict:
         progress = step / args.train_steps
         weights = multi_step_weights(args.inner_steps, progress) if args.multi_step_loss else [1.0]
         optimizer.zero_grad()
+        theta, step_sizes = learner.theta(), learner.step_sizes(args.inner_steps)
         if step <= args.warmup_steps:
-            s_now = s._replace(head="proto" if args.head == "proto" else "one_step", num_classes=warmup.N)
-            loss = meta_gradient(learner, warmup.sample(), s_now, weights=[], inner_steps=0)
+            tasks, loss_of = warmup.sample(), partial(warmup_loss, theta, s=s_warmup)
         else:
-            loss = meta_gradient(learner, train.sample(), s._replace(num_classes=train.N), weights, args.inner_steps)
+            tasks, loss_of = train.sample(), partial(task_loss, theta, step_sizes, s=s_train, weights=weights)
+        loss = meta_gradient(learner, tasks, loss_of)
         experiment.average_gradients(learner)
         norm = nn.utils.clip_grad_norm_(trained, args.clip or float("inf"))
         run.record(loss if norm.isfinite() else norm)  # a norm that is not finite ends the run like such a loss
@@ -408,37 +353,35 @@ def main(argv=None) -> dict:
                 on_test = evaluate(learner, test, max(2, args.num_val_tasks // 3), s, args.test_inner_steps)
             # No checkpoint of the warm-up is chosen: it is not yet the method.
             accuracy = on_val["query"][:, -1].mean().item()
-            run.evaluated(accuracy, curves(learner, on_val, on_test, norm, args), choose=step > args.warmup_steps)
+            # Of what is memorised the last is kept: it is where training ends that is of interest.
+            chosen_by = None if args.fixed_labels else accuracy
+            run.evaluated(chosen_by, scalars(learner, on_val, on_test, norm, args), choose=step > args.warmup_steps)
     run.load_best(learner)
     log_episode(run, test, lambda *task: guess(learner, s, args.test_inner_steps, *task))
-    return run.finish(test_report(args, learner, test, s, device))
+    metrics = test_report(args, learner, test, s, device)
+    if args.fixed_labels:
+        found = evaluate(learner, train, args.num_val_tasks, s, args.test_inner_steps)["query"]
+        metrics |= {"train_accuracy": found[:, -1].mean().item(), "train_accuracy_before": found[:, 0].mean().item()}
+    return run.finish(metrics)
 
 
-def curves(learner: Learner, on_val: dict, on_test: dict, norm: torch.Tensor, args) -> dict[str, float]:
+def scalars(learner: MAML, on_val: dict, on_test: dict, norm: torch.Tensor, args) -> dict[str, float]:
     """What TensorBoard shows of an evaluation."""
     query, support = on_val["query"].mean(0).tolist(), on_val["support"].mean(0).tolist()
-    scalars = {
+    found = {
         "Loss/val": on_val["loss"], "Accuracy/val": query[-1],
         "Loss/test": on_test["loss"], "Accuracy/test": on_test["query"][:, -1].mean().item(),
         "Adaptation/support_before": support[0], "Adaptation/support_after": support[-1],
         "Gradient/norm": norm.item(), "Memory/peak_MB": peak_memory(norm.device),
     }  # fmt: skip
-    scalars |= {f"Adaptation/query_after_{i}_steps": accuracy for i, accuracy in enumerate(query)}
+    found |= {f"Adaptation/query_after_{i}_steps": accuracy for i, accuracy in enumerate(query)}
     if args.learn_inner_lrs:
         rates = [f"Rates/{name}_step{i + 1}" for i in range(args.inner_steps) for name in learner.names]
-        scalars |= dict(zip(rates, learner.rates.flatten().tolist(), strict=True))
-    return scalars
+        found |= dict(zip(rates, learner.rates.flatten().tolist(), strict=True))
+    return found
 
 
-def peak_memory(device: torch.device) -> float:
-    """Most memory so far in MB: of torch on a GPU, of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def test_report(args, learner: Learner, test: EpisodeSampler, s: Setting, device: torch.device) -> dict:
+def test_report(args, learner: MAML, test: EpisodeSampler, s: Setting, device: torch.device) -> dict:
     """Accuracy on the fixed test tasks before and after adaptation, in both modes of batch norm."""
     metrics = {}
     for mode in ("transductive", "support"):
@@ -460,11 +403,92 @@ def test_report(args, learner: Learner, test: EpisodeSampler, s: Setting, device
     }  # fmt: skip
 
 
-def guess(learner: Learner, s: Setting, steps: int, support, support_labels, query) -> torch.Tensor:
+def guess(learner: MAML, s: Setting, steps: int, support, support_labels, query) -> torch.Tensor:
     """The classes [N*Q] of the queries of one task after adaptation."""
     s = s._replace(first_order=True)
     path = adapt(learner.theta(), learner.step_sizes(steps), support[0], support_labels[0], s)
     return query_logits(path[-1], support[0], query[0], s).argmax(dim=-1)
+
+
+# ------------------------------------------------------------------- engine, schedules, memory
+
+
+def meta_gradient(learner: MAML, batch, loss_of) -> torch.Tensor:
+    """Add the gradient of the mean of loss_of(task) over the tasks of a meta-batch to `.grad`; returns the mean.
+
+    On a GPU all tasks go through one `vmap`. On a CPU convolutions with different weights for every task are slow
+    when batched, and each task goes by itself; its graph is freed before the next.
+    """
+    if batch[0].is_cuda:
+        loss = vmap(loss_of)(*batch).mean()
+        loss.backward()
+        return loss.detach()
+    parameters = [p for p in learner.parameters() if p.requires_grad]
+
+    def gradient_of(*task):
+        loss = loss_of(*task)
+        return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    losses, gradients = zip(*each_task(gradient_of, *batch), strict=True)
+    for p, of_tasks in zip(parameters, zip(*gradients, strict=True), strict=True):
+        if of_tasks[0] is None:
+            continue  # a head that the warm-up does not use: Adam's averages of it begin with its first gradient
+        mean = sum(of_tasks) / len(losses)  # in the tasks' order
+        p.grad = mean if p.grad is None else p.grad + mean
+    return sum(losses) / len(losses)
+
+
+def each_task(function, *batch: torch.Tensor) -> list:
+    """[function(task) for task in batch], on all CPU cores: one thread a task beats many threads an operation."""
+    workers = torch.get_num_threads()
+    tasks = list(zip(*batch, strict=True))
+    if workers == 1 or len(tasks) == 1:
+        return [function(*task) for task in tasks]
+    enabled = torch.is_grad_enabled()  # belongs to a thread, as the number of threads of an operation does
+
+    def alone(task):
+        torch.set_num_threads(1)
+        with torch.set_grad_enabled(enabled):
+            return function(*task)
+
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(alone, tasks))
+    finally:
+        torch.set_num_threads(workers)
+
+
+def multi_step_weights(steps: int, progress: float) -> list[float]:
+    """Weights of the losses after each inner step (MAML++): equal at first, only the last from `progress` 0.25 on."""
+    if steps < 2 or progress >= 0.25:
+        return [1.0]
+    others = (1 - progress / 0.25) / steps
+    return [others] * (steps - 1) + [1 - (steps - 1) * others]
+
+
+def rate_factor(done: int, warmup_steps: int, train_steps: int, schedule: str) -> float:
+    """The outer rate after `done` steps as a share of its start: a cosine to 1 %, in the warm-up one to 10 % first.
+
+    The steps after the warm-up refine what it has found; at the full rate they destroy it.
+    """
+    if schedule == "constant":
+        return 1.0
+    first = done < warmup_steps
+    begin, end = (1.0, 0.1) if first else (0.1 if warmup_steps else 1.0, 0.01)
+    share = done / warmup_steps if first else (done - warmup_steps) / (train_steps - warmup_steps)
+    return end + (begin - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory so far in MB: of torch on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class Learner(NamedTuple):
             if "weight" in name:
                 parts.append((2 * torch.rand(shape) - 1) / math.sqrt(math.prod(shape[1:])))
             else:
-                parts.append(torch.full(shape, float("gamma" in name)))
+                parts.append(torch.ones(shape) if "gamma" in name else torch.zeros(shape))
         return torch.cat([part.flatten() for part in parts])
 
     def unpack(self, theta: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -112,7 +112,7 @@ class Learner(NamedTuple):
             averages = None if statistics is None else tuple(statistics[i])
             gamma, beta = p[f"gamma{i}"].flatten(), p[f"beta{i}"].flatten()
             if num_support:
-                x = batch_norm(x[None], gamma, beta, "support", num_support=num_support, eps=EPS)[0]
+                x = batch_norm(x, gamma, beta, "support", num_support=num_support, eps=EPS)
             else:
                 norm = "batch" if statistics is None or momentum > 0 else "running"
                 x = batch_norm(x, gamma, beta, norm, averages, momentum=momentum, eps=EPS)
@@ -297,7 +297,8 @@ def adapt(rule, learner: Learner, support, labels, inner: Inner, second_order=Fa
     statistics = learner.fresh_statistics(theta)
     # Image 1 of every class, then image 2 of every class, ...: a batch holds all classes in equal parts.
     order = torch.arange(n, device=labels.device).view(learner.num_classes, -1).t().flatten()
-    for batch in order.split(inner.batch) * inner.epochs:
+    batches = [batch for _ in range(inner.epochs) for batch in order.split(inner.batch)]
+    for batch in batches:
         keep_graph = second_order and torch.is_grad_enabled()
         with torch.enable_grad():
             point = theta if keep_graph else theta.detach().requires_grad_()
@@ -437,7 +438,7 @@ def parse_args(argv=None):
     add("--learning_rate", type=number(above=True), default=3e-3, help="of Adam, for the initial parameters")
     add("--rule_rate", type=number(above=True), default=1e-2, help="of Adam, for the update rule")
     add("--schedule", choices=["constant", "cosine"], default="cosine", help="of both rates")
-    add("--clip", type=number(above=True), default=0.25, help="largest norm of the meta-gradient")
+    add("--clip", type=number(), default=0.25, help="largest norm of the meta-gradient; 0: no limit")
     add("--trained_share", type=number(0, 1, above=True), default=0.1, help="of coordinates that train layer 1")
     add("--tasks_at_once", type=whole(1), default=4, help="tasks that go through the cell together; bounds memory")
     preset = PRESETS.get(chosen_preset(argv))
@@ -445,17 +446,22 @@ def parse_args(argv=None):
         parser.set_defaults(**PAPER, num_classes=preset[0], num_shot=preset[1], **preset[2])
     smoke = {"train_steps": 4, "eval_freq": 2, "num_test_tasks": 8, "num_val_tasks": 8, "meta_batch_size": 2,
              "inner_epochs": 2, "num_query": 2, "train_query": 2, "tasks_at_once": 2}  # fmt: skip
-    args = experiment.parse(parser, argv, smoke)
+    args = experiment.parse(parser, argv, smoke, longer=why_no_longer)
     if args.second_order and args.trained_share < 1:
         raise UserError("--second_order needs --trained_share 1; it takes the gradient through every coordinate")
     if args.reset_theta0 and not args.test:
         raise UserError("--reset_theta0 needs --test --checkpoint RUN_DIR, the run whose rule is tested")
-    if args.checkpoint and not args.test:
-        raise UserError("--checkpoint needs --test; to train on use --resume RUN_DIR")
     if 0 < args.fixed_pool < args.num_shot + args.train_query:
         need = f"{args.num_shot} + {args.train_query}"
         raise UserError(f"--fixed_pool {args.fixed_pool} is less than --num_shot plus --train_query ({need})")
     return args
+
+
+def why_no_longer(flags: dict) -> str | None:
+    """Why a run with these flags cannot be resumed with more steps; None when it can."""
+    if flags["schedule"] == "cosine":
+        return "its learning rates fall until then (--schedule cosine)"
+    return "--query_norm both changes at half of it" if flags["query_norm"] == "both" else None
 
 
 def chosen_preset(argv) -> str | None:
@@ -483,6 +489,7 @@ def main(argv=None) -> dict:
     train = EpisodeSampler(
         offered, "train", args.num_classes, args.num_shot, args.train_query, args.meta_batch_size, args.random_seed,
         device, rotations=args.rotations, jitter=args.jitter, shard=experiment.shard(),
+        flags=("num_classes", "num_shot", "train_query"),
     )  # fmt: skip
     gates = [p for name, p in rule.named_parameters() if name != "theta0"]
     optimizer = torch.optim.Adam(
@@ -501,7 +508,7 @@ def main(argv=None) -> dict:
             rule, learner, train.sample(), inner, dtype, args.tasks_at_once, query_norm, args.second_order
         )
         experiment.average_gradients(rule)
-        norm = nn.utils.clip_grad_norm_(rule.parameters(), args.clip)
+        norm = nn.utils.clip_grad_norm_(rule.parameters(), args.clip or math.inf)
         optimizer.step()
         schedule.step()
         run.record(loss)

@@ -32,7 +32,7 @@ TITLES = {"transfer": "fine-tuning", "mann": "MANN, conv", "protonet": "ProtoNet
           "protomaml": "Proto-MAML (f.o.)", "maml": "MAML", "anil": "ANIL", "meta_lstm": "meta-LSTM"}  # fmt: skip
 COST_TITLES = {"maml": "MAML", "es": "ES", "fomaml": "first-order MAML", "checkpoint": "checkpointed MAML"}
 COST_COLOURS = {"maml": BLUE, "es": RED, "fomaml": GREEN, "checkpoint": PINK}
-SWEEPS = {"inner_steps": "inner steps", "layers": "hidden layers", "hidden_size": "hidden units"}
+SWEEPS = {"inner_steps": "inner steps", "layers": "hidden layers", "hidden_dim": "hidden units"}
 
 # ------------------------------------------------------------------------------------- results
 
@@ -94,7 +94,8 @@ def warmed_up(run: dict) -> bool:
 def processor(run: dict) -> str:
     """On what a run was timed, such as "1 thread of AMD EPYC"; files that name no processor are of that one."""
     threads = re.search(r"(\d+) threads", run["device"])
-    name = run.get("processor", "AMD EPYC")
+    name = run.get("processor", "AMD EPYC").split(",")[0]
+    name = re.sub(r"\((R|TM)\)| CPU| Processor| @.*", "", name).strip()
     return f"{threads[1]} thread{'s' * (threads[1] != '1')} of {name}" if threads else run["device"]
 
 
@@ -199,6 +200,8 @@ def draw_comparison(out: Path) -> None:
         axes[0].axhline(20, color="0.5", linestyle=":", label="guessing")
         axes[1].axhline(20, color="0.5", linestyle=":")
         axes[0].legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.08))  # clear of the line
+        if any("*" in titles[name] for name in adapted):
+            figure.supxlabel("* after a prototype warm-up", fontsize=9, x=1, ha="right")
         save(figure, out / "adaptation.png")
 
 
@@ -283,7 +286,7 @@ def draw_costs(out: Path) -> None:
                 lower.errorbar(x, [row["peak_bytes"] / 1e6 for row in curve], **style)
         for ax in (upper, lower):
             ax.set_xlabel(SWEEPS[sweep])
-            if sweep == "hidden_size":
+            if sweep == "hidden_dim":
                 ax.set_xscale("log")
                 ax.set_yscale("log")
                 ax.minorticks_off()
@@ -313,6 +316,7 @@ def draw_adapted(runs: dict[str, dict], path: Path) -> None:
             ax.plot(task["x"], task["before"], color="#999999", ls="--", label="before adaptation")
             ax.plot(task["x"], task["after"], color=BLUE, label=steps)
             ax.plot(task["support_x"], task["support_y"], "k.", label="support points")
+            ax.set_ylim(-1.3, 1.3)  # where the sinusoids lie
         row[0].set_ylabel(f"{COST_TITLES[method]}\ny")
     for ax in axes[-1]:
         ax.set_xlabel("x")
@@ -387,7 +391,9 @@ def draw_features(runs: list[dict], path: Path) -> None:
         }
         text = f"{title[run['part']]} ({run['optimizer']} {run['learning_rate']:g})"
         left.set_title(text, loc="left", fontsize=10)
-    axes[0, 0].legend(edgecolor="none", fontsize=8)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=9
+    )
     save(figure, path)
 
 
@@ -427,21 +433,22 @@ def draw_tensorboard(out: Path) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            with SummaryWriter(str(Path(folder) / f"hw1_{name}_seed1")) as writer:
+            with SummaryWriter(str(Path(folder) / "runs" / f"hw1_{name}_seed1")) as writer:
                 for tag in ("Accuracy/test", "Accuracy/val"):
                     for step, value in load(out, f"mann/{name}")[0]["curves"][tag]:
                         writer.add_scalar(tag, value, step)
         board = subprocess.Popen(
-            [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--port", "0", "--load_fast", "false"],
+            [sys.executable, "-m", "tensorboard.main", "--logdir", "runs", "--port", "0", "--load_fast", "false"],
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
+            cwd=folder,
             text=True,
         )
         try:
             address = next(m[0] for line in board.stderr if (m := re.search(r"http://\S+:\d+/", line)))
             picture = Path(folder) / "page.png"
-            command = [browser, "--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1200,560"]
-            command += ["--virtual-time-budget=20000", f"--screenshot={picture}", f"{address}#timeseries"]
+            command = [browser, "--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1240,600"]
+            command += ["--virtual-time-budget=20000", f"--screenshot={picture}", f"{address}#scalars"]
             urllib.request.urlopen(address, timeout=30).close()
             time.sleep(5)  # until TensorBoard has read the files
             subprocess.run(command, check=True, capture_output=True, timeout=120)

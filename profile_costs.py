@@ -8,7 +8,7 @@ first-order MAML, and MAML that keeps only every sqrt(steps)-th inner step and c
 
     python profile_costs.py --sweep all                        three sweeps, as CSV and JSON
     python profile_costs.py --sweep all --engine auto          the same with every engine, for comparison
-    python profile_costs.py --inner_steps 20 --hidden_size 64  one setting
+    python profile_costs.py --inner_steps 20 --hidden_dim 64  one setting
     python profile_costs.py --train                            train with MAML and with ES
     python profile_costs.py --smoke                            a complete run in seconds
     python report.py --results runs/costs                      draws what the sweeps and the training have written
@@ -41,8 +41,8 @@ LABELS = {"maml": "MAML", "es": "Evolution Strategies", "fomaml": "first-order M
           "checkpoint": "checkpointed MAML"}  # fmt: skip
 ENGINES = {"maml": ("vmap", "loop", "factors"), "es": ("vmap", "loop"), "fomaml": ("vmap", "loop"),
            "checkpoint": ("vmap", "loop")}  # fmt: skip
-SWEEPS = {"inner_steps": (1, 2, 5, 10, 15, 20), "layers": (1, 2, 3, 4, 6), "hidden_size": (32, 64, 128, 256, 512)}
-SMOKE_SWEEPS = {"inner_steps": (1, 2, 4), "layers": (1, 2, 3), "hidden_size": (8, 16, 32)}
+SWEEPS = {"inner_steps": (1, 2, 5, 10, 15, 20), "layers": (1, 2, 3, 4, 6), "hidden_dim": (32, 64, 128, 256, 512)}
+SMOKE_SWEEPS = {"inner_steps": (1, 2, 4), "layers": (1, 2, 3), "hidden_dim": (8, 16, 32)}
 UNUSED = ("--dtype", "--test", "--checkpoint", "--dataset", "--data_folder", "--split", "--image_size", "--num_classes",
           "--rotations", "--train_steps", "--patience")  # fmt: skip
 
@@ -68,9 +68,9 @@ def sample_tasks(B: int, K: int, Q: int, device=None, dtype=torch.float32):
 class Initialisation(torch.nn.Module):
     """theta: all weights and biases of an MLP with one input and one output, in one vector [D]."""
 
-    def __init__(self, layers: int, hidden_size: int):
+    def __init__(self, layers: int, hidden_dim: int):
         super().__init__()
-        self.sizes = [1, *[hidden_size] * layers, 1]
+        self.sizes = [1, *[hidden_dim] * layers, 1]
         uniform = lambda i, o: (2 * torch.rand(i * o + o) - 1) / math.sqrt(i)  # torch's own for nn.Linear
         self.theta = torch.nn.Parameter(torch.cat([uniform(i, o) for i, o in pairwise(self.sizes)]))
 
@@ -241,7 +241,7 @@ def meta_step(model: Initialisation, optimizer, args, method: str, engine: str, 
     """One outer step: sample tasks, meta-gradient into theta.grad, optimiser; returns the mean query loss."""
     optimizer.zero_grad()
     at_once = 1 if engine == "loop" else at_once or max(args.meta_batch_size, args.num_perturbations)
-    inner = (args.inner_rate, args.inner_steps, at_once)
+    inner = (args.inner_lr, args.inner_steps, at_once)
     pairs = args.num_perturbations // 2
     B = min(args.meta_batch_size, pairs) if method == "es" else args.meta_batch_size
     tasks = sample_tasks(B, args.num_shot, args.num_query, model.theta.device)
@@ -255,7 +255,7 @@ def meta_step(model: Initialisation, optimizer, args, method: str, engine: str, 
 
 def start(args, device: torch.device) -> tuple[Initialisation, torch.optim.Optimizer]:
     """A new initialisation and its optimiser."""
-    model = Initialisation(args.layers, args.hidden_size).to(device)
+    model = Initialisation(args.layers, args.hidden_dim).to(device)
     return model, torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
 
 
@@ -334,8 +334,8 @@ def fastest_engine(args, method: str, device: torch.device) -> tuple[str, int]:
 
 # ------------------------------------------------------------------------------------- sweeps
 
-SETTING = ("method", "engine", "inner_steps", "layers", "hidden_size", "meta_batch_size", "num_perturbations",
-           "num_shot", "num_query", "at_once", "outer_steps", "inner_rate", "device", "torch", "random_seed",
+SETTING = ("method", "engine", "inner_steps", "layers", "hidden_dim", "meta_batch_size", "num_perturbations",
+           "num_shot", "num_query", "at_once", "outer_steps", "inner_lr", "device", "torch", "random_seed",
            "git_commit")  # fmt: skip
 MEASURED = ("repeats", "seconds", "seconds_p10", "seconds_p90", "peak_bytes")
 COLUMNS = ("sweep", *SETTING, *MEASURED, "runtime_fit", "memory_fit")
@@ -344,12 +344,12 @@ COLUMNS = ("sweep", *SETTING, *MEASURED, "runtime_fit", "memory_fit")
 def fit(sweep: str, x: list[float], y: list[float]) -> dict:
     """How y grows with x: a line a + b x, or over hidden units a power a x^b; least squares, with R^2."""
     u, v = np.asarray(x, float), np.asarray(y, float)
-    if sweep == "hidden_size":
+    if sweep == "hidden_dim":
         u, v = np.log(u), np.log(v)
     slope, intercept = np.polyfit(u, v, 1)
     left = v - (intercept + slope * u)
     r2 = 1 - (left @ left) / max(((v - v.mean()) ** 2).sum(), 1e-300) if np.ptp(v) > 0 else 1.0
-    form = "power" if sweep == "hidden_size" else "line"
+    form = "power" if sweep == "hidden_dim" else "line"
     a = math.exp(intercept) if form == "power" else intercept
     return {"form": form, "a": float(a), "b": float(slope), "r2": float(r2)}
 
@@ -379,9 +379,9 @@ def read_csv(path: Path) -> list[dict]:
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--out: cannot read {path} ({error}); delete it") from None
+        raise UserError(f"--out: cannot read {path} ({error}); choose another --out") from None
     if tuple(reader.fieldnames or ()) != COLUMNS or any(None in row or None in row.values() for row in rows):
-        raise UserError(f"--out: {path} is not a table of this script; delete it or choose another --out")
+        raise UserError(f"--out: {path} is not a table of this script; choose another --out")
     return rows
 
 
@@ -480,13 +480,13 @@ def es_cosines(args, device: torch.device) -> list[dict]:
     each = []
     for n in range(args.meta_batch_size):
         model.theta.grad = None
-        maml_gradient(model, [t[n : n + 1] for t in tasks], args.inner_rate, args.inner_steps, 1)
+        maml_gradient(model, [t[n : n + 1] for t in tasks], args.inner_lr, args.inner_steps, 1)
         each.append(model.theta.grad)
     each, found = torch.stack(each), []
     exact = each.mean(0)
     m, D = (each.square().sum(1).mean() / exact.square().sum()).item(), exact.numel()
     for count in [2 * args.meta_batch_size * 4**n for n in range(2 if args.smoke else 5)]:
-        es_gradient(model, tasks, args.inner_rate, args.inner_steps, args.meta_batch_size, count, args.sigma)
+        es_gradient(model, tasks, args.inner_lr, args.inner_steps, args.meta_batch_size, count, args.sigma)
         cosine = torch.nn.functional.cosine_similarity(exact, model.theta.grad, dim=0).item()
         found.append({"perturbations": count, "cosine": cosine, "expected": (1 + 2 * m * (D + 1) / count) ** -0.5,
                       "parameters": D, "disagreement": m})  # fmt: skip
@@ -527,7 +527,7 @@ def evaluate(model: Initialisation, args, num_tasks: int, seed: int) -> tuple[to
     tasks = fixed_tasks(args, num_tasks, seed, model.theta)
     for x, y, query_x, query_y in zip(*(t.split(100) for t in tasks), strict=True):
         before.append(mse(model(), query_x, query_y))
-        layers = adapt(model(), x, y, args.inner_rate, args.inner_steps, "maml", "vmap")
+        layers = adapt(model(), x, y, args.inner_lr, args.inner_steps, "maml", "vmap")
         after.append(mse(layers, query_x, query_y))
     return torch.cat(before).cpu(), torch.cat(after).cpu()
 
@@ -565,7 +565,7 @@ def train(args, method: str, device: torch.device) -> dict:
 def examples(model: Initialisation, args, count: int = 4) -> list[dict]:
     """The first test tasks: support points, the true function, and ours before and after adaptation, rounded."""
     x, y, query_x, query_y = (t[:count] for t in fixed_tasks(args, args.num_test_tasks, TEST_SEED, model.theta))
-    after = predict(adapt(model(), x, y, args.inner_rate, args.inner_steps, "maml", "vmap"), query_x)
+    after = predict(adapt(model(), x, y, args.inner_lr, args.inner_steps, "maml", "vmap"), query_x)
     drawn = {"support_x": x, "support_y": y, "x": query_x, "truth": query_y, "before": predict(model(), query_x)}
     lists = {name: values.flatten(1).cpu().tolist() for name, values in (drawn | {"after": after}).items()}
     return [{name: [round(v, 4) for v in rows[n]] for name, rows in lists.items()} for n in range(len(x))]
@@ -592,15 +592,15 @@ def parse_args(argv=None):
     add("--warmup", type=whole(1), default=2, help="outer steps before the measured ones")
     add = groups["model"].add_argument
     add("--layers", type=whole(1, 100), default=2, help="hidden layers")
-    add("--hidden_size", type=whole(1), default=128, help="units of each hidden layer")
+    add("--hidden_dim", type=whole(1), default=128, help="units of each hidden layer")
     add = groups["optimisation"].add_argument
     add("--outer_steps", "--train_steps", type=whole(1), help="outer steps to measure or train; None: 9, 5000")
     add("--inner_steps", type=whole(1), default=5, help="gradient steps on a support set")
-    add("--inner_rate", type=number(above=True), default=1e-2, help="learning rate of the inner steps")
+    add("--inner_lr", type=number(above=True), default=1e-2, help="learning rate of the inner steps")
     add("--learning_rate", type=number(above=True), default=1e-3, help="of Adam; ES: 3e-3 is too much")
     add("--num_perturbations", type=whole(2), help="ES: perturbed networks in an outer step; None: as many as tasks")
     add("--sigma", type=number(above=True), default=1e-3, help="ES: standard deviation of the perturbations")
-    smoke = {"hidden_size": 16, "meta_batch_size": 4, "num_query": 20, "num_val_tasks": 20, "num_test_tasks": 20,
+    smoke = {"hidden_dim": 16, "meta_batch_size": 4, "num_query": 20, "num_val_tasks": 20, "num_test_tasks": 20,
              "eval_freq": 10, "outer_steps": 3}  # fmt: skip
     args = experiment.parse(parser, argv, smoke)
     if args.smoke and not args.train and not args.sweep:
@@ -638,7 +638,7 @@ def main(argv=None) -> dict:
                   f"({row['seconds_p10'] * 1e3:.2f} to {row['seconds_p90'] * 1e3:.2f})  "
                   f"{row['peak_bytes'] / 1e6:9.3f} MB")  # fmt: skip
     metrics = {"device": experiment.device_name(device), "inner_steps": args.inner_steps, "layers": args.layers,
-               "hidden_size": args.hidden_size, "costs": found}  # fmt: skip
+               "hidden_dim": args.hidden_dim, "costs": found}  # fmt: skip
     return experiment.report(args, "profile_costs", "sinusoids", metrics)
 
 

@@ -157,7 +157,9 @@ def parse_args(argv=None):
     groups["evaluation"].add_argument("--views", type=whole(1), default=8, help=views)
     smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "train_classes": 10,
              "width": 16, "views": 2}  # fmt: skip
-    args = experiment.parse(parser, argv, smoke, fixed=("encoder", "width", "image_size"))
+    falls = "its learning rate falls to zero there (one cycle)"
+    shapes = ("encoder", "width", "image_size")
+    args = experiment.parse(parser, argv, smoke, fixed=shapes, longer=lambda flags: falls)
     if args.encoder == "vit" and args.width % 8:
         raise UserError(f"--width {args.width}: --encoder vit takes a multiple of 8 (four heads, sines and cosines)")
     if args.encoder == "vit" and args.image_size % 4:
@@ -173,7 +175,6 @@ def main(argv=None) -> dict:
     if args.train_characters:
         dataset.splits["train"] = dataset.splits["train"][: args.train_characters]
     encoder = make_encoder(args, dataset.images.shape[1]).to(device, memory_format=torch.channels_last)
-    experiment.init_from(args, encoder)
 
     if args.test:
         step = experiment.load_best(args.checkpoint, encoder)
@@ -187,12 +188,14 @@ def main(argv=None) -> dict:
     train = EpisodeSampler(
         dataset, "train", N, args.train_shot, args.train_query, args.meta_batch_size, args.random_seed, device,
         rotations=args.rotations, within_alphabet=args.train_within_alphabet, jitter=args.jitter, shift=args.shift,
-        shard=experiment.shard(),
+        shard=experiment.shard(), flags=("train_classes", "train_shot", "train_query"),
     )  # fmt: skip
+    experiment.init_from(args, encoder)
     optimizer = Muon(encoder.parameters(), args.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(  # fewer than 20 steps it cannot divide into phases
         optimizer, args.learning_rate, max(20, args.train_steps + 1), pct_start=0.2, cycle_momentum=False
     )
+    args.inverted = dataset.inverted  # predict.py prepares pictures the same way
     run = Run(args, "protonet", dataset.name, dataset.digest)
     run.track(model=encoder, optimizer=optimizer, schedule=schedule, sampler=train)
     for _ in run.steps():

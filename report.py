@@ -356,7 +356,7 @@ def costs_text(out: Path) -> str:
         f"Command: `{plain_command(costs)}`.",
         "",
     ]
-    large = [row for row in rows if (row["sweep"], row["hidden_size"]) == ("hidden_size", 512)]
+    large = [row for row in rows if (row["sweep"], row["hidden_dim"]) == ("hidden_dim", 512)]
     cells = [
         [COST_TITLES[row["method"]], row["engine"], f"{1e3 * row['seconds']:.0f}", f"{row['peak_bytes'] / 1e6:.1f}"]
         for row in large
@@ -458,7 +458,7 @@ def features_text(out: Path) -> str:
 - **(f) Does one step still work?** Yes, {at(one)} at {n} points (weights 1: {at(one, "ones")}), with no dip to
   speak of: {at(one, m=n - 1)} at {n - 1} points. On a grid the features in S are orthogonal, so one step of the
   right length is exact, and the weights themselves set that length: in S they rise to {span(one, "S")}, and
-  {(2 * one["inner_learning_rate"]) ** -0.5:.2f} would be exact (the oracle has it: {at(one, "oracle")}).
+  {(2 * one["inner_lr"]) ** -0.5:.2f} would be exact (the oracle has it: {at(one, "oracle")}).
 - **(g) Are the weights useful when labels are signs and the code is that of regression?** Yes: {percent(g)} wrong
   signs at {n} points, against {percent(g, "ones")} with weights 1 and {percent(g, "oracle")} with the oracle. At
   {2 * n} points they beat the oracle ({percent(g, m=2 * n)} against {percent(g, "oracle", 2 * n)}): a sign function

@@ -45,6 +45,7 @@ from omniglot import ARCHIVES
 HERE = Path(__file__).resolve().parent
 OWN_OUTPUT = ("costs", "features")  # parts whose script writes several files itself, to --out
 PARTS = ("mann", "meta_lstm", "comparison", "costs", "features")
+WHERE = {"device", "data_folder", "dataset", "log_dir", "run_name", "out"}  # flags that change no figure
 TOLERANCE = 1e-3  # relative, of pulses taken on two machines whose old code is not at hand
 COURSE = "--head recurrent --logit_scale 1 --forget_bias 0 --no-rotations --schedule constant --clip 0"
 LAKE = "--split lake --num_classes 20 --within_alphabet"
@@ -72,7 +73,7 @@ CASES = [
            "--jitter 0.1 --train_steps 50000 --eval_freq 1000", 3, minutes)
       for K, N, minutes in ((1, 2, 3), (2, 2, 4), (1, 3, 4), (1, 4, 5))],
     Case("mann", "conv_K1N5", "hw1.py",
-         "--num_shot 1 --num_classes 5 --encoder conv --shared_classes 60 --hidden_dim 256 --learning_rate 2e-3",
+         "--num_shot 1 --num_classes 5 --encoder strided --shared_classes 60 --hidden_dim 256 --learning_rate 2e-3",
          "--train_steps 8000 --eval_freq 500", "--train_steps 40000 --eval_freq 1000", 3, 6),
     Case("mann", "memorisation", "hw1.py",
          "--num_shot 1 --num_classes 5 --fixed_labels --no-rotations --head recurrent --forget_bias 0",
@@ -261,7 +262,7 @@ def drift(job: Job, ledger: Ledger, out: Path) -> str | None:
     found, reasons = collected(job, out), []
     if found.exists():
         now, before = flags_now(job), json.loads(found.read_text())["flags"]
-        for name in sorted(now.keys() & before.keys() - {"device", "data_folder", "dataset", "log_dir", "run_name"}):
+        for name in sorted(now.keys() & before.keys() - WHERE):
             if now[name] != before[name]:
                 reasons.append(f"--{name} {before[name]} -> {now[name]}")
     before = ledger.pulse_of(job)

@@ -167,7 +167,9 @@ def parse_args(argv=None):
     add("--head_decay", type=number(), default=0.001, help="their weight decay")
     smoke = {"train_steps": 20, "finetune_steps": 10, "eval_freq": 5, "num_test_tasks": 10, "width": 8,
              "meta_batch_size": 32}  # fmt: skip
-    args = experiment.parse(parser, argv, smoke, fixed=("width", "image_size"))
+    groups["run"].add_argument("--init_from", **experiment.INIT_FROM)
+    falls = "the learning rates of both phases fall to zero in it"
+    args = experiment.parse(parser, argv, smoke, fixed=("width", "image_size"), longer=lambda flags: falls)
     if args.finetune_steps >= args.train_steps:
         raise UserError(f"--finetune_steps {args.finetune_steps} must be less than --train_steps {args.train_steps}")
     return args
@@ -196,6 +198,7 @@ def main(argv=None) -> dict:
         metrics = {"best_step": step} | report(args, model, first, second, tasks, dtype, device)
         return experiment.report(args, "transfer", dataset.name, metrics, digest=dataset.digest)
 
+    experiment.init_from(args, model["pretrained"].encoder)
     pretrain_steps = args.train_steps - args.finetune_steps
     optimizers, schedules = {}, {}
     for name, rate, steps in (

@@ -39,7 +39,7 @@ def run_script(work):
     def run(script, *args, env=None, cwd=work, **kwargs):
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
         command = [sys.executable, str(REPO / script), *map(str, args)]
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **kwargs)
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=3600, **kwargs)
 
     return run
 

@@ -340,7 +340,7 @@ def test_two_processes_have_the_meta_gradient_of_one(script, work, tmp_path):
     flags = flags_of(script, "--dtype", "float32", "--log_dir", tmp_path, "--eval_freq", "1", "--train_steps", *steps)
     (tmp_path / "run.py").write_text(IN_FLOAT64.format(repo=str(REPO), script=script))
     for name, start in (("one", [sys.executable]), ("two", TORCHRUN)):
-        result = subprocess.run([*start, tmp_path / "run.py", *flags, "--run_name", name], cwd=work, timeout=200,
+        result = subprocess.run([*start, tmp_path / "run.py", *flags, "--run_name", name], cwd=work, timeout=3600,
                                 env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)  # fmt: skip
         assert result.returncode == 0, result.stderr
         assert result.stdout.count('"test_accuracy"') == 1
@@ -362,7 +362,7 @@ def test_a_killed_worker_ends_the_whole_run_and_it_resumes(work, tmp_path):
     script, saved = REPO / "hw1.py", tmp_path / "two" / "checkpoint.pt"
     run = subprocess.Popen([*TORCHRUN, script, *flags], cwd=work, env=environment, stdout=subprocess.DEVNULL,
                            stderr=subprocess.DEVNULL)  # fmt: skip
-    deadline = time.time() + 120
+    deadline = time.time() + 3600
     while not saved.exists() and run.poll() is None and time.time() < deadline:
         time.sleep(0.05)
     assert saved.exists() and run.poll() is None
@@ -370,20 +370,20 @@ def test_a_killed_worker_ends_the_whole_run_and_it_resumes(work, tmp_path):
     workers = [int(pid) for pid in children.split()]
     assert len(workers) >= 2
     os.kill(workers[-1], signal.SIGKILL)
-    assert run.wait(timeout=90) != 0
+    assert run.wait(timeout=3600) != 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     step = experiment.load_checkpoint(saved)["step"]
     assert step >= 20 and not (tmp_path / "two" / "metrics.json").exists()
     resumed = subprocess.Popen([*TORCHRUN, script, "--resume", tmp_path / "two"], cwd=work, env=environment,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    deadline = time.time() + 120
+    deadline = time.time() + 3600
     try:
         while experiment.load_checkpoint(saved)["step"] <= step and resumed.poll() is None and time.time() < deadline:
             time.sleep(0.05)
         assert resumed.poll() is None and experiment.load_checkpoint(saved)["step"] > step
     finally:
         resumed.terminate()
-        resumed.wait(timeout=60)
+        resumed.wait(timeout=3600)
 
 
 # ------------------------------------------------------------------------------------- slow
@@ -412,7 +412,7 @@ def test_killed_at_random_moments_and_resumed_is_bit_exact(script, work, tmp_pat
             time.sleep(0.005)  # wait for progress: every kill is then made in training
         time.sleep(random.random() * 0.1)
         process.send_signal(signal.SIGKILL)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=3600)
         made += process.returncode == -9
         assert process.returncode in (-9, 0), err
         command = ["--resume", folder]

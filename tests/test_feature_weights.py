@@ -358,7 +358,7 @@ def test_a_resumed_run_is_bit_identical(points, tmp_path, monkeypatch):
     (["--num_points", "65"], ["--num_points 65", "--max_points"]),
     (["--part", "nothing"], ["--part"]),
     (["--num_gd_steps", "0"], ["--num_gd_steps", "1 or more"]),
-    (["--inner_learning_rate", "0"], ["--inner_learning_rate"]),
+    (["--inner_lr", "0"], ["--inner_lr"]),
     (["--out", "nowhere"], ["--out nowhere"]),
     (["--dataset", "glyphs"], ["--dataset"]),
     (["--resume", "nowhere"], ["--resume nowhere"]),

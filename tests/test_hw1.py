@@ -28,8 +28,8 @@ def episodes(B=3, K=2, N=4, seed=0):
 
 @pytest.mark.parametrize("options", [
     {}, {"recurrent": "gru"}, {"recurrent": "rnn"}, {"num_layers": 1}, {"num_layers": 3}, {"head": "linear"},
-    {"forget_bias": 1.0}, {"encoder": "conv"},
-    {"encoder": "conv", "head": "linear", "recurrent": "gru"}, {"logit_scale": 5.0},
+    {"forget_bias": 1.0}, {"encoder": "strided"},
+    {"encoder": "strided", "head": "linear", "recurrent": "gru"}, {"logit_scale": 5.0},
 ])  # fmt: skip
 def test_shapes_and_gradients(options):
     images, labels = episodes()
@@ -51,7 +51,7 @@ def test_default_is_the_courses_network():
     assert [type(layer).__name__ for layer in model.layers] == ["LSTM", "LSTM"]
 
 
-@pytest.mark.parametrize("encoder", ["none", "conv"])
+@pytest.mark.parametrize("encoder", ["none", "strided"])
 def test_query_labels_cannot_influence_the_predictions(encoder):
     images, labels = episodes()
     model = MANN(4, 3, 16, encoder=encoder).eval()
@@ -212,11 +212,11 @@ def test_smoke_run_leaves_a_complete_run_folder(tmp_path, monkeypatch, capsys):
     ["--recurrent", "gru", "--num_layers", "3", "--hidden_dim", "8"],
     ["--recurrent", "rnn", "--head", "recurrent", "--logit_scale", "1", "--forget_bias", "0",
      "--schedule", "constant", "--clip", "0"],
-    ["--encoder", "conv", "--meta_batch_size", "2", "--train_steps", "2", "--eval_freq", "2", "--num_test_tasks", "8",
-     "--num_val_tasks", "8", "--jitter", "0.2", "--shared_classes", "9"],
+    ["--encoder", "strided", "--meta_batch_size", "2", "--train_steps", "2", "--eval_freq", "2", "--num_test_tasks",
+     "8", "--num_val_tasks", "8", "--jitter", "0.2", "--shared_classes", "9"],
     ["--fixed_labels", "--no-rotations", "--split", "lake", "--num_shot", "2", "--random_seed", "7"],
     ["--learning_rate", "1e-5", "--patience", "1", "--num_workers", "4", "--image_caching", "False"],
-    ["--dtype", "bfloat16", "--num_query", "1", "--image_size", "32", "--num_test_tasks", "10"],
+    ["--dtype", "bfloat16", "--image_size", "32", "--num_test_tasks", "10"],
 ])  # fmt: skip
 def test_every_flag_in_a_smoke_run(flags, tmp_path):
     metrics = hw1.main([*SMOKE, "--num_classes", "2", "--log_dir", str(tmp_path), *flags])
@@ -250,7 +250,7 @@ def start(work, name):
     return subprocess.Popen(command, cwd=work, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def wait_for(path, process, seconds=120):
+def wait_for(path, process, seconds=3600):
     deadline = time.time() + seconds
     while not path.exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.02)
@@ -292,7 +292,7 @@ def test_interrupt_saves_between_evaluations(run_script, work, uninterrupted, se
     folder = work / "runs" / name
     wait_for(folder / "checkpoint.pt", process)
     process.send_signal(sent)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=3600)
     if process.returncode != 0:  # it may have finished first
         assert process.returncode == code and "continue with: python hw1.py --resume" in err, err
         assert "Traceback" not in err
@@ -314,7 +314,6 @@ BAD_FLAGS = {
     "--num_shot x": "not a whole number",
     "--num_shot 20": "--num_shot 20 plus --num_query 1 is more than the 20 images",
     "--num_classes 500": "--num_classes 500 is more than the 100 classes of split 'val'",
-    "--num_query 3": "--num_query 3",
     "--learning_rate nan": "--learning_rate",
     "--learning_rate -1": "--learning_rate",
     "--learning_rate 0": "--learning_rate",
@@ -327,7 +326,7 @@ BAD_FLAGS = {
     "--num_test_tasks 1": "--num_test_tasks",
     "--recurrent transformer": "--recurrent",
     "--nonsense": "--nonsense",
-    "--encoder conv --image_size 64": "--image_size 64",
+    "--encoder strided --image_size 64": "--image_size 64",
     "--test": "--checkpoint",
     "--resume a --checkpoint b": "exclude",
     "--resume nowhere": "--resume nowhere",
@@ -378,7 +377,7 @@ def test_two_processes_average_to_the_one_process_gradient(work, tmp_path):
     command = [*torchrun, str(REPO / "hw1.py")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run([*command, *flags, "--log_dir", str(tmp_path), "--run_name", "two"],
-                            cwd=work, env=environment, capture_output=True, text=True, timeout=200)  # fmt: skip
+                            cwd=work, env=environment, capture_output=True, text=True, timeout=3600)  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.count('"test_accuracy"') == 1  # only rank 0 reports
     one, two = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["objects"] for n in ("one", "two"))

@@ -388,7 +388,7 @@ def test_torchrun_has_the_gradient_of_one_process(work, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run(
         [*command, str(REPO / "mae.py"), *flags, "--run_name", "two"], cwd=work, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=3600,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.count('"test_accuracy"') == 1

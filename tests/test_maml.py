@@ -14,7 +14,7 @@ from backbone import Conv4
 from benchmark import plain_maml_step
 from experiment import UserError
 from load_data import EpisodeSampler
-from maml import Learner, Setting, adapt, evaluate, meta_gradient, query_logits, task_loss
+from maml import MAML, Setting, adapt, evaluate, meta_gradient, query_logits, task_loss
 from protonet import proto_logits
 
 SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]
@@ -24,7 +24,7 @@ N, K, Q = 3, 2, 2
 def learner(head="linear", steps=1, lr=0.05, strided=True, learn=True):
     """A small float64 learner with a head that is not zero, so that every tensor has a gradient."""
     torch.manual_seed(1)
-    learner = Learner(Conv4(width=4, strided=strided), N, steps, lr, head, learn).double()
+    learner = MAML(Conv4(width=4, strided=strided), N, steps, lr, head, learn).double()
     with torch.no_grad():
         for p in learner.theta().values():
             p += 0.3 * torch.randn_like(p)
@@ -51,7 +51,8 @@ def outer_loss(model, tasks, s, weights=(1.0,)):
 def gradients(model, tasks, s, weights=(1.0,), steps=None):
     """The meta-gradient of maml.py, as {parameter: tensor}."""
     model.zero_grad()
-    meta_gradient(model, tasks, s, list(weights), len(model.rates) if steps is None else steps)
+    theta, sizes = model.theta(), model.step_sizes(len(model.rates) if steps is None else steps)
+    meta_gradient(model, tasks, lambda *task: task_loss(theta, sizes, *task, s, weights))
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -110,7 +111,6 @@ def test_one_vmap_equals_the_tasks_one_by_one():
         model, tasks = learner(s.head, 2, strided=s.strided), batch(3)
         one_by_one = gradients(model, tasks, s)
         theta, sizes = model.theta(), model.step_sizes(2)
-        s = s._replace(under_vmap=True)
         loss = vmap(lambda *t, s=s, theta=theta, sizes=sizes: task_loss(theta, sizes, *t, s, [1.0]))(*tasks).mean()
         model.zero_grad()
         loss.backward()
@@ -167,7 +167,7 @@ def test_without_inner_steps_proto_maml_is_protonet(batch_norm):
 def test_the_warm_up_head_is_one_inner_step_from_zero(sphere):
     """At a rate of N / sqrt(D) for the weights; the bias and the body do not move from a zero head."""
     s = Setting(N, strided=False, dtype=torch.float64, sphere=sphere)
-    model = Learner(Conv4(width=4), N, 1, 0.4, head_lr=N / 4**0.5).double()
+    model = MAML(Conv4(width=4), N, 1, 0.4, head_lr=N / 4**0.5).double()
     support, labels, _, _ = (x[0] for x in batch(1))
     after = adapt(model.theta(), model.step_sizes(1), support, labels, s)[-1]
     (made,) = adapt(model.theta(), [], support, labels, s._replace(head="one_step"))
@@ -193,7 +193,7 @@ def test_the_warm_up_asks_in_both_directions(head):
 def test_on_the_sphere_one_step_from_a_zero_head_compares_distances(batch_norm):
     """With one shot: its logits are those of distances to the prototypes, up to scale and a constant of each query."""
     s = Setting(N, strided=False, dtype=torch.float64, sphere=True, batch_norm=batch_norm)
-    model = Learner(Conv4(width=4), N, 1, 0.4, head_lr=N / 4**0.5).double()
+    model = MAML(Conv4(width=4), N, 1, 0.4, head_lr=N / 4**0.5).double()
     support, _, query, _ = (x[0] for x in batch(1))
     support, labels = support[::K], torch.arange(N)
     theta = adapt(model.theta(), model.step_sizes(1), support, labels, s)[-1]
@@ -212,7 +212,7 @@ def test_on_the_sphere_one_step_from_a_zero_head_compares_distances(batch_norm):
 
 def test_a_zero_head_is_adapted_but_not_meta_learned():
     s, tasks = Setting(N, dtype=torch.float64, first_order=True, strided=False), batch(2)
-    model = Learner(Conv4(width=4), N, 2, 0.4, zero_head=True).double()
+    model = MAML(Conv4(width=4), N, 2, 0.4, zero_head=True).double()
     found = gradients(model, tasks, s)
     assert "head_weight" not in found and found["encoder.weight0"].abs().max() > 0
     before, *_, after = adapt(model.theta(), model.step_sizes(2), tasks[0][0], tasks[1][0], s)
@@ -245,7 +245,7 @@ def test_queries_influence_each_other_only_in_the_transductive_mode(sphere):
 def test_before_adaptation_the_linear_head_scores_one_in_n(head_is_zero):
     """5 sigma over 600 tasks; the labels of a task are dealt at random, so a fixed head cannot know them."""
     torch.manual_seed(0)
-    model = Learner(Conv4(width=4, strided=True), 5, 1, 0.4)
+    model = MAML(Conv4(width=4, strided=True), 5, 1, 0.4)
     if not head_is_zero:
         torch.nn.init.normal_(model.head_weight)
     sampler = EpisodeSampler(known_dataset(), "test", 5, 1, 3, 50, seed=2)
@@ -275,8 +275,8 @@ def test_evaluation_keeps_no_graph_and_later_steps_repeat_the_last_rate():
      "--schedule", "constant", "--train_classes", "7", "--features", "sphere"],
     ["--freeze_body", "--learn_inner_lrs", "--inner_steps", "2", "--multi_step_loss", "--num_classes", "3",
      "--features", "plain"],
-    ["--batch_norm", "support", "--encoder", "pooled", "--clip", "0", "--num_shot", "2", "--dtype", "float32"],
-    ["--inner_lr", "0.1", "--outer_lr", "1e-2", "--train_query", "1", "--num_query", "4", "--no-rotations"],
+    ["--batch_norm", "support", "--encoder", "conv4", "--clip", "0", "--num_shot", "2", "--dtype", "float32"],
+    ["--inner_lr", "0.1", "--learning_rate", "1e-2", "--train_query", "1", "--num_query", "4", "--no-rotations"],
     ["--split", "lake", "--first_order", "--zero_head", "--num_test_tasks", "2",
      "--width", "8", "--patience", "1", "--dtype", "bfloat16"],
 ])  # fmt: skip
@@ -289,8 +289,16 @@ def test_every_flag_in_a_smoke_run(flags, tmp_path):
     assert again["test_accuracy"] == metrics["test_accuracy"]
 
 
+def test_fixed_labels_keep_the_last_model_and_report_the_training_tasks(tmp_path):
+    flags = ["--fixed_labels", "--num_test_tasks", "4", "--num_val_tasks", "4", "--num_query", "3", "--eval_freq", "2",
+             "--warmup_steps", "0", "--train_steps", "4"]  # fmt: skip
+    metrics = maml.main([*SMOKE, *flags, "--log_dir", str(tmp_path)])
+    assert metrics["best_step"] == 4 and 0 <= metrics["train_accuracy"] <= 1
+    assert abs(metrics["train_accuracy_before"] - 0.2) < 0.2
+
+
 def test_training_learns_the_glyphs(tmp_path):
-    flags = ["--train_steps", "150", "--eval_freq", "150", "--num_test_tasks", "100", "--outer_lr", "5e-3"]
+    flags = ["--train_steps", "150", "--eval_freq", "150", "--num_test_tasks", "100", "--learning_rate", "5e-3"]
     metrics = maml.main([*SMOKE, *flags, "--head", "proto", "--first_order", "--log_dir", str(tmp_path)])
     assert metrics["test_accuracy"] > 0.5 and abs(metrics["support_accuracy_per_step"][-1] - 1) < 0.1
 
@@ -351,6 +359,7 @@ def test_contradictory_flags():
         (["--inner_steps", "0", "--head", "proto", "--learn_inner_lrs"], "--learn_inner_lrs needs"),
         (["--warmup_steps", "20"], "--warmup_steps 20 must be less than --train_steps 20"),
         (["--inner_lr", "nan"], "--inner_lr"),
+        (["--fixed_labels", "--head", "proto"], "--fixed_labels with --head proto"),
     ):
         with pytest.raises(UserError, match=message):
             maml.parse_args([*SMOKE, *flags])

@@ -1,0 +1,223 @@
+"""report.py: the documents are those of the result files, come back when deleted, and never mix data sets."""
+
+import json
+import math
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import matplotlib
+import pytest
+from conftest import REPO, one_line_error
+
+import feature_weights
+import hw1
+import pictures
+import profile_costs
+import report
+from experiment import UserError
+
+RESULTS = REPO / "results"
+DOCUMENTS = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+SAME_MATPLOTLIB = f"Matplotlib version{matplotlib.__version__},".encode() in (RESULTS / "mann.png").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def restored(tmp_path_factory):
+    """A copy of the repository's documents whose tables and pictures were all deleted, after report.py."""
+    here = tmp_path_factory.mktemp("repo")
+    shutil.copytree(RESULTS, here / "results")
+    shutil.copytree(REPO / "docs", here / "docs")
+    shutil.copy(REPO / "README.md", here)
+    for file in [*(here / "results").glob("*.png"), *(here / "results").glob("*.csv"), here / "results" / "README.md"]:
+        file.unlink()
+    for page in [here / "README.md", *(here / "docs").glob("*.md")]:
+        page.write_text(
+            re.sub(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", r"\1gone\n\3", page.read_text(), flags=re.DOTALL)
+        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "HERE", here)
+        patch.setattr(pictures, "find_browser", lambda: None)
+        report.main(["--results", str(here / "results")])
+    return here
+
+
+def test_every_table_comes_back_bit_for_bit(restored):
+    for page in [*DOCUMENTS, RESULTS / "README.md", *RESULTS.glob("*.csv")]:
+        assert (restored / page.relative_to(REPO)).read_bytes() == page.read_bytes(), f"{page}: run python report.py"
+
+
+def test_every_picture_comes_back(restored):
+    back, before = ({p.name for p in (folder / "results").glob("*.png")} for folder in (restored, REPO))
+    assert back == before - {"tensorboard.png"}  # the one that needs a browser
+    for name in back:
+        old, new = (RESULTS / name).read_bytes(), (restored / "results" / name).read_bytes()
+        assert struct.unpack(">II", old[16:24]) == struct.unpack(">II", new[16:24]), name  # width and height
+        assert old == new or not SAME_MATPLOTLIB, f"{name}: run python report.py"
+        assert 3_000 < len(new) < 250_000, name
+
+
+def test_without_a_browser_the_picture_of_tensorboard_is_kept_and_that_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(pictures, "find_browser", lambda: None)
+    for name in ("draw_glyphs", "draw_everything"):
+        monkeypatch.setattr(pictures, name, lambda *args: None)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "README.md").touch()
+    report.main(["--results", str(tmp_path / "results")])
+    assert "missing: it needs chromium" in capsys.readouterr().out
+    (tmp_path / "results" / "tensorboard.png").write_bytes(b"old")
+    report.main(["--results", str(tmp_path / "results"), "--tensorboard"])
+    assert "kept as it is" in capsys.readouterr().out
+    assert (tmp_path / "results" / "tensorboard.png").read_bytes() == b"old"
+
+
+def test_results_hold_data_and_pictures_and_no_code():
+    assert {path.suffix for path in RESULTS.rglob("*") if path.is_file()} <= {".json", ".csv", ".png", ".md", ".txt"}
+
+
+def test_a_result_on_glyphs_in_an_omniglot_row_is_refused(run_script, tmp_path):
+    (tmp_path / "mann").mkdir()
+    run = json.loads((RESULTS / "mann" / "K1N2_seed1.json").read_text()) | {"dataset": "glyphs"}
+    (tmp_path / "mann" / "K1N2_seed1.json").write_text(json.dumps(run))
+    done = run_script("report.py", "--results", tmp_path)
+    one_line_error(done, "K1N2_seed1.json is a result on glyphs", "--dataset glyphs")
+    assert not list(tmp_path.glob("*.md")) and not list(tmp_path.glob("*.png"))
+    # Named as what it is, it is shown as what it is.
+    report.main(["--results", str(tmp_path), "--dataset", "glyphs"])
+    assert "**Figures on glyphs, not on Omniglot" in (tmp_path / "README.md").read_text()
+    with pytest.raises(UserError, match="is a result on omniglot, its row is of glyphs"):
+        pictures.refuse_other_images(RESULTS, "glyphs")
+
+
+def test_bad_flags_and_files_get_one_line(run_script, tmp_path):
+    one_line_error(run_script("report.py", "--results", tmp_path / "nowhere"), "--results", "not a folder")
+    with pytest.raises(UserError, match="metrics.json"):
+        report.main(["--run", str(tmp_path)])
+    (tmp_path / "costs.json").write_text("{")
+    with pytest.raises(UserError, match="cannot read .*costs.json"):
+        report.main(["--results", str(tmp_path)])
+    with pytest.raises(UserError, match="nothing_known"):
+        report.render("<!-- nothing_known -->\n<!-- /nothing_known -->", RESULTS)
+
+
+# ---------------------------------------------------------------------------------- intervals
+
+
+def runs(*accuracies, half=0.01):
+    return [{"test_accuracy": a, "ci95": half, "num_test_tasks": 600} for a in accuracies]
+
+
+def test_where_seeds_agree_the_interval_is_over_tasks_and_does_not_shrink_with_seeds():
+    assert pictures.interval(runs(0.919, 0.92, 0.921)) == (pytest.approx(92), pytest.approx(1.0), "600 tasks")
+    assert pictures.interval(runs(0.92))[1:] == (pytest.approx(1.0), "600 tasks")
+
+
+def test_where_seeds_differ_by_more_the_interval_is_over_seeds():
+    """The textbook's example by hand: mean 0.9, s = 0.02, n = 3, t = 4.303."""
+    mean, half, over = pictures.interval(runs(0.88, 0.90, 0.92, half=0.003))
+    assert (mean, over) == (pytest.approx(90), "3 seeds")
+    assert half == pytest.approx(100 * 4.303 * 0.02 / math.sqrt(3))
+    # The border is the tasks' standard error.
+    assert pictures.interval(runs(0.88, 0.90, 0.92, half=1.96 * 0.0201))[2] == "600 tasks"
+
+
+def test_students_t_by_integration():
+    """The table's points leave 2.5 % above them (Simpson's rule on the density of t)."""
+    for n, t in pictures.STUDENT.items():
+        nu, steps = n - 1, 20_000
+        density = lambda x, nu=nu: (
+            math.gamma((nu + 1) / 2)
+            / math.sqrt(nu * math.pi)
+            / math.gamma(nu / 2)
+            * (1 + x * x / nu) ** (-(nu + 1) / 2)
+        )
+        h = t / steps
+        weights = [1 if i in (0, steps) else 4 if i % 2 else 2 for i in range(steps + 1)]
+        half = sum(w * density(i * h) for i, w in enumerate(weights)) * h / 3
+        assert 0.5 - half == pytest.approx(0.025, abs=2e-5), n
+
+
+def test_rows_say_what_they_are():
+    rows = {row["what"]: row for row in report.claim_rows(RESULTS)}
+    fine = rows["Fine-tuning, 423-way"]
+    assert fine["over"] == "2,115 drawings"  # five held-out drawings of each of 423 characters, not 600 tasks
+    assert rows["MANN, 1-shot 4-way"]["over"] == "3 seeds"
+    warm = {what for what in rows if "MAML" in what or what.startswith("ANIL")}
+    assert len(warm) > 5 and all("after a prototype warm-up" in what for what in warm)
+    assert all("Vinyals" in row["published"] for what, row in rows.items() if what.startswith("ProtoNet")
+               and row["published"][:2] == "98")  # fmt: skip
+    assert pictures.warmed_up({"script": "maml", "flags": {"warmup_steps": 4000}})
+    assert not pictures.warmed_up({"script": "maml", "flags": {"warmup_steps": 0}})
+    assert not pictures.warmed_up({"script": "hw1"})
+
+
+def test_what_is_not_measured_is_said(tmp_path):
+    page = report.page(tmp_path)
+    assert page.count("| not measured |") == len(report.CLAIMS)
+
+
+def test_the_processor_is_named_shortly():
+    intel = {"device": "cpu, 2 threads", "processor": "Intel(R) Xeon(R) Processor @ 2.80GHz, AVX512"}
+    assert pictures.processor(intel) == "2 threads of Intel Xeon"
+    assert pictures.processor({"device": "cpu, 1 threads"}) == "1 thread of AMD EPYC"
+    assert pictures.processor({"device": "NVIDIA H100"}) == "NVIDIA H100"
+
+
+# ----------------------------------------------------------------------------------- pictures
+
+
+def test_a_run_is_drawn_from_its_metrics(tmp_path):
+    common = ["--smoke", "--log_dir", str(tmp_path), "--run_name"]
+    hw1.main([*common, "mann", "--dataset", "glyphs", "--device", "cpu", "--train_steps", "4", "--eval_freq", "2"])
+    feature_weights.main([*common, "alias", "--part", "alias", "--alias_steps", "300"])
+    feature_weights.main([*common, "logistic", "--part", "logistic", "--train_steps", "4", "--eval_freq", "2"])
+    profile_costs.main([*common, "sine", "--train", "--method", "maml"])
+    for name in ("mann", "alias", "logistic", "sine"):
+        report.main(["--run", str(tmp_path / name)])
+        first = (tmp_path / name / "figure.png").read_bytes()
+        assert len(first) > 8_000
+        report.main(["--run", str(tmp_path / name)])
+        assert (tmp_path / name / "figure.png").read_bytes() == first
+    (tmp_path / "mann" / "metrics.json").write_text(json.dumps({"script": "hw1"}))
+    with pytest.raises(UserError, match="holds no curves"):
+        report.main(["--run", str(tmp_path / "mann")])
+
+
+# ---------------------------------------------------------------------------------- documents
+
+
+def test_the_front_door_is_small():
+    assert (REPO / "README.md").stat().st_size <= 12_500
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_every_figure_of_metrics_json_is_explained():
+    """Each name in a committed result stands on its script's page or on that of the run folder."""
+    common = (REPO / "docs" / "experiment.md").read_text()
+    for file in RESULTS.glob("*/*_seed1.json"):
+        run = json.loads(file.read_text())
+        page = common + (REPO / "docs" / f"{run['script']}.md").read_text()
+        unknown = [name for name in run if f"`{name}`" not in page and f"{name.split('_')[-1]}`" not in page]
+        assert not unknown, f"docs/{run['script']}.md does not explain {unknown}"
+
+
+def test_every_tag_of_tensorboard_is_explained():
+    common = (REPO / "docs" / "experiment.md").read_text()
+    for page in (REPO / "docs").glob("*.md"):
+        script = REPO / f"{page.stem}.py"
+        if script.exists():
+            kinds = "Loss|Accuracy|Adaptation|Rates|Gradient|Memory|Time|Support|Gate_forget|Gate_input|Weights|Error"
+            for tag in re.findall(rf'"((?:{kinds})/\w+)"', script.read_text()):
+                assert tag in page.read_text() + common, f"docs/{page.name} does not explain {tag}"
+
+
+def test_every_script_stands_in_the_tree():
+    readme = (REPO / "README.md").read_text()
+    assert all(f"{path.name} " in readme for path in Path(REPO).glob("*.py"))
