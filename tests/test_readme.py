@@ -22,8 +22,10 @@ GLYPHS = "--dataset glyphs --device cpu"
 # What makes a run small; these flags replace those of a command, all others stay.
 SMALLEST = {
     "hw1.py": f"--train_steps 2 --eval_freq 1 --num_val_tasks 4 --num_test_tasks 4 --meta_batch_size 2 {GLYPHS}",
-    "protonet.py": "--train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --meta_batch_size 1 --width 4 "
+    "protonet.py": "--train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --meta_batch_size 1 --width 8 "
                    f"--num_query 1 --views 2 --train_classes 5 {GLYPHS}",
+    "mae.py": "--train_steps 2 --eval_freq 2 --num_val_tasks 2 --num_test_tasks 2 --meta_batch_size 4 --width 8 "
+              f"--decoder_width 8 --views 1 --whitening_images 20 --num_query 1 {GLYPHS}",
     "transfer.py": "--train_steps 4 --finetune_steps 2 --eval_freq 2 --num_test_tasks 2 --width 4 --meta_batch_size 32 "
                    f"--head_steps 2 {GLYPHS}",
     "maml.py": "--train_steps 2 --warmup_steps 1 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --width 4 "
@@ -98,7 +100,9 @@ def test_every_command_runs_in_its_smallest_form(command, folders, capsys):
     data = str(base / "DIR")
     filled = [data if flag in ("DIR", "miniImagenet") else flag for flag in flags]
     if "RUN_DIR" in flags:
-        filled = [run_dir(script) if flag == "RUN_DIR" else flag for flag in filled]
+        pairs = zip(["", *filled], filled, strict=False)  # each flag behind the one before it
+        owner = {"--init_from": "mae.py"}  # whose run a flag names, where it is not the script's own
+        filled = [run_dir(owner.get(before, script)) if flag == "RUN_DIR" else flag for before, flag in pairs]
     if "--resume" in flags:
         final = filled  # a resumed run keeps its flags
     elif "--help" in flags:
