@@ -476,7 +476,8 @@ def test_the_committed_proof_belongs_to_these_assignments():
         assert of("right") == [(q, what) for q, what, _ in variants(a).values()]
         for kind in totals:
             totals[kind] += len(of(kind))
-        assert f"| {name} | {len(a.blanks)} | {len(of('mutant'))} | {len(of('right'))} |" in text
+        row = f"| {name} | {len(a.blanks)} | {len(of('mutant'))} | {len(of('right'))} |"
+        assert row in text, f"docs/teaching.md should say {row}"
     assert totals["mutant"] >= 80 and totals["right"] >= 15
 
 
