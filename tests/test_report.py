@@ -221,3 +221,20 @@ def test_every_tag_of_tensorboard_is_explained():
 def test_every_script_stands_in_the_tree():
     readme = (REPO / "README.md").read_text()
     assert all(f"{path.name} " in readme for path in Path(REPO).glob("*.py"))
+
+
+def test_the_measured_line_of_a_script_is_that_of_the_table():
+    rows = {row["name"]: row for row in report.claim_rows(RESULTS)}
+    for script, name in {
+        "protonet": "comparison/protonet",
+        "maml": "comparison/maml",
+        "meta_lstm": "meta_lstm/5way1shot",
+    }.items():
+        text = (REPO / f"{script}.py").read_text().split('"""')[1]
+        assert rows[name]["ours"] in text and f"{rows[name]['minutes']} minutes" in text and f"docs/{script}.md" in text
+    for script in ("hw1", "transfer", "profile_costs", "feature_weights"):
+        assert f"docs/{script}.md" in (REPO / f"{script}.py").read_text().split('"""')[1]
+    trained = json.loads((RESULTS / "costs_train.json").read_text())
+    assert (
+        f"ES {trained['es']['test_loss']:.4f} ± {trained['es']['ci95']:.4f}" in (REPO / "profile_costs.py").read_text()
+    )
