@@ -154,7 +154,8 @@ def test_the_method_of_the_page_trains_resumes_and_passes_its_own_test(tmp_path)
                           cwd=tmp_path, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{REPO}"},
                           capture_output=True, text=True, timeout=3600)  # fmt: skip
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr
-    checked = subprocess.run(["ruff", "check", "--ignore", "I001", "--config", str(REPO / "pyproject.toml"), str(tmp_path)],
+    lint = ["ruff", "check", "--ignore", "I001", "--config", str(REPO / "pyproject.toml"), str(tmp_path)]
+    checked = subprocess.run(lint,
                              capture_output=True, text=True)  # fmt: skip
     assert checked.returncode == 0, checked.stdout
 
