@@ -410,7 +410,7 @@ def main(argv=None) -> dict:
         run.record(loss)
         if run.time_to_evaluate():
             with run.clock_stopped():
-                sizes = args.sizes[:2]
+                sizes = [args.sizes[0], args.sizes[len(args.sizes) // 3], args.sizes[-1]]  # for all contexts alike
                 found = evaluate(model, val, args.num_val_tasks, sizes, args.test_samples)
             scalars = {f"Loss/val_{'with' if known else 'without'}_{size}": rows["nll"].mean().item()
                        for (size, known), rows in found.items()}  # fmt: skip

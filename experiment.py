@@ -433,6 +433,16 @@ def hold(folder: Path) -> None:
         file.close()
         raise UserError(f"--resume {folder}: another process is training this run; wait for its end") from None
     LOCKS[path] = file
+    atexit.register(release, folder)
+
+
+def release(folder: Path) -> None:
+    """Give up the lock of a run folder, and remove its file."""
+    file = LOCKS.pop(folder.resolve() / ".lock", None)
+    if file:
+        with contextlib.suppress(OSError):
+            Path(file.name).unlink(missing_ok=True)
+        file.close()
 
 
 def resume_command(script: str, folder: Path) -> str:
@@ -653,6 +663,7 @@ class Run:
         if self.writes:
             self.writer.add_text("metrics", markdown_table(trained | metrics), self.step)
             self.writer.close()
+            release(self.folder)
         metrics = trained | metrics | {"curves": {tag: thinned(curve) for tag, curve in self.curves.items()}}
         return report(self.args, self.script, self.dataset, metrics, self.folder / "metrics.json", self.digest)
 

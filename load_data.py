@@ -438,12 +438,19 @@ def seen_in_training(dataset: Dataset, name: str, split: str, folder: str | None
         theirs = make_splits(name, dataset.names, split)
         return len(set(test) & {*theirs["train"], *theirs["val"]})
     theirs = load_dataset(name, folder, split, dataset.images.shape[-1])
-    contents = lambda data, classes: {
-        hashlib.sha256(np.ascontiguousarray(data.images[s : s + c])).digest()
-        for s, c in zip(data.starts[classes], data.counts[classes], strict=True)
-    }
-    known = contents(theirs, np.concatenate([theirs.splits["train"], theirs.splits["val"]]))
-    return len(known & contents(dataset, test))
+    known = contents_of(theirs, np.concatenate([theirs.splits["train"], theirs.splits["val"]]))
+    return len(known & contents_of(dataset, test))
+
+
+def contents_of(data: Dataset, classes: np.ndarray) -> set[bytes]:
+    """A digest of each class's pictures, as its files had them: not inverted, grey as one channel."""
+    found = set()
+    for start, count in zip(data.starts[classes], data.counts[classes], strict=True):
+        images = data.images[start : start + count]
+        if (images == images[:, :1]).all():
+            images = 255 - images[:, :1] if data.inverted else images[:, :1]
+        found.add(hashlib.sha256(np.ascontiguousarray(images)).digest())
+    return found
 
 
 def fixed_tasks(dataset: Dataset, part: str, args, device: torch.device, **options) -> EpisodeSampler:

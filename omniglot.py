@@ -166,7 +166,7 @@ def contents(folder: Path) -> tuple[list[Path], list[Path]]:
     try:
         entries = sorted((p for p in folder.iterdir() if not is_junk(p.name)), key=lambda p: p.name)
     except OSError as error:
-        raise UserError(f"--data_folder: cannot list {folder} ({error}); make it readable or name another") from None
+        raise UserError(f"cannot list the folder {folder} ({error}); make it readable or name another") from None
     return [p for p in entries if p.is_dir()], [p for p in entries if not p.is_dir()]
 
 

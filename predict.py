@@ -35,21 +35,24 @@ def paper_of(grey: torch.Tensor, degree: int = 4, side: int = 64) -> torch.Tenso
     A polynomial in x and y, fitted to most of the pixels of a small copy; strokes, far from it and fewer, drop out.
     """
 
-    def terms(height: int, width: int, degree: int) -> torch.Tensor:
-        y, x = (torch.linspace(-1, 1, n, dtype=torch.float64) for n in (height, width))
-        return torch.stack([y[:, None] ** a * x**b for a in range(degree + 1) for b in range(degree + 1 - a)], dim=-1)
-
+    powers = lambda n: torch.linspace(-1, 1, n, dtype=torch.float64)[:, None] ** torch.arange(degree + 1)
     size = [max(1, round(n * min(1.0, side / max(grey.shape)))) for n in grey.shape]
     small = F.adaptive_avg_pool2d(grey[None, None], size)[0, 0].double().flatten()
+    order = sorted(((a, b) for a in range(degree + 1) for b in range(degree + 1 - a)), key=sum)  # of y^a x^b
+    ys, xs = map(powers, size)
+    terms = torch.stack([torch.outer(ys[:, a], xs[:, b]).flatten() for a, b in order], dim=1)  # [pixels, 15]
     paper = small.median().expand_as(small)
     for now in (0, 1, 2, 2, 2, 2, *[degree] * 5):
         off = (small - paper).abs()
         used = (off <= 2.5 * max(1.4826 * off.median().item(), 2.0)).double()  # 1.4826 median: a standard deviation
-        basis = terms(*size, now).flatten(0, 1)
+        basis = terms[:, : (now + 1) * (now + 2) // 2]
         kept = basis * used[:, None]
         weights = torch.linalg.solve(basis.T @ kept + 1e-6 * torch.eye(basis.shape[1]), kept.T @ small)
         paper = basis @ weights
-    return (terms(*grey.shape, degree) @ weights).float()
+    surface = torch.zeros(degree + 1, degree + 1, dtype=torch.float64)
+    for (a, b), weight in zip(order, weights, strict=True):
+        surface[a, b] = weight
+    return (powers(grey.shape[0]) @ surface @ powers(grey.shape[1]).T).float()
 
 
 def prepare_drawing(image: torch.Tensor, ink: str, size: int) -> torch.Tensor:

@@ -658,6 +658,28 @@ def write_tables(out: Path, dataset: str) -> None:
     write_text(out / "README.md", page(out, dataset))
 
 
+def field_table(out: Path) -> str:
+    """The kinds of faults that people met in the field, from field.json."""
+    if not (out / "field.json").exists():
+        return "(not counted yet)"
+    found = read(out / "field.json")
+    kinds = sorted(found["kinds"].items(), key=lambda item: -item[1]["tried"])
+    rows = [[kind, row["tried"], row["right"]] for kind, row in kinds]
+    rows.append(["all", sum(row["tried"] for _, row in kinds), sum(row["right"] for _, row in kinds)])
+    return "\n".join([*table("kind | cases tried | cases right", rows), "", f"Command: `{found['command']}`."])
+
+
+def light_table(out: Path) -> str:
+    """Prediction on photographs under uneven light, from prediction_light.json."""
+    if not (out / "prediction_light.json").exists():
+        return "(not measured yet)"
+    found = read(out / "prediction_light.json")
+    shares = list(next(iter(found["accuracy"].values())))
+    rows = [[what, *(f"{100 * value:.1f}" for value in row.values())] for what, row in found["accuracy"].items()]
+    lines = table("accuracy in % | " + " | ".join(f"{share} %" for share in shares), rows)
+    return "\n".join([*lines, "", found["what"]])
+
+
 # ----------------------------------------------------------------------------------- documents
 
 BLOCKS = {
@@ -677,6 +699,8 @@ BLOCKS = {
     "mae": mae_table,
     "speed": speed_table,
     "faults": faults_text,
+    "field": field_table,
+    "light": light_table,
 }
 
 

@@ -1,8 +1,10 @@
 """The run folder: atomic writes, hostile and foreign checkpoints, intervals, the common flags."""
 
+import json
 import math
 import os
 import pickle
+from argparse import Namespace
 
 import pytest
 import torch
@@ -115,3 +117,80 @@ def test_a_bug_in_what_is_written_leaves_nothing_behind(tmp_path):
     with pytest.raises(KeyError):
         experiment.write_atomically(tmp_path / "file", lambda out: {}["missing"])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype, fast, works, expected, note", [
+    ("auto", True, True, torch.bfloat16, False), ("auto", True, False, torch.float32, False),
+    ("auto", False, True, torch.float32, False), ("bfloat16", False, True, torch.bfloat16, False),
+    ("bfloat16", True, False, torch.float32, True), ("float32", True, True, torch.float32, False),
+])
+def test_precision_is_what_the_processor_and_the_kernels_can(dtype, fast, works, expected, note, monkeypatch, capsys):
+    monkeypatch.setattr(experiment, "fast_in_bfloat16", lambda device: fast)
+
+    def probe():
+        assert torch.is_autocast_enabled("cpu")
+        torch.rand(3)
+        if not works:
+            raise RuntimeError("could not create a primitive descriptor")
+
+    torch.manual_seed(4)
+    expected_next = torch.rand(1)
+    torch.manual_seed(4)
+    assert experiment.precision(Namespace(dtype=dtype), torch.device("cpu"), probe) == expected
+    assert torch.equal(torch.rand(1), expected_next)  # the probe leaves the stream alone
+    assert ("cannot compute the network in bfloat16" in capsys.readouterr().err) == note
+
+
+def test_an_older_processor_is_believed(monkeypatch):
+    """ATEN_CPU_CAPABILITY=avx2 makes a better processor stand for one without bfloat16 instructions."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert experiment.fast_in_bfloat16(torch.device("cpu"))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not experiment.fast_in_bfloat16(torch.device("cpu"))
+
+
+def test_a_warm_up_chooses_no_checkpoint_and_costs_no_patience(tmp_path):
+    """Three evaluations of a warm-up with --patience 1, then two of the method, of which the first is better."""
+    args = Namespace(resume=None, random_seed=1, log_dir=str(tmp_path), run_name="run", train_steps=6, eval_freq=1,
+                     patience=1, meta_batch_size=1, command="", git_commit=None)  # fmt: skip
+    run = experiment.Run(args, "maml", "glyphs")
+    model = torch.nn.Linear(1, 1)
+    run.track(model=model)
+    for step, accuracy in zip(run.steps(), (0.9, 0.1, 0.1, 0.5, 0.4, 0.6), strict=False):
+        run.record(torch.tensor(1.0))
+        run.evaluated(accuracy, {"Accuracy/val": accuracy}, choose=step > 3)
+        assert (run.folder / "best.pt").exists() == (step > 3)
+    assert run.step == 5 and run.best == 0.5 and run.best_step == 4  # the sixth was not waited for
+    metrics = run.finish({})
+    assert metrics["val_accuracy"] == 0.5 and metrics["curves"]["Accuracy/val"][0] == [1, 0.9]
+
+
+def test_without_validation_there_is_no_validation_accuracy(tmp_path):
+    args = Namespace(resume=None, random_seed=1, log_dir=str(tmp_path), run_name="run", train_steps=2, eval_freq=1,
+                     meta_batch_size=1, command="python x.py", git_commit=None)  # fmt: skip
+    run = experiment.Run(args, "transfer", "glyphs", "d" * 64)
+    run.track(model=torch.nn.Linear(1, 1))
+    for _ in run.steps():
+        run.record(torch.tensor(1.0))
+        run.evaluated(None, {})
+    metrics = run.finish({"test_accuracy": 0.5})
+    assert "val_accuracy" not in metrics and metrics["best_step"] == 2 and metrics["dataset_digest"] == "d" * 64
+
+
+def test_a_long_curve_keeps_its_last_point():
+    curve = [[step, float(step)] for step in range(1, 1001)]
+    thin = experiment.thinned(curve)
+    assert 50 <= len(thin) <= 100 and thin[-1] == [1000, 1000.0] and experiment.thinned(curve[:49]) == curve[:49]
+
+
+def test_json_keeps_lists_on_one_line_and_strings_as_they_are(tmp_path):
+    content = {"list": [1, 2.5, "a  b"], "text": "[ 1,  2 ]", "odd": ["a  [ b ]"], "of": [[1, 2], {"x": []}]}
+    experiment.write_json(tmp_path / "a.json", content)
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == content and '"list": [1, 2.5, "a  b"]' in text
+
+
+def test_the_command_is_a_newcomers_one():
+    words = ["--num_shot", "1", "--log_dir", "/tmp/x", "--run_name=a b", "--dataset", "glyphs"]
+    assert experiment.newcomers_command("hw1.py", words) == "python hw1.py --num_shot 1 --dataset glyphs"

@@ -641,7 +641,7 @@ def test_training_starts_from_the_weights_of_a_run(script, runs):
     model = {
         "protonet": lambda: protonet.make_encoder(args, 1),
         "hw1": lambda: hw1.MANN(2, 2, 8),
-        "maml": lambda: maml.Learner(protonet.Conv4(1, 4, 28, strided=True), 5, 1, 0.4, "linear", False, 1.0, False),
+        "maml": lambda: maml.MAML(protonet.Conv4(1, 4, 28, strided=True), 5, 1, 0.4, "linear", False, 1.0, False),
     }[script]()
     experiment.init_from(args, model)
     best = torch.load(runs / script / "best.pt", weights_only=True)["model"]
@@ -778,13 +778,13 @@ def test_the_resume_line_can_be_typed(work, tmp_path):
     folder = tmp_path / "my runs (1)"
     command = [sys.executable, str(REPO / "hw1.py"), "--dataset", "glyphs", "--num_classes", "2", "--hidden_dim", "8",
                "--meta_batch_size", "2", "--train_steps", "100000", "--log_dir", str(folder), "--run_name", "a b",
-               "--num_val_tasks", "2", "--num_test_tasks", "2"]  # fmt: skip
+               "--num_val_tasks", "2", "--num_test_tasks", "2", "--eval_freq", "2"]  # fmt: skip
     run = subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
-    while not (folder / "a b" / "flags.json").exists() and run.poll() is None:
+    saved = folder / "a b" / "checkpoint.pt"
+    while not saved.exists() and run.poll() is None:
         time.sleep(0.1)
     other = subprocess.run([*command[:2], "--resume", str(folder / "a b")], cwd=work, capture_output=True, text=True)
     one_line_error(other, "--resume", "another process")  # a lock against two trainings of one run
-    time.sleep(3)
     run.send_signal(signal.SIGINT)
     err = run.communicate(timeout=120)[1]
     line = err.strip().splitlines()[-1]
@@ -796,7 +796,9 @@ def test_the_resume_line_can_be_typed(work, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    time.sleep(8)
+    before = saved.stat().st_mtime_ns
+    while saved.stat().st_mtime_ns == before and again.poll() is None:
+        time.sleep(0.1)
     again.send_signal(signal.SIGINT)
     assert "interrupted at step" in again.communicate(timeout=120)[1]
 
@@ -846,16 +848,18 @@ def test_folder_runs_prepare_pictures_as_they_trained(paper, ink, tmp_path, work
     protonet.main(flags)
     saved = json.loads((tmp_path / "run" / "flags.json").read_text())
     assert saved["flags"]["inverted"] == (paper > ink)
-    for r in (3, 6, 9, 12, 16):
+    data = load_dataset("folder", str(tmp_path / "d"))
+    files = [p for name in data.names for p in sorted((tmp_path / "d" / name).iterdir())]
+    prepared = [predict.prepare_as_trained(read_image(p, ""), 1, paper > ink, 28) for p in files]
+    assert torch.equal(torch.stack(prepared), torch.from_numpy(data.images).float() / 255)
+    for r in (3, 16):
         (tmp_path / "support" / f"r{r}").mkdir(parents=True)
-        Image.fromarray(picture(r).astype(np.uint8)).save(tmp_path / "support" / f"r{r}" / "0.png")
         (tmp_path / "query").mkdir(exist_ok=True)
-        Image.fromarray(picture(r).astype(np.uint8)).save(tmp_path / "query" / f"r{r}.png")
+        for n in range(3):
+            where = tmp_path / "query" / f"r{r} {n}.png" if n else tmp_path / "support" / f"r{r}" / "0.png"
+            Image.fromarray(picture(r).astype(np.uint8)).save(where)
     rows = predict.main([str(tmp_path), "--checkpoint", str(tmp_path / "run")])
-    assert [row["predicted_class"] for row in rows] == [row["file"].removesuffix(".png") for row in rows]
-    image = read_image(tmp_path / "query" / "r9.png", "")
-    shown = predict.prepare_as_trained(image, 1, paper > ink, 28)
-    assert shown.shape == (1, 28, 28) and shown[0, 14, 14] > 0.8 and shown[0, 0, 0] < 0.2
+    assert [row["predicted_class"] for row in rows] == [row["file"].split()[0] for row in rows]
     refused(lambda: predict.main([str(tmp_path), "--checkpoint", str(tmp_path / "run"), "--ink", "dark"]), "--ink dark")
 
 

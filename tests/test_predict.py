@@ -1,17 +1,20 @@
 """Prediction on the user's own pictures: of any look, in any order, with one line for every fault."""
 
 import csv
+import json
+import os
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from conftest import one_line_error
+from conftest import REPO, has_omniglot, one_line_error
 
 import experiment
 import load_data
 import omniglot
 import predict
+import protonet
 
 
 def photograph(character, size, ink, paper, noise=0):
@@ -98,3 +101,69 @@ def test_bad_folders_get_one_line(trained_protonet, pictures, tmp_path, run_scri
     refused("support is missing")
     one_line_error(run_script("predict.py", pictures), "--checkpoint")
     one_line_error(run_script("predict.py", pictures, "--checkpoint", tmp_path), "not a run folder")
+
+
+def shade(height, width, darker, kind):
+    """A factor [H, W] of light: 1 in the middle or at the lit side, 1 - darker where it is darkest."""
+    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
+    one = np.exp(-((x - 1) ** 2 + (y - 1) ** 2) / 0.5)
+    return 1 - darker * {"four corners": (x**2 + y**2) / 2, "one side": (x + y + 2) / 4, "one corner": one}[kind]
+
+
+def shaded_photograph(drawing, rng, ink, darker, kind):
+    """A drawing [H, W] (1 is ink) as a photograph uint8 [3, H', W']: any size, margin, ink and paper, noise."""
+    size = int(rng.integers(80, 180))
+    big = torch.nn.functional.interpolate(torch.from_numpy(drawing)[None, None].float(), (size, size), mode="bilinear")
+    canvas = np.pad(big[0, 0].numpy(), int(size * rng.uniform(0.05, 0.3)))
+    pen, paper = rng.uniform(10, 80), rng.uniform(190, 250)
+    if ink == "bright":
+        pen, paper = paper, rng.uniform(15, 60)
+    light = (canvas * pen + (1 - canvas) * paper) * shade(*canvas.shape, darker, kind)
+    light = (light + rng.normal(0, 3, light.shape)).clip(0, 255).round().astype(np.uint8)
+    return torch.from_numpy(light)[None].expand(3, -1, -1)
+
+
+@pytest.mark.slow
+@has_omniglot
+@pytest.mark.parametrize("ink", ["dark", "bright"])
+@pytest.mark.parametrize("kind", ["four corners", "one side", "one corner"])
+def test_uneven_light_on_real_characters(ink, kind, trained_on_omniglot):
+    """20 tasks, 5-way 1-shot, of real characters of the test split: at least 95 % right at 0 to 30 % less light.
+
+    RECORD=1 writes the figures to results/prediction_light.json.
+    """
+    encoder = trained_on_omniglot
+    data = load_data.load_dataset("omniglot", image_size=105)
+    found = {}
+    for darker in (0, 5, 10, 15, 20, 30):
+        rng, right = np.random.default_rng(1), []
+        for _ in range(20):
+            classes = rng.choice(data.splits["test"], 5, replace=False)
+            drawings = [data.images[data.starts[c] + rng.choice(20, 5, replace=False), 0] / 255 for c in classes]
+            photographs = [[shaded_photograph(d, rng, ink, darker / 100, kind) for d in five] for five in drawings]
+            images = torch.stack(
+                [torch.stack([predict.prepare_drawing(p, "auto", 28) for p in f]) for f in photographs]
+            )
+            with torch.no_grad():
+                features = protonet.embed(encoder, images.flatten(0, 1)[None], torch.float32)[0].view(5, 5, -1)
+            logits = protonet.proto_logits(features[None, :, 0], features[None, :, 1:].flatten(1, 2), 5)
+            right.append((logits[0].argmax(dim=-1) == torch.arange(5).repeat_interleave(4)).float().mean().item())
+        found[darker] = float(np.mean(right))
+    if os.environ.get("RECORD"):
+        path = REPO / "results" / "prediction_light.json"
+        content = json.loads(path.read_text()) if path.exists() else {}
+        experiment.write_json(path, content | {f"{ink} ink, {kind}": {str(k): round(v, 4) for k, v in found.items()}})
+    assert min(found.values()) >= 0.95, found
+
+
+@pytest.fixture(scope="module")
+def trained_on_omniglot(work, tmp_path_factory):
+    """An encoder of a short run on the real characters."""
+    folder = tmp_path_factory.mktemp("light")
+    flags = ["--train_steps", "800", "--eval_freq", "400", "--num_val_tasks", "200", "--device", "cpu", "--log_dir"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        protonet.main([*flags, str(folder), "--run_name", "light", "--dataset", "omniglot"])
+        encoder = protonet.make_encoder(protonet.parse_args([]), 1)
+        experiment.load_best(folder / "light", encoder)
+    return encoder
