@@ -682,7 +682,19 @@ def light_table(out: Path) -> str:
 
 # ----------------------------------------------------------------------------------- documents
 
+
+def homework_text(out: Path) -> str:
+    """How many submissions `homework.py check` graded as they should be, by assignment, from homework.json."""
+    if not (out / "homework.json").exists():
+        return "Not measured: `python homework.py check all`."
+    found = read(out / "homework.json")
+    return "\n".join(
+        table("assignment | cases", [[name, len(cases)] for name, cases in found.items() if name[:2] == "hw"])
+    )
+
+
 BLOCKS = {
+    "homework": homework_text,
     "front": front_table,
     "mann": mann_table,
     "mann_answers": mann_answers,
