@@ -687,10 +687,9 @@ def homework_text(out: Path) -> str:
     """How many submissions `homework.py check` graded as they should be, by assignment, from homework.json."""
     if not (out / "homework.json").exists():
         return "Not measured: `python homework.py check all`."
-    found = read(out / "homework.json")
-    return "\n".join(
-        table("assignment | cases", [[name, len(cases)] for name, cases in found.items() if name[:2] == "hw"])
-    )
+    found = [a for a in read(out / "homework.json").values() if isinstance(a, dict) and "cases" in a]
+    rows = [[assignment["title"], assignment["points"], len(assignment["cases"])] for assignment in found]
+    return "\n".join(table("assignment | points | submissions graded", rows))
 
 
 BLOCKS = {
