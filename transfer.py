@@ -171,7 +171,7 @@ def parse_args(argv=None):
     smoke = {"train_steps": 20, "finetune_steps": 10, "eval_freq": 5, "num_test_tasks": 10, "width": 8,
              "meta_batch_size": 32}  # fmt: skip
     groups["run"].add_argument("--init_from", **experiment.INIT_FROM)
-    falls = "the learning rates of both phases fall to zero in it"
+    falls = "the learning rate of each phase falls to zero in it"
     args = experiment.parse(parser, argv, smoke, fixed=("width", "image_size"), longer=lambda flags: falls)
     if args.finetune_steps >= args.train_steps:
         raise UserError(f"--finetune_steps {args.finetune_steps} must be less than --train_steps {args.train_steps}")
