@@ -121,6 +121,8 @@ CASES = [
     *[Case("memorization", f"sinusoid_maml_{r}", "memorization.py", f"--task sinusoid --learner maml --regulariser {r}",
            seeds=3, minutes=2)
       for r in ("none", "weights", "activations")],
+    Case("memorization", "diseased_blackbox_none", "memorization.py",
+         "--task diseased --learner blackbox --regulariser none", "--train_steps 500", "", minutes=4),
     Case("bayes", "phase", "bayes.py", "", minutes=10),
     Case("costs", "costs", "profile_costs.py", "--sweep all --engine auto", "", "", 1, 5),
     Case("features", "features", "feature_weights.py", "--part all", "", "", 1, 2),
