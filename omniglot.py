@@ -85,7 +85,7 @@ def read_image(data: bytes | Path, name: str) -> np.ndarray:
         raise UserError(f"cannot read the image {name} ({type(error).__name__}); replace it") from error
     if shown.ndim == 3 and (shown == shown[..., :1]).all():
         shown = shown[..., 0]
-    return np.ascontiguousarray(shown[None] if shown.ndim == 2 else shown.transpose(2, 0, 1))
+    return np.array(shown[None] if shown.ndim == 2 else shown.transpose(2, 0, 1), order="C")  # a copy
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -660,6 +660,8 @@ def write_tables(out: Path, dataset: str) -> None:
 
 def homework_table(out: Path) -> str:
     """What the grader of each assignment was put to, from homework.json."""
+    if not (out / "homework.json").exists():
+        return "Not measured: `python homework.py check all --out results/homework.json`."
     rows = []
     for name, proof in read(out / "homework.json").items():
         kinds = [case["kind"] for case in proof["cases"] if case["as_expected"]]

@@ -640,7 +640,7 @@ def test_training_starts_from_the_weights_of_a_run(script, runs):
     args = MODULES[script].parse_args([*GLYPHS, *TINY[script], "--train_steps", "4", "--init_from", str(runs / script)])
     model = {
         "protonet": lambda: protonet.make_encoder(args, 1),
-        "hw1": lambda: hw1.MANN(2, 2, 8),
+        "hw1": lambda: hw1.MANN(2, 2, 8, head="linear"),
         "maml": lambda: maml.MAML(protonet.Conv4(1, 4, 28, strided=True), 5, 1, 0.4, "linear", False, 1.0, False),
     }[script]()
     experiment.init_from(args, model)
@@ -716,7 +716,7 @@ def test_names_that_a_console_lacks(encoding, runs, tmp_path, run_script):
     for name in ("日本", "Ω≈ç"):
         draw(tmp_path / "support", [name], each=1, first=len(name))
     (tmp_path / "query").mkdir()
-    shutil.copy(tmp_path / "support" / "日本" / "0.png", tmp_path / "query" / "ü日.png")
+    shutil.copy(tmp_path / "support" / "日本" / "0.png", tmp_path / "query" / "z日.png")
     shutil.copytree(runs / "protonet", tmp_path / "run")
     env = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
     result = run_script("predict.py", tmp_path, "--checkpoint", tmp_path / "run", env=env)
