@@ -450,7 +450,7 @@ def probe_train(images, classes, steps, hidden):
     return [p for p in model.parameters()]
 
 
-@graded("5", weight=1, seconds=60, whole=True)
+@graded("5", seconds=100, whole=True)  # a network that reads episode by episode takes its time
 def test_training(student):
     """Trained here on glyphs, K = 1, N = 2, your functions together reach 80 % on new characters."""
     import hw1
