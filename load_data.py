@@ -11,6 +11,8 @@ episode). `DataGenerator` serves the same episodes one at a time through the cou
     python load_data.py --dataset folder --data_folder my_images
 
 Everywhere: float32 images in [0, 1], 1 is ink and 0 is paper; colour photographs keep their values.
+
+Everything else: docs/load_data.md.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ tasks of new characters are solved by prototypes. docs/mae.md has the derivation
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -258,19 +259,23 @@ def probe(features: torch.Tensor, held_out: int, per_class: int) -> torch.Tensor
 
 
 @torch.no_grad()
-def frozen(args, encoder: ViT, dataset: Dataset, part: str, dtype: torch.dtype, device, views: int) -> dict:
-    """Features of all images of a split: "plain", and "whitened" by what distortions change in training pictures.
+def frozen(args, encoder: ViT, dataset: Dataset, parts: tuple, dtype: torch.dtype, device, views: int) -> list[dict]:
+    """For each of the splits in `parts` features of its images, "plain" and "whitened" by training pictures' copies.
 
     Labels order the images and serve nothing else. Whitened and averaged over `views`, or of "one_view" alone.
     """
     limits = args.jitter, args.shift, args.bend
+    # Distorted half as much as in training, a picture still looks like one that somebody has drawn.
+    half = tuple(limit / 2 for limit in limits)
     train = pictures(dataset, "train", device)
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(VAL_SEED))[: args.whitening_images]
     centre, matrix = whitening(embed(encoder, train[chosen.to(device)], dtype, 4, limits, VAL_SEED))
-    # Distorted half as much as in training, a picture still looks like one that somebody has drawn.
-    seen = embed(encoder, pictures(dataset, part, device), dtype, views, tuple(limit / 2 for limit in limits), VAL_SEED)
-    one = unit(seen[0], centre, matrix)
-    return {"plain": seen[0], "one_view": one, "whitened": unit(seen.mean(dim=0), centre, matrix)}
+    kinds = []
+    for part in parts:
+        seen = embed(encoder, pictures(dataset, part, device), dtype, views, half, VAL_SEED)
+        one, mean = (unit(features, centre, matrix) for features in (seen[0], seen.mean(dim=0)))
+        kinds.append({"plain": seen[0], "one_view": one, "whitened": mean})
+    return kinds
 
 
 def pictures(dataset: Dataset, part: str, device) -> torch.Tensor:
@@ -316,13 +321,9 @@ def parse_args(argv=None):
              "decoder_width": 16, "meta_batch_size": 32, "views": 2, "whitening_images": 100}  # fmt: skip
     shapes = ("width", "depth", "decoder_width", "decoder_depth", "image_size")
     args = experiment.parse(parser, argv, smoke, fixed=shapes)
-    for flag in ("width", "decoder_width"):
-        if getattr(args, flag) % 8:
-            raise UserError(f"--{flag} {getattr(args, flag)} is no multiple of 8: four heads, sines and cosines")
-    if args.image_size % PATCH:
-        raise UserError(f"--image_size {args.image_size} is no multiple of {PATCH}, the side of a patch")
-    if args.contrast and args.meta_batch_size < 2:
-        raise UserError("--contrast tells pictures apart; use a --meta_batch_size of 2 or more")
+    for flag, part in (("width", 8), ("decoder_width", 8), ("image_size", PATCH)):
+        if getattr(args, flag) % part:
+            raise UserError(f"--{flag} {getattr(args, flag)} is no multiple of {part}")
     return args
 
 
@@ -335,11 +336,13 @@ def main(argv=None) -> dict:
     if args.test:
         step = experiment.load_best(args.checkpoint, model)
         metrics = {"best_step": step} | test_report(args, model, dataset, dtype, device)
+        figure = reconstruction_figure(args, model, dataset, dtype, device)
+        path = Path(args.checkpoint) / f"reconstruction_{dataset.name}.png"
+        experiment.write_atomically(path, lambda out: figure.savefig(out, dpi=150, format="png"))
         return experiment.report(args, "mae", dataset.name, metrics, digest=dataset.digest)
 
-    B, world = args.meta_batch_size, experiment.shard()[1]
-    if B % world:
-        raise UserError(f"--meta_batch_size {B} does not divide over {world} processes")
+    if args.meta_batch_size % experiment.shard()[1]:
+        raise UserError(f"--meta_batch_size {args.meta_batch_size} does not divide over the processes of torchrun")
     images = pictures(dataset, "train", device)
     if args.rotations:
         images = torch.cat([images.rot90(turn, (2, 3)) for turn in range(4)])
@@ -362,10 +365,12 @@ def main(argv=None) -> dict:
         run.record(loss)
         if run.time_to_evaluate():
             with run.clock_stopped():
-                features = frozen(args, model.encoder, dataset, "val", dtype, device, views=1)
+                features = frozen(args, model.encoder, dataset, ("val",), dtype, device, views=1)[0]
                 val_accuracy = task_accuracy(features["whitened"], val, args.num_val_tasks).mean().item()
                 val_error = reconstruct(args, model, pictures(dataset, "val", device)[:500], dtype)[0].item()
-                log_pictures(run, args, model, dataset, dtype, device)
+                if run.writes:
+                    figure = reconstruction_figure(args, model, dataset, dtype, device)
+                    run.writer.add_figure("reconstruction", figure, run.step)
             # Labels choose no checkpoint: the last one counts.
             run.evaluated(None, {
                 "Loss/error": error.item(), "Loss/disagreement": disagreement.item(), "Loss/val": val_error,
@@ -378,14 +383,12 @@ def main(argv=None) -> dict:
 def test_report(args, model: MAE, dataset: Dataset, dtype: torch.dtype, device: torch.device) -> dict:
     """Accuracies on the fixed test tasks, of the trained and of the untrained network, and the linear probe."""
     test, val = (fixed_tasks(dataset, part, args, device) for part in ("test", "val"))
-    features = frozen(args, model.encoder, dataset, "test", dtype, device, args.views)
+    features, chosen_by = frozen(args, model.encoder, dataset, ("test", "val"), dtype, device, args.views)
     untrained = make_model(args, dataset.images.shape[1]).to(device).encoder
-    before = frozen(args, untrained, dataset, "test", dtype, device, args.views)
-    chosen_by = frozen(args, model.encoder, dataset, "val", dtype, device, args.views)
+    before = frozen(args, untrained, dataset, ("test",), dtype, device, args.views)[0]
     n = args.num_test_tasks
-    accuracies = task_accuracy(features["whitened"], test, n)
     named = {
-        "test_accuracy": accuracies,
+        "test_accuracy": task_accuracy(features["whitened"], test, n),
         "test_accuracy_one_view": task_accuracy(features["one_view"], test, n),
         "test_accuracy_plain": task_accuracy(features["plain"], test, n),
         "test_accuracy_linear": task_accuracy(features["whitened"], test, n, ridge),
@@ -395,7 +398,7 @@ def test_report(args, model: MAE, dataset: Dataset, dtype: torch.dtype, device: 
     }
     if test.same_count and args.held_out < test.same_count:
         named["probe_accuracy"] = probe(features["whitened"], args.held_out, test.same_count)
-    metrics = {"num_test_tasks": n, "accuracies": [round(a, 4) for a in accuracies.tolist()]}
+    metrics = {"num_test_tasks": n, "accuracies": [round(a, 4) for a in named["test_accuracy"].tolist()]}
     for name, values in named.items():
         interval = name.replace("test_accuracy", "ci95").replace("accuracy", "ci95")
         metrics[name], metrics[interval] = experiment.mean_and_ci95(values)
@@ -416,8 +419,7 @@ def reconstruct(args, model: MAE, images: torch.Tensor, dtype: torch.dtype, seed
     images = images.float() / 255
     patches = patchify(images, PATCH)
     generator = torch.Generator(images.device).manual_seed(seed)
-    order = random_order(len(patches), patches.shape[1], generator)
-    visible = count_visible(patches.shape[1], args.mask_ratio)
+    order, visible = random_order(*patches.shape[:2], generator), count_visible(patches.shape[1], args.mask_ratio)
     with experiment.autocast(images.device, dtype):
         predicted = model(patches, order, visible)[0].float()
     error = masked_error(predicted, targets(patches, args.normalise), order, visible)
@@ -428,29 +430,22 @@ def reconstruct(args, model: MAE, images: torch.Tensor, dtype: torch.dtype, seed
     return error, *(unpatchify(x, PATCH, images.shape[1]) for x in (masked, completed))
 
 
-def reconstruction_figure(images: torch.Tensor, masked: torch.Tensor, completed: torch.Tensor):
-    """Three rows, one column a picture: the original, what the encoder sees, what it is completed to."""
+def reconstruction_figure(args, model: MAE, dataset: Dataset, dtype: torch.dtype, device):
+    """Twelve test characters as they are, as the encoder sees them, and completed; always the same, equally masked."""
     from matplotlib.figure import Figure  # not pyplot: no window system, nothing to close
 
+    classes = dataset.splits["test"][:12]
+    images = torch.from_numpy(dataset.images[dataset.starts[classes]]).to(device)
+    _, masked, completed = reconstruct(args, model, images, dtype, seed=1)
     figure = Figure(figsize=(0.8 * len(images), 2.7), layout="constrained")
     axes = figure.subplots(3, len(images), squeeze=False)
-    for row, (name, pictures) in enumerate({"original": images, "visible": masked, "completed": completed}.items()):
-        for ax, picture in zip(axes[row], pictures, strict=True):
+    for row, (name, kind) in enumerate({"original": images / 255, "visible": masked, "completed": completed}.items()):
+        for ax, picture in zip(axes[row], kind, strict=True):
             picture = picture.cpu().permute(1, 2, 0).numpy()
             ax.imshow(1 - picture if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=1)
             ax.set_xticks([]), ax.set_yticks([])
         axes[row, 0].set_ylabel(name, fontsize=8)
     return figure
-
-
-def log_pictures(run: Run, args, model: MAE, dataset: Dataset, dtype: torch.dtype, device) -> None:
-    """Send completions of twelve test characters to TensorBoard, each time the same under the same masks."""
-    if not run.writes:
-        return
-    classes = dataset.splits["test"][:12]
-    images = torch.from_numpy(dataset.images[dataset.starts[classes]]).to(device)
-    _, masked, completed = reconstruct(args, model, images, dtype, seed=1)
-    run.writer.add_figure("reconstruction", reconstruction_figure(images.float() / 255, masked, completed), run.step)
 
 
 if __name__ == "__main__":

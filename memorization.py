@@ -11,9 +11,7 @@ Here it is measured: what is left of the accuracy when the support set is emptie
     python memorization.py --task characters --regulariser weights     20-way Omniglot with fixed labels
     python memorization.py --smoke                                     a complete run in seconds
 
-MEASURED_LINE
-    python maml.py --num_classes 20 --fixed_labels                     the same tasks, MAML of the whole network
-
+Measured on a CPU core, one seed: test error of the sinusoids 0.81 +- 0.11 plain, 0.21 +- 0.06 with the cost on weights.
 The five task distributions: tasks.py. All figures and what they teach: docs/memorization.md.
 """
 
@@ -21,7 +19,6 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,44 +28,10 @@ import experiment
 from backbone import Conv4, conv4
 from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
 from load_data import load_dataset
-from tasks import Batch, Diseased, FixedLabels, Grasping, Stream, basis_tasks, sinusoid_tasks
+from tasks import RECIPES, Batch, Diseased, FixedLabels, Grasping, Recipe, Stream, basis_tasks, sinusoid_tasks
 
 CONDITIONS = ("own", "emptied", "other")  # whose support set the learner gets: the task's, nobody's, the next task's
 UNUSED = ("--dtype", "--split", "--image_size", "--num_classes", "--num_shot", "--rotations", "--patience")
-
-
-class Recipe(NamedTuple):
-    """What a task's flags of the same names are by default; `betas` by (learner, regulariser)."""
-
-    kind: str  # of the loss: square, binary, choice (one of `ways` points) or classes
-    ways: int
-    num_shot: int  # support points (pictures, for grasping; images of each class, for diseased and characters)
-    num_query: int
-    meta_batch_size: int
-    train_steps: int
-    hidden_dim: int
-    code_dim: int
-    inner_lr: float
-    inner_steps: int
-    test_inner_steps: int
-    test_shot: int
-    betas: dict[tuple[str, str], float]
-
-
-def betas(*four: float) -> dict[tuple[str, str], float]:
-    """The costs of (maml, activations), (maml, weights), (blackbox, activations), (blackbox, weights)."""
-    pairs = [(learner, regulariser) for learner in ("maml", "blackbox") for regulariser in ("activations", "weights")]
-    return dict(zip(pairs, four, strict=True))
-
-
-RECIPES = {
-    "basis": Recipe("square", 1, 10, 10, 16, 3000, 40, 5, 0.05, 5, 20, 10, betas(0.1, 5e-5, 0.01, 5e-5)),
-    "diseased": Recipe("binary", 2, 5, 5, 16, 3000, 64, 32, 0.1, 3, 10, 5, betas(0.3, 1e-4, 0.3, 1e-4)),
-    "grasping": Recipe("choice", 3, 5, 10, 16, 3000, 64, 32, 0.1, 3, 10, 5, betas(0.3, 1e-4, 0.3, 1e-4)),
-    "sinusoid": Recipe("square", 1, 10, 10, 1, 15000, 40, 5, 0.01, 1, 100, 5, betas(5.0, 5e-5, 0.05, 3e-4)),
-    "characters": Recipe("classes", 20, 1, 1, 8, 3000, 0, 64, 2.5, 1, 1, 1, betas(0.1, 1e-5, 0.1, 1e-5)),
-}
-
 
 # ---------------------------------------------------------------------------------- the model
 
@@ -333,19 +296,27 @@ def parse_args(argv=None):
     add("--regulariser", choices=["none", "activations", "weights"], default="none", help="what carries the cost")
     add("--hidden_dim", type=whole(0), help="units of each of MAML's two hidden layers; 0: a linear head" + own)
     add("--code_dim", type=whole(1), help="dimensions of the regularised code z" + own)
-    add("--raw_std", type=float, default=-3.0, help="where softplus^-1 of the weights' standard deviations starts")
+    add("--raw_std", type=float, help="where softplus^-1 of the weights' standard deviations starts" + own)
     add = groups["optimisation"].add_argument
     add("--beta", type=number(), help="price of a nat of the regulariser's cost" + own)
     add("--inner_lr", type=number(above=True), help="rate of MAML's inner steps" + own)
     add("--inner_steps", type=whole(1), help="MAML's gradient steps on a support set in training" + own)
     add("--learning_rate", type=number(above=True), default=1e-3, help="of Adam")
-    add("--fresh_adam", choices=["none", "encoder", "all"], default="none",
-        help="what a new Adam moves in every step, by the rate in the gradient's sign: the authors' code")  # fmt: skip
+    add("--fresh_adam", choices=["none", "encoder", "all"],
+        help="what a new Adam moves in every step, by its rate in the gradient's sign" + own)  # fmt: skip
     groups["evaluation"].add_argument("--test_inner_steps", type=whole(1), help="the same in validation and test" + own)
     smoke = {"train_steps": 20, "eval_freq": 10, "num_val_tasks": 20, "num_test_tasks": 40}
     shapes = ("task", "learner", "regulariser", "hidden_dim", "code_dim")
     args = experiment.parse(parser, argv, smoke, fixed=shapes)
     recipe = RECIPES[args.task]
+    authors = args.task == "sinusoid" and args.learner == "maml"  # the figures of their notebook need all of it
+    if authors and args.regulariser == "activations":
+        recipe = recipe._replace(train_steps=10_000)
+    if args.fresh_adam is None:
+        args.fresh_adam = (
+            {"activations": "encoder", "weights": "all"}.get(args.regulariser, "none") if authors else "none"
+        )
+    args.raw_std = args.raw_std if args.raw_std is not None else -50.0 if authors else -3.0
     for name in set(Recipe._fields) - {"kind", "ways", "betas"}:
         if getattr(args, name) is None:
             setattr(args, name, getattr(recipe, name))
@@ -356,10 +327,8 @@ def parse_args(argv=None):
         args.beta = 0.0
     elif args.beta is None:
         args.beta = recipe.betas[args.learner, args.regulariser]
-    if args.task == "characters" and args.test_shot != args.num_shot:
-        args.test_shot = args.num_shot
     if args.hidden_dim == 0 and args.regulariser == "none" and args.task != "characters":
-        raise UserError("--hidden_dim 0 leaves a linear network; use 1 or more, or a regulariser with its encoder")
+        raise UserError("--hidden_dim 0 leaves a linear network; use 1 or more, or a --regulariser with its encoder")
     return args
 
 

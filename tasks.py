@@ -27,6 +27,39 @@ from experiment import UserError
 from load_data import Dataset, EpisodeSampler, draw_distinct
 
 
+class Recipe(NamedTuple):
+    """What a task's flags of the same names are by default; `betas` by (learner, regulariser)."""
+
+    kind: str  # of the loss: square, binary, choice (one of `ways` points) or classes
+    ways: int
+    num_shot: int  # support points (pictures, for grasping; images of each class, for diseased and characters)
+    num_query: int
+    meta_batch_size: int
+    train_steps: int
+    hidden_dim: int
+    code_dim: int
+    inner_lr: float
+    inner_steps: int
+    test_inner_steps: int
+    test_shot: int
+    betas: dict[tuple[str, str], float]
+
+
+def betas(*four: float) -> dict[tuple[str, str], float]:
+    """The costs of (maml, activations), (maml, weights), (blackbox, activations), (blackbox, weights)."""
+    pairs = [(learner, regulariser) for learner in ("maml", "blackbox") for regulariser in ("activations", "weights")]
+    return dict(zip(pairs, four, strict=True))
+
+
+RECIPES = {
+    "basis": Recipe("square", 1, 10, 10, 16, 3000, 40, 5, 0.05, 5, 20, 10, betas(0.1, 5e-5, 0.01, 5e-5)),
+    "diseased": Recipe("binary", 2, 5, 5, 16, 3000, 64, 32, 0.1, 3, 10, 5, betas(0.3, 1e-4, 0.3, 1e-4)),
+    "grasping": Recipe("choice", 3, 5, 10, 16, 3000, 64, 32, 0.1, 3, 10, 5, betas(0.3, 1e-4, 0.3, 1e-4)),
+    "sinusoid": Recipe("square", 1, 10, 10, 1, 15000, 40, 5, 0.01, 1, 100, 5, betas(5.0, 5e-5, 0.05, 3e-4)),
+    "characters": Recipe("classes", 20, 1, 1, 8, 3000, 0, 64, 2.5, 1, 1, 1, betas(0.1, 1e-5, 0.1, 1e-5)),
+}
+
+
 class Batch(NamedTuple):
     """B tasks. Inputs [B, P, d] (images [B, P, C, H, W] for characters), outputs [B, P, o]: a number, or 0 and 1.
 

@@ -294,7 +294,7 @@ def test_interrupt_saves_between_evaluations(run_script, work, uninterrupted, se
     process.send_signal(sent)
     _, err = process.communicate(timeout=3600)
     if process.returncode != 0:  # it may have finished first
-        assert process.returncode == code and "continue with: python hw1.py --resume" in err, err
+        assert process.returncode == code and "continue with: python " in err and "hw1.py --resume" in err, err
         assert "Traceback" not in err
     result = run_script("hw1.py", "--resume", folder)
     assert result.returncode == 0, result.stderr
@@ -312,8 +312,8 @@ BAD_FLAGS = {
     "--num_classes 1": "--num_classes",
     "--num_shot 0": "--num_shot",
     "--num_shot x": "not a whole number",
-    "--num_shot 20": "--num_shot 20 plus --num_query 1 is more than the 20 images",
-    "--num_classes 500": "--num_classes 500 is more than the 100 classes of split 'val'",
+    "--num_shot 20": "--num_shot 20 plus 1 is more than the 20 images",
+    "--num_classes 500": "--num_classes 500 is more than the 423 classes of split 'test'",
     "--learning_rate nan": "--learning_rate",
     "--learning_rate -1": "--learning_rate",
     "--learning_rate 0": "--learning_rate",

@@ -551,8 +551,8 @@ def test_command_line(run_script, tmp_path, work):
 
 
 def test_unknown_names():
-    with pytest.raises(UserError, match="--dataset mnist is unknown"):
-        load_dataset("mnist")
+    with pytest.raises(UserError, match="--dataset cifar is unknown"):
+        load_dataset("cifar")
     with pytest.raises(UserError, match="--image_size 4 is out of range"):
         load_dataset("glyphs", image_size=4)
     assert Path("data").is_dir()
