@@ -85,7 +85,8 @@ def read_image(data: bytes | Path, name: str) -> np.ndarray:
         raise UserError(f"cannot read the image {name} ({type(error).__name__}); replace it") from error
     if shown.ndim == 3 and (shown == shown[..., :1]).all():
         shown = shown[..., 0]
-    return np.array(shown[None] if shown.ndim == 2 else shown.transpose(2, 0, 1), order="C")  # a copy
+    # A copy: Pillow's own array may not be written to.
+    return np.array(shown[None] if shown.ndim == 2 else shown.transpose(2, 0, 1), order="C")
 
 
 def upright(image: Image.Image) -> Image.Image:
