@@ -119,11 +119,11 @@ CASES = [
     Case("comparison", "maml_plain", "maml.py", "--features plain", "", "--train_steps 60000 --eval_freq 1000", 1, 8,
          beyond=True),
     *[Case("memorization", f"sinusoid_maml_{r}", "memorization.py", f"--task sinusoid --learner maml --regulariser {r}",
-           seeds=3, minutes=2)
+           seeds=3, minutes=2, beyond=True)
       for r in ("none", "weights", "activations")],
     Case("memorization", "diseased_blackbox_none", "memorization.py",
-         "--task diseased --learner blackbox --regulariser none", "--train_steps 500", "", minutes=4),
-    Case("bayes", "phase", "bayes.py", "", minutes=10),
+         "--task diseased --learner blackbox --regulariser none", "--train_steps 500", "", minutes=4, beyond=True),
+    Case("bayes", "phase", "bayes.py", "", minutes=10, beyond=True),
     Case("costs", "costs", "profile_costs.py", "--sweep all --engine auto", "", "", 1, 5),
     Case("features", "features", "feature_weights.py", "--part all", "", "", 1, 2),
 ]  # fmt: skip
