@@ -22,7 +22,7 @@ GLYPHS = "--dataset glyphs --device cpu"
 # What makes a run small; these flags replace those of a command, all others stay.
 SMALLEST = {
     "hw1.py": f"--train_steps 2 --eval_freq 1 --num_val_tasks 4 --num_test_tasks 4 --meta_batch_size 2 {GLYPHS}",
-    "protonet.py": "--train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --meta_batch_size 1 --width 4 "
+    "protonet.py": "--train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --meta_batch_size 1 --width 8 "
                    f"--num_query 1 --views 2 --train_classes 5 {GLYPHS}",
     "transfer.py": "--train_steps 4 --finetune_steps 2 --eval_freq 2 --num_test_tasks 2 --width 4 --meta_batch_size 32 "
                    f"--head_steps 2 {GLYPHS}",
