@@ -30,7 +30,7 @@ SMALLEST = {
                f"--meta_batch_size 1 --num_query 1 --train_query 1 --train_classes 5 {GLYPHS}",
     "meta_lstm.py": "--train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --meta_batch_size 1 "
                     f"--inner_epochs 1 --num_query 1 --train_query 1 {GLYPHS}",
-    "mae.py": f"--smoke --train_steps 2 --eval_freq 1 --width 16 --depth 1 --meta_batch_size 4 --views 1 "
+    "mae.py": f"--smoke --train_steps 2 --eval_freq 1 --width 8 --depth 4 --meta_batch_size 4 --views 1 "
               f"--whitening_images 20 {GLYPHS}",
     "memorization.py": "--smoke --train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --device cpu",
     "bayes.py": "--smoke --train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --device cpu",
