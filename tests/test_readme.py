@@ -115,8 +115,6 @@ def test_every_command_runs_in_its_smallest_form(command, folders):
         return
     else:
         final = [*smallest(script, filled), "--log_dir", str(base)]
-        if "--init_from" in flags:  # the width is that of the run
-            final[final.index("--width") + 1] = "16"
         if "--out" in flags:
             final[final.index("--out") + 1] = str(base)
     assert importlib.import_module(script.removesuffix(".py")).main(final)  # its metrics
@@ -174,7 +172,7 @@ def test_result_files_say_where_they_come_from():
 def test_benchmarks_run(name, capsys):
     flags = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_classes", "2", "--num_query", "2"]
     result = benchmark.main([name, *flags])
-    assert all(v["ms"] > 0 for v in result.values() if isinstance(v, dict))
+    assert all(v["ms"] > 0 for v in result.values() if isinstance(v, dict) and "ms" in v)
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == result
 
 
