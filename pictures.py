@@ -269,12 +269,11 @@ def draw_meta_lstm(out: Path) -> None:
     save(figure, out / "meta_lstm.png")
 
 
-def draw_costs(out: Path) -> None:
-    """Runtime (above) and memory (below) of an outer step against inner steps, layers and hidden units."""
-    if not (out / "costs.json").exists() or not (rows := (costs := read(out / "costs.json")).get("rows")):
-        return
-    engines = {row["engine"] for row in rows}
-    engine = "vmap" if "vmap" in engines else sorted(engines)[0]
+def cost_figure(rows: list[dict], engine: str, summary: dict):
+    """Runtime (above) and memory (below) of an outer step: a column for each sweep of `rows`, a curve for each method.
+
+    rows as in costs.json, of which those of `engine` are drawn; `summary` names the device. Returns the figure.
+    """
     sweeps = [sweep for sweep in SWEEPS if any((row["sweep"], row["engine"]) == (sweep, engine) for row in rows)]
     figure, axes = new_figure(2, len(sweeps), (3.9 * len(sweeps), 6.4), "both")
     for column, sweep in enumerate(sweeps):
@@ -290,7 +289,7 @@ def draw_costs(out: Path) -> None:
             style = {"color": COST_COLOURS[method], "marker": marker, "markersize": 4, "capsize": 2}
             if curve:
                 upper.errorbar(x, ms, bars, **style, label=COST_TITLES[method])
-                lower.errorbar(x, [row["peak_bytes"] / 1e6 for row in curve], **style)
+                lower.errorbar(x, [row["peak_bytes"] / 1e6 for row in curve], **style, label=COST_TITLES[method])
         for ax in (upper, lower):
             ax.set_xlabel(SWEEPS[sweep])
             if sweep == "hidden_dim":
@@ -305,8 +304,17 @@ def draw_costs(out: Path) -> None:
     axes[1, 0].set_ylabel("peak memory (MB)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     note = f"{rows[0]['meta_batch_size']} tasks (ES: {rows[0]['num_perturbations']} perturbations), engine {engine}, "
-    figure.supxlabel(f"{note}{processor(costs)}; bars: 10th to 90th percentile", fontsize=8, color="0.4")
-    save(figure, out / "costs.png")
+    figure.supxlabel(f"{note}{processor(summary)}; bars: 10th to 90th percentile", fontsize=8, color="0.4")
+    return figure
+
+
+def draw_costs(out: Path) -> None:
+    """Runtime and memory of an outer step against inner steps, layers and hidden units; vmap's, if it was measured."""
+    if not (out / "costs.json").exists() or not (rows := (costs := read(out / "costs.json")).get("rows")):
+        return
+    engines = {row["engine"] for row in rows}
+    engine = "vmap" if "vmap" in engines else sorted(engines)[0]
+    save(cost_figure(rows, engine, costs), out / "costs.png")
 
 
 def draw_adapted(runs: dict[str, dict], path: Path) -> None:

@@ -658,6 +658,19 @@ def write_tables(out: Path, dataset: str) -> None:
     write_text(out / "README.md", page(out, dataset))
 
 
+def homework_table(out: Path) -> str:
+    """What the grader of each assignment was put to, from homework.json."""
+    if not (out / "homework.json").exists():
+        return "Not measured: `python homework.py check all --out results/homework.json`."
+    rows = []
+    for name, proof in read(out / "homework.json").items():
+        kinds = [case["kind"] for case in proof["cases"] if case["as_expected"]]
+        rows.append([name, len(proof["points"]), kinds.count("mutant"), kinds.count("right")])
+    rows.append(["all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])])
+    titles = " | functions to write | mistakes, each found at its question alone "
+    return "\n".join(table(titles + "| right answers written in other ways, unharmed", rows))
+
+
 def field_table(out: Path) -> str:
     """The kinds of faults that people met in the field, from field.json."""
     if not (out / "field.json").exists():
@@ -682,18 +695,7 @@ def light_table(out: Path) -> str:
 
 # ----------------------------------------------------------------------------------- documents
 
-
-def homework_text(out: Path) -> str:
-    """How many submissions `homework.py check` graded as they should be, by assignment, from homework.json."""
-    if not (out / "homework.json").exists():
-        return "Not measured: `python homework.py check all`."
-    found = [a for a in read(out / "homework.json").values() if isinstance(a, dict) and "cases" in a]
-    rows = [[assignment["title"], assignment["points"], len(assignment["cases"])] for assignment in found]
-    return "\n".join(table("assignment | points | submissions graded", rows))
-
-
 BLOCKS = {
-    "homework": homework_text,
     "front": front_table,
     "mann": mann_table,
     "mann_answers": mann_answers,
@@ -710,6 +712,7 @@ BLOCKS = {
     "mae": mae_table,
     "speed": speed_table,
     "faults": faults_text,
+    "homework": homework_table,
     "field": field_table,
     "light": light_table,
 }

@@ -40,6 +40,7 @@ class Assignment(NamedTuple):
     blanks: list[Blank]
     written: list[dict]
     commands: list[str]
+    smoke: str  # a complete run of seconds, offline
     tests: list  # functions marked by checks.graded
     level: str
 
@@ -75,7 +76,9 @@ def load_assignment(name: str, level: str = "hard") -> Assignment:
     untested = {blank.question for blank in blanks} - {f.graded["question"] for f in tests}
     if untested:
         raise ValueError(f"homework/{name}/tests.py has no test of question {', '.join(sorted(untested))}")
-    return Assignment(name, data["title"], blanks, data.get("written", []), data["commands"], tests, level)
+    return Assignment(
+        name, data["title"], blanks, data.get("written", []), data["commands"], data["smoke"], tests, level
+    )
 
 
 def closure(files: list[str]) -> list[str]:

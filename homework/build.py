@@ -94,7 +94,7 @@ def answers(a: Assignment, keys: bool) -> str:
 
 def notebook(a: Assignment) -> str:
     """colab.ipynb from homework/colab.py, whose cells begin with # %%."""
-    text = (HERE / "homework" / "colab.py").read_text().replace("SCRIPT_AND_FLAGS", a.commands[0].split("python ")[1])
+    text = (HERE / "homework" / "colab.py").read_text().replace("SCRIPT_AND_FLAGS", a.smoke)
     cells = []
     for cell in text.split("# %%")[1:]:
         kind, _, source = cell.partition("\n")

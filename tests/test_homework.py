@@ -1,5 +1,6 @@
 """The homework: what is built from the scripts, what the grader gives, and what no submission can do to it."""
 
+import importlib
 import json
 import os
 import re
@@ -130,6 +131,10 @@ def test_every_assignment_fits_the_scripts(name):
         assert all(cut(starter(easy).get(blank.file, a.solution()[blank.file]), f) == cut(a.solution()[blank.file], f)
                    for f in blank.functions)  # fmt: skip
     assert "oracle" not in public_tests(a)
+    for command in [f"python {a.smoke}", *a.commands]:
+        script, *flags = command.split()[1:]
+        if command.startswith("python "):
+            importlib.import_module(script.removesuffix(".py")).parse_args(flags)
     for test in a.tests:
         assert test.__doc__, test
 
@@ -471,7 +476,8 @@ def test_the_committed_proof_belongs_to_these_assignments():
         assert of("right") == [(q, what) for q, what, _ in variants(a).values()]
         for kind in totals:
             totals[kind] += len(of(kind))
-        assert f"| {name} | {len(a.blanks)} | {len(of('mutant'))} | {len(of('right'))} |" in text
+        row = f"| {name} | {len(a.blanks)} | {len(of('mutant'))} | {len(of('right'))} |"
+        assert row in text, f"docs/teaching.md should say {row}"
     assert totals["mutant"] >= 80 and totals["right"] >= 15
 
 

@@ -21,8 +21,9 @@ def draw_multinomial(rows, n, k, generator, allowed=None):
 
 
 @right("1b", "EpisodeSampler.sample_rows", "one episode after the other, loops")
-def rows_plain(self, batch_size=None):
+def rows_plain(self, batch_size=None, features=None):
     chosen, orders = self.draw(batch_size)
+    look_up = self.gather if features is None else lambda index: features[index]
     all_images, all_labels = [], []
     for rows, order in zip(chosen, orders, strict=True):
         index, labels = [], []
@@ -31,14 +32,14 @@ def rows_plain(self, batch_size=None):
             labels.append(list(range(self.N)))
         index.append([int(rows[n, self.K]) for n in order.tolist()])
         labels.append(order.tolist())
-        all_images.append(self.gather(torch.tensor(index)[None])[0])
+        all_images.append(look_up(torch.tensor(index)[None])[0])
         all_labels.append(F.one_hot(torch.tensor(labels), self.N).float())
     images = torch.stack(all_images)
     return images.reshape(len(images), self.K + 1, self.N, -1), torch.stack(all_labels)
 
 
 @right("1b", "EpisodeSampler.sample_rows", "another order of random draws, float64")
-def rows_other_draws(self, batch_size=None):
+def rows_other_draws(self, batch_size=None, features=None):
     rows, _ = self.draw(batch_size)
     B, N, K = rows.shape[0], self.N, self.K
     order = torch.stack([torch.randperm(N, generator=self.generator) for _ in range(B)])
@@ -47,7 +48,8 @@ def rows_other_draws(self, batch_size=None):
     labels = torch.zeros(B, K + 1, N, N, dtype=torch.float64)
     labels[:, :K] = torch.eye(N)
     labels[:, K].scatter_(2, order.unsqueeze(-1), 1.0)
-    return self.gather(everything).double().reshape(B, K + 1, N, -1), labels
+    images = self.gather(everything) if features is None else features[everything]
+    return images.double().reshape(B, K + 1, N, -1), labels
 
 
 @right("2a", "MANN.classify", "one episode after the other")
@@ -73,10 +75,9 @@ def classify_mask(self, features, input_labels):
     return out.unflatten(1, (rows, N))
 
 
-@right("2b", "MANN.forward_alone", "the support set read again for every query")
-def alone_plain(self, input_images, input_labels):
-    B, _, N, _ = input_images.shape
-    features = self.encode(input_images)
+@right("2b", "MANN.classify_alone", "the support set read again for every query")
+def alone_plain(self, features, input_labels):
+    B, _, N, _ = features.shape
     support = torch.cat([features[:, :-1], input_labels[:, :-1]], dim=-1).flatten(1, 2)
     zeros = torch.zeros(B, N)
     preds = []
@@ -87,10 +88,9 @@ def alone_plain(self, input_images, input_labels):
     return torch.stack(preds, dim=1)
 
 
-@right("2b", "MANN.forward_alone", "states copied once a query")
-def alone_states(self, input_images, input_labels):
-    B, _, N, _ = input_images.shape
-    features = self.encode(input_images)
+@right("2b", "MANN.classify_alone", "states copied once a query")
+def alone_states(self, features, input_labels):
+    B, _, N, _ = features.shape
     support = torch.cat([features[:, :-1], input_labels[:, :-1]], dim=-1).flatten(1, 2)
     _, ends = self.read(support)
     query = torch.cat([features[:, -1], torch.zeros(B, N, N)], dim=-1)

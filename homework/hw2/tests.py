@@ -203,7 +203,7 @@ def probe_adapt(theta, step_sizes, support, labels, options, direction, tracked=
     """The parameters along the way, and the derivative of the last ones times `direction` to the first ones."""
     import maml
 
-    theta = {name: p.clone().requires_grad_(tracked) for name, p in theta.items()}
+    theta = {name: p.clone().requires_grad_() for name, p in theta.items()}
     s = maml.Setting(**{**options, "dtype": torch.float64})
     if not tracked:
         with torch.no_grad():

@@ -69,8 +69,8 @@ MUTANTS = [
     ("figure_plain", "all engines in one curve", ' and r["engine"] == engine', ""),
     ("figure_plain", "numbers of the rows for the values", "[r[sweep] for r in curve]", "list(range(len(curve)))"),
     ("figure_plain", "linear axes for hidden units", "ax.loglog()", "pass"),
-    ("figure_plain", "the methods change places", "label=LABELS[method]",
-     'label=LABELS["es" if method == "maml" else "maml"]'),
+    ("figure_plain", "the methods change places", "label=COST_TITLES[method]",
+     'label=COST_TITLES["es" if method == "maml" else "maml"]'),
     ("figure_plain", "memory in place of runtime", '(0, "seconds", 1e3)', '(0, "peak_bytes", 1e-6)'),
-    ("figure_plain", "ES is not drawn", "for method in METHODS:", "for method in METHODS[:1]:"),
+    ("figure_plain", "ES is not drawn", "for method in COST_TITLES:", "for method in list(COST_TITLES)[:1]:"),
 ]  # fmt: skip

@@ -59,7 +59,7 @@ def es_plain(model, tasks, rate, steps, at_once, perturbations, sigma):
 
 @right("3a", "fit", "the normal equations written out")
 def fit_plain(sweep, x, y):
-    power = sweep == "hidden_size"
+    power = sweep == "hidden_dim"
     u, v = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
     if power:
         u, v = u.log(), v.log()
@@ -81,15 +81,15 @@ def figure_plain(rows, engine, summary):
     for column, sweep in enumerate(sweeps):
         for place, name, unit in ((0, "seconds", 1e3), (1, "peak_bytes", 1e-6)):
             ax = figure.add_subplot(2, len(sweeps), place * len(sweeps) + column + 1)
-            for method in METHODS:
+            for method in COST_TITLES:
                 curve = [r for r in rows if r["sweep"] == sweep and r["method"] == method and r["engine"] == engine]
                 if curve:
-                    ax.plot([r[sweep] for r in curve], [r[name] * unit for r in curve], "o-", label=LABELS[method])
-            if sweep == "hidden_size":
+                    ax.plot([r[sweep] for r in curve], [r[name] * unit for r in curve], "o-", label=COST_TITLES[method])
+            if sweep == "hidden_dim":
                 ax.loglog()
             else:
                 ax.set_ylim(bottom=0)
-            ax.set_xlabel(AXES[sweep])
+            ax.set_xlabel(SWEEPS[sweep])
             ax.set_ylabel("Runtime (ms)" if place == 0 else "Peak memory (MB)")
             ax.legend()
     return figure

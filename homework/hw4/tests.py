@@ -300,7 +300,7 @@ def test_exact_curves_are_found(student):
     """3 + 2 x over inner steps is a line, 3 x^2 over hidden units a power."""
     x = [1.0, 2.0, 5.0, 10.0]
     line = student.run(probe_fit, sweep="inner_steps", x=x, y=[3 + 2 * v for v in x])
-    power = student.run(probe_fit, sweep="hidden_size", x=x, y=[3 * v**2 for v in x])
+    power = student.run(probe_fit, sweep="hidden_dim", x=x, y=[3 * v**2 for v in x])
     expect((line["form"], power["form"]) == ("line", "power"), "the form: wrong")
     for found in (line, power):
         for name, value in (("a", 3), ("b", 2), ("r2", 1)):
@@ -310,16 +310,16 @@ def test_exact_curves_are_found(student):
 @graded("3a")
 def test_fits(student):
     """Least squares, in the logarithms for a power, and the share of the variance that is explained."""
-    for seed, sweep in enumerate(("inner_steps", "layers", "hidden_size")):
+    for seed, sweep in enumerate(("inner_steps", "layers", "hidden_dim")):
         x = [1.0, 2.0, 3.0, 7.0, 9.0]
         y = (4 + torch.tensor(x) + 2 * torch.rand(5, generator=torch.Generator().manual_seed(seed))).tolist()
         u, v = torch.tensor(x).double(), torch.tensor(y).double()
-        if sweep == "hidden_size":
+        if sweep == "hidden_dim":
             u, v = u.log(), v.log()
         b = ((u - u.mean()) * (v - v.mean())).sum() / (u - u.mean()).square().sum()
         a = v.mean() - b * u.mean()
         r2 = 1 - (v - a - b * u).square().sum() / (v - v.mean()).square().sum()
-        expected = {"a": a.exp() if sweep == "hidden_size" else a, "b": b, "r2": r2}
+        expected = {"a": a.exp() if sweep == "hidden_dim" else a, "b": b, "r2": r2}
         found = student.run(probe_fit, sweep=sweep, x=x, y=y)
         for name, value in expected.items():
             expect(abs(found[name] - value) < 1e-6 * (1 + abs(value)), f"{name}: wrong value over {sweep}")
@@ -327,7 +327,7 @@ def test_fits(student):
 
 # ------------------------------------------------------------------------------- 3b: six panels
 
-VALUES = {"inner_steps": (1, 2, 5), "layers": (1, 3, 4), "hidden_size": (32, 64, 256)}
+VALUES = {"inner_steps": (1, 2, 5), "layers": (1, 3, 4), "hidden_dim": (32, 64, 256)}
 
 
 def panel_rows():
@@ -340,7 +340,7 @@ def panel_rows():
                     seconds = 0.011 + 0.1 * s + 0.013 * m + 0.007 * k**2 + 0.05 * e
                     rows.append({
                         "sweep": sweep, "method": method, "engine": engine, "inner_steps": 5, "layers": 2,
-                        "hidden_size": 128, "seconds": seconds, "seconds_p10": 0.9 * seconds,
+                        "hidden_dim": 128, "seconds": seconds, "seconds_p10": 0.9 * seconds,
                         "seconds_p90": 1.2 * seconds, "peak_bytes": 1e6 * (3 + 5 * s + 2 * m + k**2 + 40 * e),
                         "meta_batch_size": 32, "num_perturbations": 32, "device": "cpu", sweep: value,
                     })  # fmt: skip
@@ -348,9 +348,9 @@ def panel_rows():
 
 
 def probe_panels(rows):
-    import profile_costs
+    import pictures
 
-    figure = profile_costs.cost_figure(rows, "vmap", {"device": "cpu"})
+    figure = pictures.cost_figure(rows, "vmap", {"device": "cpu"})
     figure.savefig("figure.png")
     panels = []
     for ax in figure.axes:
@@ -361,7 +361,7 @@ def probe_panels(rows):
         box = ax.get_position()
         panels.append({"x0": float(box.x0), "y0": float(box.y0), "xlabel": ax.get_xlabel(), "ylabel": ax.get_ylabel(),
                        "scales": [ax.get_xscale(), ax.get_yscale()], "curves": curves})  # fmt: skip
-    return {"panels": panels, "labels": profile_costs.LABELS, "axes": profile_costs.AXES}
+    return {"panels": panels, "labels": pictures.COST_TITLES, "axes": pictures.SWEEPS}
 
 
 def panels_of(student):
@@ -405,5 +405,5 @@ def test_scales_of_the_panels(student):
     _, panels, _, _ = panels_of(student)
     for row in panels:
         for panel, sweep in zip(row, VALUES, strict=True):
-            wanted = "log" if sweep == "hidden_size" else "linear"
+            wanted = "log" if sweep == "hidden_dim" else "linear"
             expect(panel["scales"] == [wanted] * 2, f"the axes of {sweep} are not {wanted}")

@@ -52,7 +52,7 @@ MUTANTS = [
     ("logistic_plain", "the sign of the margin", "torch.exp(margin)", "torch.exp(-margin)"),
     ("logistic_plain", "learning rate added", "beta - lr * gradient", "beta + lr * gradient"),
     ("logistic_plain", "labels taken for 0 and 1", "pull = y / (1 + torch.exp(margin))",
-     "pull = (y + 1) / 2 - torch.sigmoid(A @ beta)"),
+     "pull = y - torch.sigmoid(A @ beta)"),
     ("logistic_plain", "a step on the squared error", "pull = y / (1 + torch.exp(margin))", "pull = y - A @ beta"),
     ("logistic_plain", "sum instead of mean", "A, pull) / n", "A, pull)"),
     ("logistic_plain", "divided by all rows, the empty ones too", "A, pull) / n", "A, pull) / A.shape[-2]"),

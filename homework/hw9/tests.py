@@ -163,7 +163,7 @@ def probe_meta_loss(c, alpha, x, fresh, part, steps, rate):
 
     import feature_weights
 
-    args = Namespace(part=part, num_gd_steps=steps, inner_learning_rate=rate)
+    args = Namespace(part=part, num_gd_steps=steps, inner_lr=rate)
     c = c.clone().requires_grad_()
     loss = feature_weights.meta_loss(c, alpha, x, fresh, args)
     (gradient,) = torch.autograd.grad(loss, c, allow_unused=True)
