@@ -62,11 +62,11 @@ def precisions(device: torch.device, probe=None) -> list[torch.dtype]:
     return list({torch.float32: 0, experiment.precision(Namespace(dtype="bfloat16"), device, probe): 0})
 
 
-def print_race(title: str, seconds: dict[str, np.ndarray], device: torch.device) -> dict:
-    """Print the medians and their ratio to the first contestant; returns them."""
+def print_race(title: str, seconds: dict[str, np.ndarray], device: torch.device, **more) -> dict:
+    """Print the medians and their ratio to the first contestant; returns them, and `more` that was measured."""
     print(f"{title}, on {experiment.device_name(device)}")
     reference = np.median(next(iter(seconds.values())))
-    result = {"title": title, "device": experiment.device_name(device)}
+    result = {"title": title, "device": experiment.device_name(device), **more}
     for name, values in seconds.items():
         low, median, high = np.percentile(values * 1e3, [10, 50, 90])
         ratio = reference * 1e3 / median
@@ -248,7 +248,7 @@ def bench_mann(args, device: torch.device, dataset: Dataset) -> dict:
     )
     title = f"mann, B {args.meta_batch_size}, K {args.num_shot}, N {args.num_classes}, hidden {args.hidden_dim}"
     print("  megabytes kept for the backward pass:", kept)
-    return print_race(title, race(contestants, args.repeats), device) | {"megabytes_kept": kept}
+    return print_race(title, race(contestants, args.repeats), device, megabytes_kept=kept)
 
 
 # ----------------------------------------------------------------------------------- protonet
