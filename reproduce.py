@@ -160,9 +160,17 @@ def cases_of(what: str, mini_imagenet: str | None = None) -> list[Case]:
     cases = list(CASES)
     if mini_imagenet:
         images = f"--image_size 84 --dataset folder --data_folder {shlex.quote(mini_imagenet)}"
-        cases += [Case("meta_lstm", f"miniImagenet_{preset}", "meta_lstm.py", f"--preset {preset} {images}",
-                       "--train_steps 500 --eval_freq 100", minutes=60)
-                  for preset in ("5way1shot", "5way5shot", "10way10shot", "10way20shot")]  # fmt: skip
+        cases += [
+            Case(
+                "meta_lstm",
+                f"miniImagenet_{preset}",
+                "meta_lstm.py",
+                f"--preset {preset} {images}",
+                "--train_steps 500 --eval_freq 100",
+                minutes=60,
+            )
+            for preset in ("5way1shot", "5way5shot", "10way10shot", "10way20shot")
+        ]
     return [case for case in cases if what in ("all", case.part)]
 
 
@@ -456,8 +464,9 @@ def run_all(jobs: list[Job], out: Path, runs: Path, num_jobs: int) -> list[str]:
 
 
 def parse_args(argv=None):
-    parser = experiment._Parser(prog="reproduce.py", description=__doc__, formatter_class=experiment._Formatter,
-                                allow_abbrev=False)  # fmt: skip
+    parser = experiment._Parser(
+        prog="reproduce.py", description=__doc__, formatter_class=experiment._Formatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("what", choices=["status", *PARTS, "all"], help="which part of the documents, or what is due of them")
     add("--scale", choices=["smoke", "cpu", "full"], default="cpu", help="how long the runs train")
@@ -475,8 +484,9 @@ def parse_args(argv=None):
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is not a folder; name another")
     if args.mini_imagenet and not (Path(args.mini_imagenet) / "train").is_dir():
-        raise UserError(f"--mini_imagenet {args.mini_imagenet} has no train/; name the folder that holds train/, val/ "
-                        "and test/")  # fmt: skip
+        raise UserError(
+            f"--mini_imagenet {args.mini_imagenet} has no train/; name the folder that holds train/, val/ and test/"
+        )
     return args
 
 
