@@ -4,7 +4,7 @@
     python reproduce.py all --scale smoke          everything in its smallest form, to see that it works
     python reproduce.py all --scale cpu --jobs 2   what is due of what two CPU cores can do in some hours
     python reproduce.py all --scale full           the papers' lengths, for a GPU
-    python reproduce.py comparison                 one part: mann, meta_lstm, comparison, memorization, ...
+    python reproduce.py comparison                 one part: mann, meta_lstm, comparison, costs, features
 
 Each run is a script of this package in a process of its own, `--jobs` at a time; what was interrupted is resumed; what
 fails is named and makes the exit code 1. Results go to `--out` (results/, or a folder of runs/ for smoke), a JSON file
@@ -44,7 +44,7 @@ from omniglot import ARCHIVES
 
 HERE = Path(__file__).resolve().parent
 OWN_OUTPUT = ("costs", "features")  # parts whose script writes several files itself, to --out
-PARTS = ("mann", "meta_lstm", "comparison", "memorization", "bayes", "costs", "features")
+PARTS = ("mann", "meta_lstm", "comparison", "costs", "features")
 WHERE = {"device", "data_folder", "dataset", "log_dir", "run_name", "out"}  # flags that change no figure
 TOLERANCE = 1e-3  # relative, of pulses taken on two machines whose old code is not at hand
 COURSE = "--head recurrent --logit_scale 1 --forget_bias 0 --no-rotations --schedule constant --clip 0"
@@ -118,12 +118,6 @@ CASES = [
       for N, steps, minutes in ((5, "", 15), (20, "--warmup_steps 12000 --train_steps 12500 --eval_freq 6250", 40))],
     Case("comparison", "maml_plain", "maml.py", "--features plain", "", "--train_steps 60000 --eval_freq 1000", 1, 8,
          beyond=True),
-    *[Case("memorization", f"sinusoid_maml_{r}", "memorization.py", f"--task sinusoid --learner maml --regulariser {r}",
-           seeds=3, minutes=2, beyond=True)
-      for r in ("none", "weights", "activations")],
-    Case("memorization", "diseased_blackbox_none", "memorization.py",
-         "--task diseased --learner blackbox --regulariser none", "--train_steps 500", "", minutes=4, beyond=True),
-    Case("bayes", "phase", "bayes.py", "", minutes=10, beyond=True),
     Case("costs", "costs", "profile_costs.py", "--sweep all --engine auto", "", "", 1, 5),
     Case("features", "features", "feature_weights.py", "--part all", "", "", 1, 2),
 ]  # fmt: skip
