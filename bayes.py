@@ -268,8 +268,13 @@ def final_report(args, model, test: Stream) -> dict:
     """The curves by size and metadata as lists, with intervals; what metadata gains is paired by task."""
     sizes = args.sizes
     found = evaluate(model, test, args.num_test_tasks, sizes, args.test_samples, args.drop_phi1)
-    metrics: dict = {"world": args.world, "metadata": args.metadata, "drop_phi1": args.drop_phi1, "points": sizes,
-                     "num_test_tasks": args.num_test_tasks}  # fmt: skip
+    metrics: dict = {
+        "world": args.world,
+        "metadata": args.metadata,
+        "drop_phi1": args.drop_phi1,
+        "points": sizes,
+        "num_test_tasks": args.num_test_tasks,
+    }
     for known, end in ((True, "with"), (False, "without")):
         rows = [found[size, known] for size in sizes]
         for name in set(rows[0]) - {"place"}:
@@ -280,8 +285,12 @@ def final_report(args, model, test: Stream) -> dict:
             metrics |= {f"coverage90_{end}": [m for m, _ in covered], f"coverage90_{end}_ci95": [c for _, c in covered]}
             metrics[f"coverage_{end}"] = [[coverage(row["place"], v).mean().item() for v in LEVELS] for row in rows]
     gains = [experiment.mean_and_ci95(found[s, False]["nll"] - found[s, True]["nll"]) for s in sizes]
-    return metrics | {"gain": [g for g, _ in gains], "gain_ci95": [c for _, c in gains], "levels": LEVELS,
-                      "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
+    return metrics | {
+        "gain": [g for g, _ in gains],
+        "gain_ci95": [c for _, c in gains],
+        "levels": LEVELS,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
 
 
 @torch.no_grad()
@@ -328,9 +337,16 @@ def posterior_figure(drawn: dict):
 def parse_args(argv=None):
     """The flags; combinations that cannot work are refused here."""
     parser, groups = experiment.make_parser(
-        __doc__, without=UNUSED, num_shot=None, num_query=None, meta_batch_size=None, train_steps=None, eval_freq=500,
-        num_test_tasks=2000, num_val_tasks=200,
-    )  # fmt: skip
+        __doc__,
+        without=UNUSED,
+        num_shot=None,
+        num_query=None,
+        meta_batch_size=None,
+        train_steps=None,
+        eval_freq=500,
+        num_test_tasks=2000,
+        num_val_tasks=200,
+    )
     parser.prog = "bayes.py"
     own = "; None: the world's own"
     add = groups["data"].add_argument
@@ -350,8 +366,13 @@ def parse_args(argv=None):
     shapes = ("world", "num_classes", "phi1_dim", "phi2_dim", "hidden_dim")
     args = experiment.parse(parser, argv, smoke, fixed=shapes)
     characters = args.world == "omniglot"
-    own = {"num_shot": (10, 5), "num_query": (20, 5), "meta_batch_size": (64, 4), "train_steps": (6000, 2000),
-           "phi2_dim": (8, 64)}  # fmt: skip
+    own = {
+        "num_shot": (10, 5),
+        "num_query": (20, 5),
+        "meta_batch_size": (64, 4),
+        "train_steps": (6000, 2000),
+        "phi2_dim": (8, 64),
+    }
     for name, values in own.items():
         if getattr(args, name) is None:
             setattr(args, name, values[characters])
@@ -376,8 +397,14 @@ def main(argv=None) -> dict:
     train = stream("train", args.random_seed, args.meta_batch_size, shard=shard)
     val, test = (stream(part, seed, 20 if dataset else 50) for part, seed in (("val", VAL_SEED), ("test", TEST_SEED)))
     if dataset:
-        model: Sinusoid = Characters(args.num_classes, args.phi1_dim, args.phi2_dim, args.hidden_dim,
-                                     train.num_alphabets + 1, dataset.images.shape[1])  # fmt: skip
+        model: Sinusoid = Characters(
+            args.num_classes,
+            args.phi1_dim,
+            args.phi2_dim,
+            args.hidden_dim,
+            train.num_alphabets + 1,
+            dataset.images.shape[1],
+        )
     else:
         model = Sinusoid(args.phi1_dim, args.phi2_dim, args.hidden_dim)
     name = dataset.name if dataset else "sinusoids"
@@ -412,8 +439,10 @@ def main(argv=None) -> dict:
             with run.clock_stopped():
                 sizes = [args.sizes[0], args.sizes[len(args.sizes) // 3], args.sizes[-1]]  # for all contexts alike
                 found = evaluate(model, val, args.num_val_tasks, sizes, args.test_samples)
-            scalars = {f"Loss/val_{'with' if known else 'without'}_{size}": rows["nll"].mean().item()
-                       for (size, known), rows in found.items()}  # fmt: skip
+            scalars = {
+                f"Loss/val_{'with' if known else 'without'}_{size}": rows["nll"].mean().item()
+                for (size, known), rows in found.items()
+            }
             scalars["Loss/val"] = sum(scalars.values()) / len(scalars)
             if dataset:
                 scalars["Accuracy/val"] = found[sizes[0], True]["accuracy"].mean().item()

@@ -62,11 +62,11 @@ def precisions(device: torch.device, probe=None) -> list[torch.dtype]:
     return list({torch.float32: 0, experiment.precision(Namespace(dtype="bfloat16"), device, probe): 0})
 
 
-def print_race(title: str, seconds: dict[str, np.ndarray], device: torch.device) -> dict:
-    """Print the medians and their ratio to the first contestant; returns them."""
+def print_race(title: str, seconds: dict[str, np.ndarray], device: torch.device, **more) -> dict:
+    """Print the medians and their ratio to the first contestant; returns them, and `more` that was measured."""
     print(f"{title}, on {experiment.device_name(device)}")
     reference = np.median(next(iter(seconds.values())))
-    result = {"title": title, "device": experiment.device_name(device)}
+    result = {"title": title, "device": experiment.device_name(device), **more}
     for name, values in seconds.items():
         low, median, high = np.percentile(values * 1e3, [10, 50, 90])
         ratio = reference * 1e3 / median
@@ -248,7 +248,7 @@ def bench_mann(args, device: torch.device, dataset: Dataset) -> dict:
     )
     title = f"mann, B {args.meta_batch_size}, K {args.num_shot}, N {args.num_classes}, hidden {args.hidden_dim}"
     print("  megabytes kept for the backward pass:", kept)
-    return print_race(title, race(contestants, args.repeats), device) | {"megabytes_kept": kept}
+    return print_race(title, race(contestants, args.repeats), device, megabytes_kept=kept)
 
 
 # ----------------------------------------------------------------------------------- protonet
@@ -326,12 +326,29 @@ def seconds_to_accuracy(args, target: float, recipe: str = "") -> dict:
     found = {"recipe": recipe, "target": target, "seconds": [], "test_accuracy": []}
     for seed in range(1, args.seeds + 1):
         with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(io.StringIO()):
-            metrics = protonet.main([
-                *recipe.split(), "--random_seed", str(seed), "--eval_freq", "100", "--num_val_tasks", "2000",
-                "--log_dir", root, "--run_name", "run", "--device", args.device, "--dtype", args.dtype,
-                "--dataset", args.dataset, *(["--data_folder", args.data_folder] if args.data_folder else []),
-                *(["--smoke"] if args.smoke else []),
-            ])  # fmt: skip
+            metrics = protonet.main(
+                [
+                    *recipe.split(),
+                    "--random_seed",
+                    str(seed),
+                    "--eval_freq",
+                    "100",
+                    "--num_val_tasks",
+                    "2000",
+                    "--log_dir",
+                    root,
+                    "--run_name",
+                    "run",
+                    "--device",
+                    args.device,
+                    "--dtype",
+                    args.dtype,
+                    "--dataset",
+                    args.dataset,
+                    *(["--data_folder", args.data_folder] if args.data_folder else []),
+                    *(["--smoke"] if args.smoke else []),
+                ]
+            )
             validation = metrics["curves"]["Accuracy/val"]
         passed = [step for step, accuracy in validation if accuracy > target]
         each = metrics["train_seconds"] / metrics["steps"]
@@ -410,9 +427,17 @@ def bench_costs(args, device: torch.device, dataset: Dataset | None) -> dict:
     """32 sinusoids, 5 inner steps, MAML and ES (two perturbations a task): one after another, together, and `auto`."""
     B = 4 if args.smoke else 32
     flags = Namespace(
-        meta_batch_size=B, num_perturbations=2 * B, num_shot=10, num_query=100, inner_steps=5, inner_lr=1e-2,
-        sigma=1e-3, layers=2, hidden_dim=args.hidden_dim, learning_rate=1e-3,
-    )  # fmt: skip
+        meta_batch_size=B,
+        num_perturbations=2 * B,
+        num_shot=10,
+        num_query=100,
+        inner_steps=5,
+        inner_lr=1e-2,
+        sigma=1e-3,
+        layers=2,
+        hidden_dim=args.hidden_dim,
+        learning_rate=1e-3,
+    )
     results = {}
     for method in ("maml", "es"):
         net = plain_mlp(flags.layers, flags.hidden_dim).to(device)
@@ -630,9 +655,13 @@ def bench_meta_lstm(args, device: torch.device, dataset: Dataset) -> dict:
 
 
 BENCHMARKS = {
-    "episodes": bench_episodes, "mann": bench_mann, "protonet": bench_protonet, "maml": bench_maml,
-    "meta_lstm": bench_meta_lstm, "costs": bench_costs,
-}  # fmt: skip
+    "episodes": bench_episodes,
+    "mann": bench_mann,
+    "protonet": bench_protonet,
+    "maml": bench_maml,
+    "meta_lstm": bench_meta_lstm,
+    "costs": bench_costs,
+}
 
 
 def main(argv=None) -> dict:

@@ -244,6 +244,9 @@ def run_script(main) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        for path in list(LOCKS):
+            release(path.parent)
 
 
 # ------------------------------------------------------------------- device, seeds, processes

@@ -46,10 +46,35 @@ ADAM = 0.01  # learning rate of adam
 # be exact if all eigenvalues of A A^T were d = 500; at 32 points they are 480 to 512.
 INNER_LR = {"gradient": 0.032, "logistic": 0.128}
 ALIAS_STARTS = [(1.0, 1.0), (0.5, 1.5), (-1.2, 0.4), (0.3, -0.6)]
-MEASURED_FLAGS = ("part", "points", "num_features", "num_true", "num_points", "num_gd_steps", "inner_lr",
-                  "optimizer", "learning_rate", "meta_batch_size", "train_steps", "num_test_tasks")
-UNUSED = ("--dtype", "--test", "--checkpoint", "--dataset", "--data_folder", "--split", "--image_size", "--num_classes",
-          "--num_shot", "--num_query", "--rotations", "--patience", "--num_val_tasks")  # fmt: skip
+MEASURED_FLAGS = (
+    "part",
+    "points",
+    "num_features",
+    "num_true",
+    "num_points",
+    "num_gd_steps",
+    "inner_lr",
+    "optimizer",
+    "learning_rate",
+    "meta_batch_size",
+    "train_steps",
+    "num_test_tasks",
+)
+UNUSED = (
+    "--dtype",
+    "--test",
+    "--checkpoint",
+    "--dataset",
+    "--data_folder",
+    "--split",
+    "--image_size",
+    "--num_classes",
+    "--num_shot",
+    "--num_query",
+    "--rotations",
+    "--patience",
+    "--num_val_tasks",
+)
 
 # ---------------------------------------------------------------------- (d) one feature, one alias
 
@@ -289,8 +314,15 @@ def parse_args(argv=None):
     add("--alias_steps", type=whole(1), default=30_000, help="part alias: steps")
     add = groups["evaluation"].add_argument
     add("--max_points", type=whole(1), default=64, help="the curves go from 1 to this many training points")
-    smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_features": 100, "max_points": 40,
-             "alias_steps": 3000, "alias_growth": 1e-2}  # fmt: skip
+    smoke = {
+        "train_steps": 20,
+        "eval_freq": 10,
+        "num_test_tasks": 20,
+        "num_features": 100,
+        "max_points": 40,
+        "alias_steps": 3000,
+        "alias_growth": 1e-2,
+    }
     args = experiment.parse(parser, argv, smoke, longer=lambda flags: None)  # its learning rate is constant
     args.patience = 0  # the last weights count; there is no early stop
     if args.num_true > args.num_features:
@@ -356,11 +388,15 @@ def measure(args, device: torch.device) -> dict:
         "ci95": {name: {str(m): experiment.mean_and_ci95(errors[name][m - 1])[1] for m in shown} for name in weights},
         "at_most_ones_from": int(above[-1]) + 2 if len(above) else 1,  # number of points
         "untrained_aliases": {str(m): untrained_aliases(args, m) for m in shown},
-        "weights": {name: {"min": c[k].min().item(), "mean": c[k].mean().item(), "max": c[k].max().item()}
-                    for name, k in groups_of_features(args).items() if k.any()},
+        "weights": {
+            name: {"min": c[k].min().item(), "mean": c[k].mean().item(), "max": c[k].max().item()}
+            for name, k in groups_of_features(args).items()
+            if k.any()
+        },
         **{flag: getattr(args, flag) for flag in MEASURED_FLAGS},
-        "train_seconds": round(run.seconds, 2), "device": experiment.device_name(device),
-    }  # fmt: skip
+        "train_seconds": round(run.seconds, 2),
+        "device": experiment.device_name(device),
+    }
     run.writer.close()
     print(f"\n{args.name}: {metrics['error']} after learning from m points")
     print("".join(f"{x:>12}" for x in ("m", *weights)))
@@ -395,12 +431,21 @@ def alias_part(args) -> dict:
     print("\nalias: gradient descent on the weights of a feature and of its alias")
     for i, first in enumerate(ALIAS_STARTS):
         norm = start[i].norm().item()
-        print(f"start {first}, norm {norm:.6f}; end ({end[i, 0]:.6f}, {end[i, 1]:.1e}); "
-              f"beta ({beta[i, 0]:.6f}, {beta[i, 1]:.1e}), 1 / norm {1 / norm:.6f}")  # fmt: skip
-    metrics = {"start": start.tolist(), "norm": start.norm(dim=1).tolist(), "end": end.tolist(), "beta": beta.tolist(),
-               "meta_loss": [alias_loss(start).tolist(), alias_loss(end).tolist()], "steps": args.alias_steps,
-               "learning_rate": args.alias_learning_rate, "growth": args.alias_growth,
-               "path": thin(path)}  # fmt: skip
+        print(
+            f"start {first}, norm {norm:.6f}; end ({end[i, 0]:.6f}, {end[i, 1]:.1e}); "
+            f"beta ({beta[i, 0]:.6f}, {beta[i, 1]:.1e}), 1 / norm {1 / norm:.6f}"
+        )
+    metrics = {
+        "start": start.tolist(),
+        "norm": start.norm(dim=1).tolist(),
+        "end": end.tolist(),
+        "beta": beta.tolist(),
+        "meta_loss": [alias_loss(start).tolist(), alias_loss(end).tolist()],
+        "steps": args.alias_steps,
+        "learning_rate": args.alias_learning_rate,
+        "growth": args.alias_growth,
+        "path": thin(path),
+    }
     run.track()
     for step in range(0, args.alias_steps + 1, max(1, args.alias_steps // 100)):
         for i in range(len(ALIAS_STARTS)):

@@ -185,11 +185,19 @@ class Grader:
             same = [f for f in self.a.tests if f.graded["question"] == question]
             points = self.points(question) * test.graded["weight"] / sum(f.graded["weight"] for f in same)
             title = (test.__doc__ or test.__name__).strip().splitlines()[0].rstrip(".")
-            results.append({
-                "question": question, "test": test.__name__, "title": title, "public": test.graded["public"],
-                "max": points, "score": points * outcome.share, "message": outcome.message,
-                "kind": outcome.kind, "measured": outcome.measured if test.graded["whole"] else {},
-            })  # fmt: skip
+            results.append(
+                {
+                    "question": question,
+                    "test": test.__name__,
+                    "title": title,
+                    "public": test.graded["public"],
+                    "max": points,
+                    "score": points * outcome.share,
+                    "message": outcome.message,
+                    "kind": outcome.kind,
+                    "measured": outcome.measured if test.graded["whole"] else {},
+                }
+            )
         return sorted(results, key=lambda r: r["question"])
 
     def whole(self, texts: dict, broken: dict, lost: dict) -> dict[str, str]:
@@ -233,17 +241,28 @@ def print_table(a: Assignment, results: list[dict]) -> None:
 def gradescope(a: Assignment, results: list[dict], seconds: float) -> dict:
     """results.json as Gradescope reads it; hidden tests show what failed, never a value."""
     tests = [
-        {"number": r["question"], "name": r["title"], "score": round(r["score"], 2), "max_score": round(r["max"], 2),
-         "output": r["message"] or "right", "visibility": "visible" if r["public"] else "after_due_date"}
+        {
+            "number": r["question"],
+            "name": r["title"],
+            "score": round(r["score"], 2),
+            "max_score": round(r["max"], 2),
+            "output": r["message"] or "right",
+            "visibility": "visible" if r["public"] else "after_due_date",
+        }
         for r in results
-    ]  # fmt: skip
+    ]
     measured = {k: v for r in results for k, v in r["measured"].items()}
     board = [{"name": k, "value": v} | ({"order": "asc"} if k == "seconds" else {}) for k, v in measured.items()]
     return {
-        "score": round(sum(r["score"] for r in results), 2), "max_score": round(sum(r["max"] for r in results), 2),
-        "output": a.title, "visibility": "visible", "stdout_visibility": "hidden", "execution_time": round(seconds),
-        "tests": tests, "leaderboard": board,
-    }  # fmt: skip
+        "score": round(sum(r["score"] for r in results), 2),
+        "max_score": round(sum(r["max"] for r in results), 2),
+        "output": a.title,
+        "visibility": "visible",
+        "stdout_visibility": "hidden",
+        "execution_time": round(seconds),
+        "tests": tests,
+        "leaderboard": board,
+    }
 
 
 def grade(a: Assignment, submission: Path, out: Path | None) -> dict:
@@ -300,8 +319,16 @@ def check(a: Assignment, jobs: int) -> dict:
                 and (kind != "starter" or not any(score for score, _ in totals.values()))
             )
             failed = [f"{r['test']}: {r['message']}" for r in results if r["score"] < r["max"]]
-            found.append({"kind": kind, "question": question, "what": what, "lost": lost, "as_expected": good,
-                          "by": [line.split(":")[0] for line in failed] if kind == "mutant" else []})  # fmt: skip
+            found.append(
+                {
+                    "kind": kind,
+                    "question": question,
+                    "what": what,
+                    "lost": lost,
+                    "as_expected": good,
+                    "by": [line.split(":")[0] for line in failed] if kind == "mutant" else [],
+                }
+            )
             if not good:
                 print(f"NOT AS EXPECTED: {a.name} {kind} {question} {what}: lost {lost}\n    " + "\n    ".join(failed))
     lines = []

@@ -270,9 +270,17 @@ def log_sequence(run: Run, model: MANN, sampler: EpisodeSampler, accuracy: torch
 def parse_args(argv=None):
     """The flags; combinations that cannot work are refused here."""
     parser, groups = experiment.make_parser(
-        __doc__, without=("--num_query",), num_classes=5, num_query=1, meta_batch_size=128, train_steps=6000,
-        eval_freq=100, num_val_tasks=2000, num_test_tasks=10_000, rotations=True,
-    )  # fmt: skip
+        __doc__,
+        without=("--num_query",),
+        num_classes=5,
+        num_query=1,
+        meta_batch_size=128,
+        train_steps=6000,
+        eval_freq=100,
+        num_val_tasks=2000,
+        num_test_tasks=10_000,
+        rotations=True,
+    )
     parser.prog = "hw1.py"
     add = groups["model"].add_argument
     add("--memory", choices=list(RECIPES), default="lstm", help="what remembers; it has defaults of its own")
@@ -289,14 +297,23 @@ def parse_args(argv=None):
     add("--learning_rate", type=number(above=True), default=4e-3, help="of Adam, at its peak; the course: 1e-3")
     add("--encoder_rate", type=number(), default=0.0, help="of Muon, for the encoder alone; 0: Adam trains it too")
     add("--schedule", choices=["constant", "linear"], default="linear", help="linear: falls to 0 over the second half")
-    add("--shared_classes", type=whole(0), default=0, metavar="P",
-        help="deal the tasks of a step from the images of P classes, each encoded once; 0: no")  # fmt: skip
+    add(
+        "--shared_classes",
+        type=whole(0),
+        default=0,
+        metavar="P",
+        help="deal the tasks of a step from the images of P classes, each encoded once; 0: no",
+    )
     add("--clip", type=number(), default=1.0, help="largest norm of the gradient; 0: no limit, as in the course")
     add = groups["data"].add_argument
     add("--num_workers", type=whole(0), default=0, help="kept for the course's commands: episodes need no workers here")
     add("--image_caching", type=str, default="True", help="kept for the course's commands: images are always in memory")
-    add("--protocol", choices=["support", "sequence"], default="support",
-        help="sequence: the K+1 images of each class in one shuffled sequence, each label one step late")  # fmt: skip
+    add(
+        "--protocol",
+        choices=["support", "sequence"],
+        default="support",
+        help="sequence: the K+1 images of each class in one shuffled sequence, each label one step late",
+    )
     add("--jitter", type=number(0, 1), default=0.0, help="random turn (radians), size and slant of training images")
     add("--shift", type=number(0, 1), default=0.0, help="random shift of training images, a share of half their size")
     add("--fixed_labels", action="store_true", help="training characters keep their labels: the memorisation lesson")
@@ -304,8 +321,14 @@ def parse_args(argv=None):
     chosen.add_argument("--memory", nargs="?", default="lstm")
     kind = chosen.parse_known_args(argv)[0].memory
     parser.set_defaults(**RECIPES.get(kind, {}))
-    smoke = {"train_steps": 40, "eval_freq": 20, "num_val_tasks": 200, "num_test_tasks": 600, "hidden_dim": 32,
-             "meta_batch_size": 32}  # fmt: skip
+    smoke = {
+        "train_steps": 40,
+        "eval_freq": 20,
+        "num_val_tasks": 200,
+        "num_test_tasks": 600,
+        "hidden_dim": 32,
+        "meta_batch_size": 32,
+    }
     less = {"meta_batch_size": 4, "train_steps": 10, "eval_freq": 5}
     smoke |= {"attention": less | {"shared_classes": 8}, "external": less | {"num_shot": 3}}.get(kind, {})
     shapes = tuple("memory heads hidden_dim recurrent num_layers head logit_scale encoder image_size".split())
@@ -343,17 +366,35 @@ def main(argv=None) -> dict:
     test = sampler("test", TEST_SEED, 200)
     refuse_trained_classes(args, dataset)
     model = MANN(
-        args.num_classes, args.num_shot + 1, args.hidden_dim, args.recurrent, args.num_layers, args.head,
-        args.logit_scale, args.forget_bias, args.encoder, dataset.images[0].size, args.memory, args.heads,
-    ).to(device, memory_format=torch.channels_last)  # fmt: skip
+        args.num_classes,
+        args.num_shot + 1,
+        args.hidden_dim,
+        args.recurrent,
+        args.num_layers,
+        args.head,
+        args.logit_scale,
+        args.forget_bias,
+        args.encoder,
+        dataset.images[0].size,
+        args.memory,
+        args.heads,
+    ).to(device, memory_format=torch.channels_last)
     if args.test:
         step = experiment.load_best(args.checkpoint, model)
         metrics = {"best_step": step} | test_report(args, model, test, dtype, device)
         return experiment.report(args, "hw1", dataset.name, metrics, digest=dataset.digest)
 
-    train = sampler("train", args.random_seed, 1 if P else B, num_classes=P or N, rotations=args.rotations,
-                    fixed_labels=args.fixed_labels, jitter=args.jitter, shift=args.shift,
-                    shard=experiment.shard())  # fmt: skip
+    train = sampler(
+        "train",
+        args.random_seed,
+        1 if P else B,
+        num_classes=P or N,
+        rotations=args.rotations,
+        fixed_labels=args.fixed_labels,
+        jitter=args.jitter,
+        shift=args.shift,
+        shard=experiment.shard(),
+    )
     val = sampler("val", VAL_SEED, 200)
     experiment.init_from(args, model)
     encoder = dict(model.encoder.named_parameters(prefix="encoder")) if args.encoder_rate else {}
@@ -399,10 +440,15 @@ def main(argv=None) -> dict:
                 test_accuracy, test_loss = judge(model, test, args.num_val_tasks)
             val_accuracy, test_accuracy = val_accuracy.mean().item(), test_accuracy.mean().item()
             # The memorisation lesson is about where training ends, so there the last model counts.
-            run.evaluated(None if args.fixed_labels else val_accuracy, {
-                "Loss/val": val_loss, "Accuracy/val": val_accuracy,
-                "Loss/test": test_loss, "Accuracy/test": test_accuracy,
-            })  # fmt: skip
+            run.evaluated(
+                None if args.fixed_labels else val_accuracy,
+                {
+                    "Loss/val": val_loss,
+                    "Accuracy/val": val_accuracy,
+                    "Loss/test": test_loss,
+                    "Accuracy/test": test_accuracy,
+                },
+            )
     run.load_best(model)
     metrics = test_report(args, model, test, dtype, device)
     if in_sequence:
@@ -423,12 +469,16 @@ def test_report(args, model: MANN, test: EpisodeSampler, dtype: torch.dtype, dev
     accuracy, ci95 = experiment.mean_and_ci95(accuracies)
     alone, alone_ci95 = experiment.mean_and_ci95(evaluate(model, test, args.num_test_tasks, alone=True)[0])
     return {
-        "test_accuracy": accuracy, "ci95": ci95, "num_test_tasks": args.num_test_tasks,
-        "test_accuracy_alone": alone, "ci95_alone": alone_ci95,
-        "dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device),
+        "test_accuracy": accuracy,
+        "ci95": ci95,
+        "num_test_tasks": args.num_test_tasks,
+        "test_accuracy_alone": alone,
+        "ci95_alone": alone_ci95,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": experiment.device_name(device),
         "parameters": sum(p.numel() for p in model.parameters()),
         "accuracies": [round(a, 4) for a in accuracies.tolist()],
-    }  # fmt: skip
+    }
 
 
 def sights_report(args, model: MANN, test: EpisodeSampler, dtype: torch.dtype, device: torch.device) -> dict:
@@ -437,12 +487,17 @@ def sights_report(args, model: MANN, test: EpisodeSampler, dtype: torch.dtype, d
     by_sight = [experiment.mean_and_ci95(column) for column in accuracies.unbind(dim=1)]
     accuracy, ci95 = experiment.mean_and_ci95(accuracies.mean(dim=1))
     return {
-        "test_accuracy": accuracy, "ci95": ci95, "num_test_tasks": args.num_test_tasks, "memory": args.memory,
-        "accuracy_by_sight": [mean for mean, _ in by_sight], "ci95_by_sight": [ci95 for _, ci95 in by_sight],
-        "dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device),
+        "test_accuracy": accuracy,
+        "ci95": ci95,
+        "num_test_tasks": args.num_test_tasks,
+        "memory": args.memory,
+        "accuracy_by_sight": [mean for mean, _ in by_sight],
+        "ci95_by_sight": [ci95 for _, ci95 in by_sight],
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": experiment.device_name(device),
         "parameters": sum(p.numel() for p in model.parameters()),
         "accuracies": [round(a, 4) for a in accuracies.mean(dim=1).tolist()],
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

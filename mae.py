@@ -317,8 +317,18 @@ def parse_args(argv=None):
     add("--views", type=whole(1), default=8, help="slightly distorted copies whose features the final test averages")
     add("--whitening_images", type=whole(2), default=2000, help="training pictures that the whitening is fitted to")
     add("--held_out", type=whole(1), default=5, help="drawings of a test character that the linear probe is tested on")
-    smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "width": 16, "depth": 1,
-             "decoder_width": 16, "meta_batch_size": 32, "views": 2, "whitening_images": 100}  # fmt: skip
+    smoke = {
+        "train_steps": 20,
+        "eval_freq": 10,
+        "num_test_tasks": 20,
+        "num_val_tasks": 20,
+        "width": 16,
+        "depth": 1,
+        "decoder_width": 16,
+        "meta_batch_size": 32,
+        "views": 2,
+        "whitening_images": 100,
+    }
     shapes = ("width", "depth", "decoder_width", "decoder_depth", "image_size")
     args = experiment.parse(parser, argv, smoke, fixed=shapes)
     for flag, part in (("width", 8), ("decoder_width", 8), ("image_size", PATCH)):
@@ -372,10 +382,15 @@ def main(argv=None) -> dict:
                     figure = reconstruction_figure(args, model, dataset, dtype, device)
                     run.writer.add_figure("reconstruction", figure, run.step)
             # Labels choose no checkpoint: the last one counts.
-            run.evaluated(None, {
-                "Loss/error": error.item(), "Loss/disagreement": disagreement.item(), "Loss/val": val_error,
-                "Accuracy/val": val_accuracy,
-            })  # fmt: skip
+            run.evaluated(
+                None,
+                {
+                    "Loss/error": error.item(),
+                    "Loss/disagreement": disagreement.item(),
+                    "Loss/val": val_error,
+                    "Accuracy/val": val_accuracy,
+                },
+            )
     run.load_best(model)
     return run.finish(test_report(args, model, dataset, dtype, device))
 
@@ -404,10 +419,14 @@ def test_report(args, model: MAE, dataset: Dataset, dtype: torch.dtype, device: 
         metrics[name], metrics[interval] = experiment.mean_and_ci95(values)
     return metrics | {
         "test_error": reconstruct(args, model, pictures(dataset, "test", device)[:500], dtype)[0].item(),
-        "labels_used": "none", "mask_ratio": args.mask_ratio, "contrast": args.contrast, "views": args.views,
-        "dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device),
+        "labels_used": "none",
+        "mask_ratio": args.mask_ratio,
+        "contrast": args.contrast,
+        "views": args.views,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": experiment.device_name(device),
         "parameters": sum(p.numel() for p in model.encoder.parameters()),
-    }  # fmt: skip
+    }
 
 
 @torch.no_grad()

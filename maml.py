@@ -57,8 +57,17 @@ class MAML(nn.Module):
     With head="proto" there is no head to learn. `rates` [inner steps, tensors of theta] has the order of `names`.
     """
 
-    def __init__(self, encoder: Conv4, num_classes: int, inner_steps: int, inner_lr: float, head="linear", learn=False,
-                 head_lr: float | None = None, zero_head: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        encoder: Conv4,
+        num_classes: int,
+        inner_steps: int,
+        inner_lr: float,
+        head="linear",
+        learn=False,
+        head_lr: float | None = None,
+        zero_head: bool = False,
+    ):
         super().__init__()
         self.encoder = encoder
         if head == "linear":
@@ -239,20 +248,32 @@ def parse_args(argv=None):
     add = groups["model"].add_argument
     add("--encoder", choices=["strided", "conv4"], default="conv4", help="Conv4-64, or the paper's for Omniglot")
     add("--width", type=whole(1), default=64, help="filters of each convolution")
-    add("--features", choices=["auto", "sphere", "plain"], default="auto",
-        help="sphere: centred and stretched to one length before the head; auto: before a linear head")  # fmt: skip
+    add(
+        "--features",
+        choices=["auto", "sphere", "plain"],
+        default="auto",
+        help="sphere: centred and stretched to one length before the head; auto: before a linear head",
+    )
     add("--head", choices=["linear", "proto"], default="linear", help="proto: Proto-MAML, started from the prototypes")
     add("--zero_head", action="store_true", help="every task starts from a head of zeros that is not meta-learned")
     add("--freeze_body", action="store_true", help="ANIL: the inner loop adapts the head alone")
-    add("--batch_norm", choices=["transductive", "support"], default="transductive",
-        help="whose statistics normalise the queries: their own, or the support set's")  # fmt: skip
+    add(
+        "--batch_norm",
+        choices=["transductive", "support"],
+        default="transductive",
+        help="whose statistics normalise the queries: their own, or the support set's",
+    )
     add = groups["optimisation"].add_argument
     add("--inner_steps", type=whole(0), default=1, help="gradient steps on a support set in training")
     add("--inner_lr", type=number(), default=0.4, help="rate of the inner steps, or where the learned rates start")
     add("--head_lr", type=number(), default=0.0, help="the same for a linear head; 0: N / sqrt(features)")
     add("--learn_inner_lrs", action="store_true", help="learn a rate per tensor and step")
-    add("--warmup_steps", type=whole(0), default=4000,
-        help="first training steps, one-shot, with a head of prototypes and no inner step; the papers: 0")  # fmt: skip
+    add(
+        "--warmup_steps",
+        type=whole(0),
+        default=4000,
+        help="first training steps, one-shot, with a head of prototypes and no inner step; the papers: 0",
+    )
     add("--first_order", action="store_true", help="drop the second derivative")
     add("--multi_step_loss", action="store_true", help="early in training count the loss after every inner step")
     add("--learning_rate", type=number(above=True), default=2e-3, help="of Adam, at its start")
@@ -260,8 +281,16 @@ def parse_args(argv=None):
     add("--clip", type=number(), default=1.0, help="largest norm of the meta-gradient; 0: no limit")
     steps = "gradient steps at validation and test (default: as many as --inner_steps)"
     groups["evaluation"].add_argument("--test_inner_steps", type=whole(0), help=steps)
-    smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "width": 16,
-             "encoder": "strided", "train_classes": 8, "warmup_steps": 5}  # fmt: skip
+    smoke = {
+        "train_steps": 20,
+        "eval_freq": 10,
+        "num_test_tasks": 20,
+        "num_val_tasks": 20,
+        "width": 16,
+        "encoder": "strided",
+        "train_classes": 8,
+        "warmup_steps": 5,
+    }
     shapes = ("num_classes", "image_size", "encoder", "width", "head", "inner_steps")
     groups["run"].add_argument("--init_from", **experiment.INIT_FROM)
     args = experiment.parse(parser, argv, smoke, fixed=shapes, longer=why_no_longer)
@@ -293,12 +322,26 @@ def main(argv=None) -> dict:
     encoder = Conv4(dataset.images.shape[1], args.width, args.image_size, strided)
     head_lr = (args.head_lr or args.num_classes / encoder.out_features**0.5) if args.head == "linear" else None
     learner = MAML(
-        encoder, args.num_classes, args.inner_steps, args.inner_lr, args.head, args.learn_inner_lrs, head_lr,
+        encoder,
+        args.num_classes,
+        args.inner_steps,
+        args.inner_lr,
+        args.head,
+        args.learn_inner_lrs,
+        head_lr,
         args.zero_head,
     ).to(device)
     dtype = experiment.precision(args, device)
-    s = Setting(args.num_classes, strided, args.head, args.freeze_body, args.first_order, args.batch_norm, dtype,
-                sphere=args.features == "sphere" or (args.features == "auto" and args.head == "linear"))  # fmt: skip
+    s = Setting(
+        args.num_classes,
+        strided,
+        args.head,
+        args.freeze_body,
+        args.first_order,
+        args.batch_norm,
+        dtype,
+        sphere=args.features == "sphere" or (args.features == "auto" and args.head == "linear"),
+    )
 
     test = fixed_tasks(dataset, "test", args, device)
     if args.test:
@@ -309,18 +352,36 @@ def main(argv=None) -> dict:
     val = fixed_tasks(dataset, "val", args, device)
 
     def training_tasks(N: int, K: int, Q: int, B: int, seed: int, flags: tuple, fixed_labels=False) -> EpisodeSampler:
-        return EpisodeSampler(dataset, "train", N, K, Q, B, seed, device, rotations=args.rotations, jitter=args.jitter,
-                              shift=args.shift, fixed_labels=fixed_labels, shard=experiment.shard(),
-                              flags=flags)  # fmt: skip
+        return EpisodeSampler(
+            dataset,
+            "train",
+            N,
+            K,
+            Q,
+            B,
+            seed,
+            device,
+            rotations=args.rotations,
+            jitter=args.jitter,
+            shift=args.shift,
+            fixed_labels=fixed_labels,
+            shard=experiment.shard(),
+            flags=flags,
+        )
 
     # Prototypes make a head for any number of classes; harder tasks teach the encoder faster.
     N, B = args.train_classes, max(experiment.shard()[1], args.meta_batch_size // 4)
     warmup = training_tasks(N, 1, 1, B, args.random_seed + 1, ("train_classes", None, None))
     if args.head == "linear":
         train = training_tasks(
-            args.num_classes, args.num_shot, args.train_query, args.meta_batch_size, args.random_seed,
-            ("num_classes", "num_shot", "train_query"), args.fixed_labels,
-        )  # fmt: skip
+            args.num_classes,
+            args.num_shot,
+            args.train_query,
+            args.meta_batch_size,
+            args.random_seed,
+            ("num_classes", "num_shot", "train_query"),
+            args.fixed_labels,
+        )
     else:
         train = training_tasks(N, args.num_shot, 1, B, args.random_seed, ("train_classes", "num_shot", None))
     experiment.init_from(args, learner)
@@ -371,11 +432,15 @@ def scalars(learner: MAML, on_val: dict, on_test: dict, norm: torch.Tensor, args
     """What TensorBoard shows of an evaluation."""
     query, support = on_val["query"].mean(0).tolist(), on_val["support"].mean(0).tolist()
     found = {
-        "Loss/val": on_val["loss"], "Accuracy/val": query[-1],
-        "Loss/test": on_test["loss"], "Accuracy/test": on_test["query"][:, -1].mean().item(),
-        "Adaptation/support_before": support[0], "Adaptation/support_after": support[-1],
-        "Gradient/norm": norm.item(), "Memory/peak_MB": peak_memory(norm.device),
-    }  # fmt: skip
+        "Loss/val": on_val["loss"],
+        "Accuracy/val": query[-1],
+        "Loss/test": on_test["loss"],
+        "Accuracy/test": on_test["query"][:, -1].mean().item(),
+        "Adaptation/support_before": support[0],
+        "Adaptation/support_after": support[-1],
+        "Gradient/norm": norm.item(),
+        "Memory/peak_MB": peak_memory(norm.device),
+    }
     found |= {f"Adaptation/query_after_{i}_steps": accuracy for i, accuracy in enumerate(query)}
     if args.learn_inner_lrs:
         rates = [f"Rates/{name}_step{i + 1}" for i in range(args.inner_steps) for name in learner.names]
@@ -392,17 +457,22 @@ def test_report(args, learner: MAML, test: EpisodeSampler, s: Setting, device: t
         metrics |= {f"test_accuracy_{mode}": mean, f"ci95_{mode}": ci95}
         if mode == args.batch_norm:
             metrics |= {
-                "test_accuracy": mean, "ci95": ci95, "num_test_tasks": args.num_test_tasks,
+                "test_accuracy": mean,
+                "ci95": ci95,
+                "num_test_tasks": args.num_test_tasks,
                 "accuracy_before_adaptation": experiment.mean_and_ci95(found["query"][:, 0])[0],
                 "query_accuracy_per_step": found["query"].mean(0).tolist(),
                 "support_accuracy_per_step": found["support"].mean(0).tolist(),
                 "accuracies": [round(a, 4) for a in found["query"][:, -1].tolist()],
-            }  # fmt: skip
+            }
     return metrics | {
-        "batch_norm": args.batch_norm, "dtype": str(s.dtype).removeprefix("torch."),
-        "peak_memory_MB": round(peak_memory(device), 1), "device": experiment.device_name(device),
-        "parameters": sum(p.numel() for p in learner.theta().values()), "cpu_cores": os.cpu_count(),
-    }  # fmt: skip
+        "batch_norm": args.batch_norm,
+        "dtype": str(s.dtype).removeprefix("torch."),
+        "peak_memory_MB": round(peak_memory(device), 1),
+        "device": experiment.device_name(device),
+        "parameters": sum(p.numel() for p in learner.theta().values()),
+        "cpu_cores": os.cpu_count(),
+    }
 
 
 def guess(learner: MAML, s: Setting, steps: int, support, support_labels, query) -> torch.Tensor:

@@ -282,9 +282,14 @@ def evaluate(learner: Learner, stream: Stream, num_tasks: int, args, steps: int,
 def parse_args(argv=None):
     """The flags; what is not given comes from the task's recipe, and combinations that cannot work are refused."""
     parser, groups = experiment.make_parser(
-        __doc__, without=UNUSED, num_query=None, meta_batch_size=None, train_steps=None, eval_freq=1000,
+        __doc__,
+        without=UNUSED,
+        num_query=None,
+        meta_batch_size=None,
+        train_steps=None,
+        eval_freq=1000,
         num_val_tasks=200,
-    )  # fmt: skip
+    )
     parser.prog = "memorization.py"
     own = "; None: the task's own"
     add = groups["data"].add_argument
@@ -302,8 +307,11 @@ def parse_args(argv=None):
     add("--inner_lr", type=number(above=True), help="rate of MAML's inner steps" + own)
     add("--inner_steps", type=whole(1), help="MAML's gradient steps on a support set in training" + own)
     add("--learning_rate", type=number(above=True), default=1e-3, help="of Adam")
-    add("--fresh_adam", choices=["none", "encoder", "all"],
-        help="what a new Adam moves in every step, by its rate in the gradient's sign" + own)  # fmt: skip
+    add(
+        "--fresh_adam",
+        choices=["none", "encoder", "all"],
+        help="what a new Adam moves in every step, by its rate in the gradient's sign" + own,
+    )
     groups["evaluation"].add_argument("--test_inner_steps", type=whole(1), help="the same in validation and test" + own)
     smoke = {"train_steps": 20, "eval_freq": 10, "num_val_tasks": 20, "num_test_tasks": 40}
     shapes = ("task", "learner", "regulariser", "hidden_dim", "code_dim")
@@ -394,9 +402,14 @@ def main(argv=None) -> dict:
 
 def final_report(args, learner: Learner, stream) -> dict:
     """The figures on fresh training tasks and on the fixed test tasks, with each support set."""
-    metrics = {"task": args.task, "learner": args.learner, "regulariser": args.regulariser, "beta": args.beta,
-               "figure": "mean squared error" if args.kind == "square" else "accuracy",
-               "num_test_tasks": args.num_test_tasks}  # fmt: skip
+    metrics = {
+        "task": args.task,
+        "learner": args.learner,
+        "regulariser": args.regulariser,
+        "beta": args.beta,
+        "figure": "mean squared error" if args.kind == "square" else "accuracy",
+        "num_test_tasks": args.num_test_tasks,
+    }
     for part, seed, steps in (("train", TEST_SEED + 1, args.inner_steps), ("test", TEST_SEED, args.test_inner_steps)):
         for condition in CONDITIONS:
             tasks = stream(part, seed, min(100, args.num_test_tasks))

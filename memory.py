@@ -137,8 +137,16 @@ class ExternalMemory(nn.Module):
     Turing machine a learned factor sharpens it, from this value on. The paper: 1, not learned.
     """
 
-    def __init__(self, inputs: int, hidden: int = 200, rows: int = 128, width: int = 40, heads: int = 4,
-                 decay: float = 0.95, sharpness: float = 10.0):  # fmt: skip
+    def __init__(
+        self,
+        inputs: int,
+        hidden: int = 200,
+        rows: int = 128,
+        width: int = 40,
+        heads: int = 4,
+        decay: float = 0.95,
+        sharpness: float = 10.0,
+    ):
         super().__init__()
         self.rows, self.width, self.heads, self.decay = rows, width, heads, decay
         self.units = hidden + heads * width

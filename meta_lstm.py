@@ -183,9 +183,13 @@ class LSTMCell(torch.autograd.Function):
         first = 0 if ctx.needs_input_grad[0] else n + 1
         grad_inputs = torch.matmul(weight[:, first:].t().contiguous(), grad)
         return (
-            None if first else grad_inputs[:, :n], grad_inputs[:, -H:], grad_c.mul_(f),
-            grad_weight[:, :n], grad_weight[:, n + 1 :], grad_weight[:, n],
-        )  # fmt: skip
+            None if first else grad_inputs[:, :n],
+            grad_inputs[:, -H:],
+            grad_c.mul_(f),
+            grad_weight[:, :n],
+            grad_weight[:, n + 1 :],
+            grad_weight[:, n],
+        )
 
 
 class State(NamedTuple):
@@ -432,9 +436,13 @@ def parse_args(argv=None):
     add("--inner_epochs", type=whole(1), default=5, help="passes over the support set")
     add("--inner_batch", type=whole(1), default=25, help="support images of one update")
     add("--bn_momentum", type=number(0, 1, above=True), default=0.95, help="weight of the newest batch statistics")
-    add("--query_norm", choices=["batch", "support", "both"], default="both",
+    add(
+        "--query_norm",
+        choices=["batch", "support", "both"],
+        default="both",
         help="whose statistics normalise training queries: their own (the papers), their support set's, as in a test, "
-        "or their own in the first half of training and then the support set's")  # fmt: skip
+        "or their own in the first half of training and then the support set's",
+    )
     add("--second_order", action="store_true", help="gradients through the learner's gradients as well")
     add("--reset_theta0", action="store_true", help="with --test: fresh initial parameters, the learned rule")
     add = groups["optimisation"].add_argument
@@ -447,8 +455,17 @@ def parse_args(argv=None):
     preset = PRESETS.get(chosen_preset(argv))
     if preset:
         parser.set_defaults(**PAPER, num_classes=preset[0], num_shot=preset[1], **preset[2])
-    smoke = {"train_steps": 4, "eval_freq": 2, "num_test_tasks": 8, "num_val_tasks": 8, "meta_batch_size": 2,
-             "inner_epochs": 2, "num_query": 2, "train_query": 2, "tasks_at_once": 2}  # fmt: skip
+    smoke = {
+        "train_steps": 4,
+        "eval_freq": 2,
+        "num_test_tasks": 8,
+        "num_val_tasks": 8,
+        "meta_batch_size": 2,
+        "inner_epochs": 2,
+        "num_query": 2,
+        "train_query": 2,
+        "tasks_at_once": 2,
+    }
     args = experiment.parse(parser, argv, smoke, longer=why_no_longer)
     if args.second_order and args.trained_share < 1:
         raise UserError("--second_order needs --trained_share 1; it takes the gradient through every coordinate")
@@ -491,10 +508,19 @@ def main(argv=None) -> dict:
 
     offered = fixed_pool(dataset, args.fixed_pool, args.random_seed) if args.fixed_pool else dataset
     train = EpisodeSampler(
-        offered, "train", args.num_classes, args.num_shot, args.train_query, args.meta_batch_size, args.random_seed,
-        device, rotations=args.rotations, jitter=args.jitter, shard=experiment.shard(),
+        offered,
+        "train",
+        args.num_classes,
+        args.num_shot,
+        args.train_query,
+        args.meta_batch_size,
+        args.random_seed,
+        device,
+        rotations=args.rotations,
+        jitter=args.jitter,
+        shard=experiment.shard(),
         flags=("num_classes", "num_shot", "train_query"),
-    )  # fmt: skip
+    )
     gates = [p for name, p in rule.named_parameters() if name != "theta0"]
     optimizer = torch.optim.Adam(
         [{"params": [rule.theta0], "lr": args.learning_rate}, {"params": gates, "lr": args.rule_rate}]
@@ -524,11 +550,17 @@ def main(argv=None) -> dict:
                 test_accuracy, test_loss = evaluate(rule, learner, test, args.num_val_tasks, inner, dtype)
             log_rule(run, watch.means())
             val_accuracy, test_accuracy = val_accuracy.mean().item(), test_accuracy.mean().item()
-            run.evaluated(val_accuracy, {
-                "Loss/val": val_loss, "Accuracy/val": val_accuracy,
-                "Loss/test": test_loss, "Accuracy/test": test_accuracy,
-                "Accuracy/train": float(accuracy), "Gradient/meta_norm": float(norm),
-            })  # fmt: skip
+            run.evaluated(
+                val_accuracy,
+                {
+                    "Loss/val": val_loss,
+                    "Accuracy/val": val_accuracy,
+                    "Loss/test": test_loss,
+                    "Accuracy/test": test_accuracy,
+                    "Accuracy/train": float(accuracy),
+                    "Gradient/meta_norm": float(norm),
+                },
+            )
     run.load_best(rule)
     log_episode(run, test, lambda *task: guess(rule, learner, inner, dtype, *task))
     return run.finish(test_report(args, rule, learner, val, test, inner, dtype, device))
@@ -580,15 +612,27 @@ def test_report(args, rule, learner, val, test, inner: Inner, dtype, device) -> 
         evaluate(GradientDescent(theta0, rate), learner, test, args.num_test_tasks, inner, dtype, sgd_watch)[0]
     )
     return {
-        "test_accuracy": accuracy, "ci95": ci95, "num_test_tasks": args.num_test_tasks,
-        "batch_norm": "support", "test_accuracy_before": before, "ci95_before": before_ci95,
-        "test_accuracy_sgd": sgd, "ci95_sgd": sgd_ci95, "sgd_rate": rate,
-        "updates": updates_of(args), "rule": watch.means(), "sgd_support_loss": sgd_watch.means()["support_loss"],
-        "second_order": args.second_order, "fixed_pool": args.fixed_pool, "reset_theta0": args.reset_theta0,
-        "dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device),
-        "parameters": len(theta0), "parameters_of_rule": sum(p.numel() for p in rule.parameters()) - len(theta0),
+        "test_accuracy": accuracy,
+        "ci95": ci95,
+        "num_test_tasks": args.num_test_tasks,
+        "batch_norm": "support",
+        "test_accuracy_before": before,
+        "ci95_before": before_ci95,
+        "test_accuracy_sgd": sgd,
+        "ci95_sgd": sgd_ci95,
+        "sgd_rate": rate,
+        "updates": updates_of(args),
+        "rule": watch.means(),
+        "sgd_support_loss": sgd_watch.means()["support_loss"],
+        "second_order": args.second_order,
+        "fixed_pool": args.fixed_pool,
+        "reset_theta0": args.reset_theta0,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": experiment.device_name(device),
+        "parameters": len(theta0),
+        "parameters_of_rule": sum(p.numel() for p in rule.parameters()) - len(theta0),
         "accuracies": [round(a, 4) for a in accuracies.tolist()],
-    }  # fmt: skip
+    }
 
 
 def log_rule(run: Run, means: dict[str, list]) -> None:

@@ -61,9 +61,15 @@ EVALUATION_ALPHABETS = set(
 CACHE_FOLDER = Path("data")  # in the working directory; the only place this file writes to
 CACHE_VERSION = 2  # raise it when the packing changes
 PARTS = {  # of a divided folder, in lower case
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
 NO_CLASSES = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 NO_PICTURES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 
@@ -85,7 +91,8 @@ def read_image(data: bytes | Path, name: str) -> np.ndarray:
         raise UserError(f"cannot read the image {name} ({type(error).__name__}); replace it") from error
     if shown.ndim == 3 and (shown == shown[..., :1]).all():
         shown = shown[..., 0]
-    return np.array(shown[None] if shown.ndim == 2 else shown.transpose(2, 0, 1), order="C")  # a copy
+    # A copy: Pillow's own array may not be written to.
+    return np.array(shown[None] if shown.ndim == 2 else shown.transpose(2, 0, 1), order="C")
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -186,8 +193,9 @@ def list_folder(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
     A class is a folder that holds pictures; its name is the path to it, where the first part is train, val or test when
     the folder is divided. miniImageNet's form is `images/` with train.csv, val.csv and test.csv (file name, class).
     """
-    tables = {PARTS[p.stem.lower()]: p for p in contents(folder)[1]
-              if p.suffix.lower() == ".csv" and p.stem.lower() in PARTS}  # fmt: skip
+    tables = {
+        PARTS[p.stem.lower()]: p for p in contents(folder)[1] if p.suffix.lower() == ".csv" and p.stem.lower() in PARTS
+    }
     if "train" in tables and "test" in tables:
         return list_tables(folder, tables)
     top, folders = folder, contents(folder)[0]

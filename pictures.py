@@ -26,10 +26,26 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; one for each method in every picture
 BLUE, RED, GREEN, PINK, YELLOW, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7f7f7f"
-COLOURS = {"transfer": GREY, "mann": PINK, "protonet": BLUE, "fomaml": YELLOW, "protomaml": GREEN, "maml": RED,
-           "anil": SKY, "meta_lstm": "#000000"}  # fmt: skip
-TITLES = {"transfer": "fine-tuning", "mann": "MANN, conv", "protonet": "ProtoNet", "fomaml": "first-order MAML",
-          "protomaml": "Proto-MAML (f.o.)", "maml": "MAML", "anil": "ANIL", "meta_lstm": "meta-LSTM"}  # fmt: skip
+COLOURS = {
+    "transfer": GREY,
+    "mann": PINK,
+    "protonet": BLUE,
+    "fomaml": YELLOW,
+    "protomaml": GREEN,
+    "maml": RED,
+    "anil": SKY,
+    "meta_lstm": "#000000",
+}
+TITLES = {
+    "transfer": "fine-tuning",
+    "mann": "MANN, conv",
+    "protonet": "ProtoNet",
+    "fomaml": "first-order MAML",
+    "protomaml": "Proto-MAML (f.o.)",
+    "maml": "MAML",
+    "anil": "ANIL",
+    "meta_lstm": "meta-LSTM",
+}
 COST_TITLES = {"maml": "MAML", "es": "ES", "fomaml": "first-order MAML", "checkpoint": "checkpointed MAML"}
 COST_COLOURS = {"maml": BLUE, "es": RED, "fomaml": GREEN, "checkpoint": PINK}
 SWEEPS = {"inner_steps": "inner steps", "layers": "hidden layers", "hidden_dim": "hidden units"}

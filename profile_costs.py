@@ -40,14 +40,28 @@ import experiment
 from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
 
 METHODS = ("maml", "es", "fomaml", "checkpoint")
-LABELS = {"maml": "MAML", "es": "Evolution Strategies", "fomaml": "first-order MAML",
-          "checkpoint": "checkpointed MAML"}  # fmt: skip
-ENGINES = {"maml": ("vmap", "loop", "factors"), "es": ("vmap", "loop"), "fomaml": ("vmap", "loop"),
-           "checkpoint": ("vmap", "loop")}  # fmt: skip
+LABELS = {"maml": "MAML", "es": "Evolution Strategies", "fomaml": "first-order MAML", "checkpoint": "checkpointed MAML"}
+ENGINES = {
+    "maml": ("vmap", "loop", "factors"),
+    "es": ("vmap", "loop"),
+    "fomaml": ("vmap", "loop"),
+    "checkpoint": ("vmap", "loop"),
+}
 SWEEPS = {"inner_steps": (1, 2, 5, 10, 15, 20), "layers": (1, 2, 3, 4, 6), "hidden_dim": (32, 64, 128, 256, 512)}
 SMOKE_SWEEPS = {"inner_steps": (1, 2, 4), "layers": (1, 2, 3), "hidden_dim": (8, 16, 32)}
-UNUSED = ("--dtype", "--test", "--checkpoint", "--dataset", "--data_folder", "--split", "--image_size", "--num_classes",
-          "--rotations", "--train_steps", "--patience")  # fmt: skip
+UNUSED = (
+    "--dtype",
+    "--test",
+    "--checkpoint",
+    "--dataset",
+    "--data_folder",
+    "--split",
+    "--image_size",
+    "--num_classes",
+    "--rotations",
+    "--train_steps",
+    "--patience",
+)
 
 # ----------------------------------------------------------------------------------- the tasks
 
@@ -313,8 +327,13 @@ def measure(args, method: str, engine: str, device: torch.device) -> dict:
     clock(step, device, args.warmup)
     seconds = clock(step, device, args.outer_steps)
     low, median, high = np.percentile(seconds, [10, 50, 90])
-    return {"seconds": float(median), "seconds_p10": float(low), "seconds_p90": float(high), "repeats": len(seconds),
-            "peak_bytes": peak_memory(step, device)}  # fmt: skip
+    return {
+        "seconds": float(median),
+        "seconds_p10": float(low),
+        "seconds_p90": float(high),
+        "repeats": len(seconds),
+        "peak_bytes": peak_memory(step, device),
+    }
 
 
 def fastest_engine(args, method: str, device: torch.device) -> tuple[str, int]:
@@ -337,9 +356,24 @@ def fastest_engine(args, method: str, device: torch.device) -> tuple[str, int]:
 
 # ------------------------------------------------------------------------------------- sweeps
 
-SETTING = ("method", "engine", "inner_steps", "layers", "hidden_dim", "meta_batch_size", "num_perturbations",
-           "num_shot", "num_query", "at_once", "outer_steps", "inner_lr", "device", "torch", "random_seed",
-           "git_commit")  # fmt: skip
+SETTING = (
+    "method",
+    "engine",
+    "inner_steps",
+    "layers",
+    "hidden_dim",
+    "meta_batch_size",
+    "num_perturbations",
+    "num_shot",
+    "num_query",
+    "at_once",
+    "outer_steps",
+    "inner_lr",
+    "device",
+    "torch",
+    "random_seed",
+    "git_commit",
+)
 MEASURED = ("repeats", "seconds", "seconds_p10", "seconds_p90", "peak_bytes")
 COLUMNS = ("sweep", *SETTING, *MEASURED, "runtime_fit", "memory_fit")
 
@@ -462,13 +496,27 @@ def summarise(args, rows: list[dict], device: torch.device) -> dict:
         for theirs, ours in zip(maml or [], curve, strict=False):
             for name in ("seconds", "peak_bytes"):
                 if ours[name] > theirs[name]:
-                    dearer.append({"what": name, "sweep": sweep, "value": ours[sweep], "engine": engine,
-                                   "es": ours[name], "maml": theirs[name]})  # fmt: skip
+                    dearer.append(
+                        {
+                            "what": name,
+                            "sweep": sweep,
+                            "value": ours[sweep],
+                            "engine": engine,
+                            "es": ours[name],
+                            "maml": theirs[name],
+                        }
+                    )
     return {
-        "script": "profile_costs", "command": args.command, "git_commit": args.git_commit, "seed": args.random_seed,
-        "device": experiment.device_name(device), "torch": torch.__version__, "fits": fits, "es_dearer": dearer,
+        "script": "profile_costs",
+        "command": args.command,
+        "git_commit": args.git_commit,
+        "seed": args.random_seed,
+        "device": experiment.device_name(device),
+        "torch": torch.__version__,
+        "fits": fits,
+        "es_dearer": dearer,
         "es_cosine": [] if args.method not in ("all", "es") else es_cosines(args, device),
-    }  # fmt: skip
+    }
 
 
 def es_cosines(args, device: torch.device) -> list[dict]:
@@ -491,8 +539,15 @@ def es_cosines(args, device: torch.device) -> list[dict]:
     for count in [2 * args.meta_batch_size * 4**n for n in range(2 if args.smoke else 5)]:
         es_gradient(model, tasks, args.inner_lr, args.inner_steps, args.meta_batch_size, count, args.sigma)
         cosine = torch.nn.functional.cosine_similarity(exact, model.theta.grad, dim=0).item()
-        found.append({"perturbations": count, "cosine": cosine, "expected": (1 + 2 * m * (D + 1) / count) ** -0.5,
-                      "parameters": D, "disagreement": m})  # fmt: skip
+        found.append(
+            {
+                "perturbations": count,
+                "cosine": cosine,
+                "expected": (1 + 2 * m * (D + 1) / count) ** -0.5,
+                "parameters": D,
+                "disagreement": m,
+            }
+        )
     return found
 
 
@@ -556,12 +611,21 @@ def train(args, method: str, device: torch.device) -> dict:
             run.evaluated(None, {"Loss/val": after.mean().item(), "Loss/val_before": before.mean().item()})
     before, after = evaluate(model, args, args.num_test_tasks, TEST_SEED)
     loss, ci95 = experiment.mean_and_ci95(after)
-    return run.finish({
-        "method": method, "engine": args.engine, "test_loss": loss, "ci95": ci95,
-        "test_loss_before": before.mean().item(), "num_test_tasks": args.num_test_tasks,
-        "learning_rate": args.learning_rate, "inner_steps": args.inner_steps, "parameters": model.theta.numel(),
-        "device": experiment.device_name(device), "examples": examples(model, args),
-    })  # fmt: skip
+    return run.finish(
+        {
+            "method": method,
+            "engine": args.engine,
+            "test_loss": loss,
+            "ci95": ci95,
+            "test_loss_before": before.mean().item(),
+            "num_test_tasks": args.num_test_tasks,
+            "learning_rate": args.learning_rate,
+            "inner_steps": args.inner_steps,
+            "parameters": model.theta.numel(),
+            "device": experiment.device_name(device),
+            "examples": examples(model, args),
+        }
+    )
 
 
 @torch.no_grad()
@@ -587,9 +651,13 @@ def parse_args(argv=None):
     add("--sweep", choices=["all", *SWEEPS], help="measure over a range of this flag; all: the three one by one")
     add("--train", action="store_true", help="meta-train instead of measuring")
     add("--method", choices=["all", *METHODS], default="all", help="what to measure or, with --train, to train with")
-    add("--engine", choices=["vmap", "loop", "factors", "auto"], default="vmap",
+    add(
+        "--engine",
+        choices=["vmap", "loop", "factors", "auto"],
+        default="vmap",
         help="vmap: all adaptations together; loop: one after another; factors (only MAML): together, with the adapted "
-        "weights kept as low-rank factors; auto: measures all of these, training takes the fastest")  # fmt: skip
+        "weights kept as low-rank factors; auto: measures all of these, training takes the fastest",
+    )
     add("--at_once", type=whole(0), default=0, help="adaptations that vmap and factors do together; 0: all")
     add("--out", default="runs/costs", help="folder of a sweep's tables, and of --train's with all methods")
     add("--warmup", type=whole(1), default=2, help="outer steps before the measured ones")
@@ -603,8 +671,15 @@ def parse_args(argv=None):
     add("--learning_rate", type=number(above=True), default=1e-3, help="of Adam; ES: 3e-3 is too much")
     add("--num_perturbations", type=whole(2), help="ES: perturbed networks in an outer step; None: as many as tasks")
     add("--sigma", type=number(above=True), default=1e-3, help="ES: standard deviation of the perturbations")
-    smoke = {"hidden_dim": 16, "meta_batch_size": 4, "num_query": 20, "num_val_tasks": 20, "num_test_tasks": 20,
-             "eval_freq": 10, "outer_steps": 3}  # fmt: skip
+    smoke = {
+        "hidden_dim": 16,
+        "meta_batch_size": 4,
+        "num_query": 20,
+        "num_val_tasks": 20,
+        "num_test_tasks": 20,
+        "eval_freq": 10,
+        "outer_steps": 3,
+    }
     args = experiment.parse(parser, argv, smoke)
     if args.smoke and not args.train and not args.sweep:
         args.sweep = "all"
@@ -637,11 +712,18 @@ def main(argv=None) -> dict:
         for engine in ENGINES[method] if args.engine == "auto" else [args.engine]:
             found.append({"method": method, "engine": engine} | measure(args, method, engine, device))
             row = found[-1]
-            print(f"{LABELS[method]:20s} {engine:8s} {row['seconds'] * 1e3:9.2f} ms  "
-                  f"({row['seconds_p10'] * 1e3:.2f} to {row['seconds_p90'] * 1e3:.2f})  "
-                  f"{row['peak_bytes'] / 1e6:9.3f} MB")  # fmt: skip
-    metrics = {"device": experiment.device_name(device), "inner_steps": args.inner_steps, "layers": args.layers,
-               "hidden_dim": args.hidden_dim, "costs": found}  # fmt: skip
+            print(
+                f"{LABELS[method]:20s} {engine:8s} {row['seconds'] * 1e3:9.2f} ms  "
+                f"({row['seconds_p10'] * 1e3:.2f} to {row['seconds_p90'] * 1e3:.2f})  "
+                f"{row['peak_bytes'] / 1e6:9.3f} MB"
+            )
+    metrics = {
+        "device": experiment.device_name(device),
+        "inner_steps": args.inner_steps,
+        "layers": args.layers,
+        "hidden_dim": args.hidden_dim,
+        "costs": found,
+    }
     return experiment.report(args, "profile_costs", "sinusoids", metrics)
 
 

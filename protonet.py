@@ -159,8 +159,15 @@ def parse_args(argv=None):
     add("--learning_rate", type=number(above=True), default=0.1, help="of Muon, at its peak")
     views = "the final test averages the features of so many slightly distorted copies of each image"
     groups["evaluation"].add_argument("--views", type=whole(1), default=8, help=views)
-    smoke = {"train_steps": 20, "eval_freq": 10, "num_test_tasks": 20, "num_val_tasks": 20, "train_classes": 10,
-             "width": 16, "views": 2}  # fmt: skip
+    smoke = {
+        "train_steps": 20,
+        "eval_freq": 10,
+        "num_test_tasks": 20,
+        "num_val_tasks": 20,
+        "train_classes": 10,
+        "width": 16,
+        "views": 2,
+    }
     falls = "its learning rate falls to zero there (one cycle)"
     shapes = ("encoder", "width", "image_size")
     args = experiment.parse(parser, argv, smoke, fixed=shapes, longer=lambda flags: falls)
@@ -192,10 +199,21 @@ def main(argv=None) -> dict:
     val = fixed_tasks(dataset, "val", args, device)
     N = args.train_classes
     train = EpisodeSampler(
-        dataset, "train", N, args.train_shot, args.train_query, args.meta_batch_size, args.random_seed, device,
-        rotations=args.rotations, within_alphabet=args.train_within_alphabet, jitter=args.jitter, shift=args.shift,
-        shard=experiment.shard(), flags=("train_classes", "train_shot", "train_query"),
-    )  # fmt: skip
+        dataset,
+        "train",
+        N,
+        args.train_shot,
+        args.train_query,
+        args.meta_batch_size,
+        args.random_seed,
+        device,
+        rotations=args.rotations,
+        within_alphabet=args.train_within_alphabet,
+        jitter=args.jitter,
+        shift=args.shift,
+        shard=experiment.shard(),
+        flags=("train_classes", "train_shot", "train_query"),
+    )
     experiment.init_from(args, encoder)
     optimizer = Muon(encoder.parameters(), args.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(  # fewer than 20 steps it cannot divide into phases
@@ -218,10 +236,15 @@ def main(argv=None) -> dict:
                 # The curve on the test classes is for plots; nothing is decided by it.
                 test_accuracy, test_loss = evaluate(embed_split(encoder, test, dtype), test, args.num_val_tasks)
             val_accuracy, test_accuracy = val_accuracy.mean().item(), test_accuracy.mean().item()
-            run.evaluated(val_accuracy, {
-                "Loss/val": val_loss, "Accuracy/val": val_accuracy,
-                "Loss/test": test_loss, "Accuracy/test": test_accuracy,
-            })  # fmt: skip
+            run.evaluated(
+                val_accuracy,
+                {
+                    "Loss/val": val_loss,
+                    "Accuracy/val": val_accuracy,
+                    "Loss/test": test_loss,
+                    "Accuracy/test": test_accuracy,
+                },
+            )
     run.load_best(encoder)
     log_episode(run, test, lambda *task: guess(encoder, dtype, *task))
     log_embedding(run, encoder, test, dtype)
@@ -256,11 +279,18 @@ def test_report(args, encoder: nn.Module, dataset: Dataset, dtype: torch.dtype, 
                 in_plane = {"episode": embedded_episode(features, tasks)}
     for name, values in named.items():
         metrics[f"test_accuracy{name}"], metrics[f"ci95{name}"] = experiment.mean_and_ci95(values)
-    return metrics | in_plane | {
-        "batch_norm": "running", "views": args.views, "within_alphabet": args.within_alphabet,
-        "dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device),
-        "parameters": sum(p.numel() for p in encoder.parameters()),
-    }  # fmt: skip
+    return (
+        metrics
+        | in_plane
+        | {
+            "batch_norm": "running",
+            "views": args.views,
+            "within_alphabet": args.within_alphabet,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": experiment.device_name(device),
+            "parameters": sum(p.numel() for p in encoder.parameters()),
+        }
+    )
 
 
 def guess(encoder: nn.Module, dtype: torch.dtype, support, support_labels, query) -> torch.Tensor:

@@ -28,8 +28,22 @@ from pathlib import Path
 STEADY = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2",
           "MKL_CBWR": "AVX2", "PYTHONHASHSEED": "0"}  # fmt: skip
 # Parts of the names of figures that differ from run to run, or say how and where instead of what.
-NOT_COMPUTED = ("second", "runtime", "dearer", "memory_mb", "minutes", "flags", "curves", "versions", "device",
-                "processor", "accuracies", "cores", "processes", "resumed")  # fmt: skip
+NOT_COMPUTED = (
+    "second",
+    "runtime",
+    "dearer",
+    "memory_mb",
+    "minutes",
+    "flags",
+    "curves",
+    "versions",
+    "device",
+    "processor",
+    "accuracies",
+    "cores",
+    "processes",
+    "resumed",
+)
 
 
 def take(code: Path, script: str, flags: list[str], scratch: Path, timeout: float = 3600) -> dict:

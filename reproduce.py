@@ -4,7 +4,7 @@
     python reproduce.py all --scale smoke          everything in its smallest form, to see that it works
     python reproduce.py all --scale cpu --jobs 2   what is due of what two CPU cores can do in some hours
     python reproduce.py all --scale full           the papers' lengths, for a GPU
-    python reproduce.py comparison                 one part: mann, meta_lstm, comparison, memorization, ...
+    python reproduce.py comparison                 one part: mann, meta_lstm, comparison, costs, features
 
 Each run is a script of this package in a process of its own, `--jobs` at a time; what was interrupted is resumed; what
 fails is named and makes the exit code 1. Results go to `--out` (results/, or a folder of runs/ for smoke), a JSON file
@@ -44,7 +44,7 @@ from omniglot import ARCHIVES
 
 HERE = Path(__file__).resolve().parent
 OWN_OUTPUT = ("costs", "features")  # parts whose script writes several files itself, to --out
-PARTS = ("mann", "meta_lstm", "comparison", "memorization", "bayes", "costs", "features")
+PARTS = ("mann", "meta_lstm", "comparison", "costs", "features")
 WHERE = {"device", "data_folder", "dataset", "log_dir", "run_name", "out"}  # flags that change no figure
 TOLERANCE = 1e-3  # relative, of pulses taken on two machines whose old code is not at hand
 COURSE = "--head recurrent --logit_scale 1 --forget_bias 0 --no-rotations --schedule constant --clip 0"
@@ -118,12 +118,6 @@ CASES = [
       for N, steps, minutes in ((5, "", 15), (20, "--warmup_steps 12000 --train_steps 12500 --eval_freq 6250", 40))],
     Case("comparison", "maml_plain", "maml.py", "--features plain", "", "--train_steps 60000 --eval_freq 1000", 1, 8,
          beyond=True),
-    *[Case("memorization", f"sinusoid_maml_{r}", "memorization.py", f"--task sinusoid --learner maml --regulariser {r}",
-           seeds=3, minutes=2)
-      for r in ("none", "weights", "activations")],
-    Case("memorization", "diseased_blackbox_none", "memorization.py",
-         "--task diseased --learner blackbox --regulariser none", "--train_steps 500", "", minutes=4),
-    Case("bayes", "phase", "bayes.py", "", minutes=10),
     Case("costs", "costs", "profile_costs.py", "--sweep all --engine auto", "", "", 1, 5),
     Case("features", "features", "feature_weights.py", "--part all", "", "", 1, 2),
 ]  # fmt: skip
@@ -160,9 +154,17 @@ def cases_of(what: str, mini_imagenet: str | None = None) -> list[Case]:
     cases = list(CASES)
     if mini_imagenet:
         images = f"--image_size 84 --dataset folder --data_folder {shlex.quote(mini_imagenet)}"
-        cases += [Case("meta_lstm", f"miniImagenet_{preset}", "meta_lstm.py", f"--preset {preset} {images}",
-                       "--train_steps 500 --eval_freq 100", minutes=60)
-                  for preset in ("5way1shot", "5way5shot", "10way10shot", "10way20shot")]  # fmt: skip
+        cases += [
+            Case(
+                "meta_lstm",
+                f"miniImagenet_{preset}",
+                "meta_lstm.py",
+                f"--preset {preset} {images}",
+                "--train_steps 500 --eval_freq 100",
+                minutes=60,
+            )
+            for preset in ("5way1shot", "5way5shot", "10way10shot", "10way20shot")
+        ]
     return [case for case in cases if what in ("all", case.part)]
 
 
@@ -456,8 +458,9 @@ def run_all(jobs: list[Job], out: Path, runs: Path, num_jobs: int) -> list[str]:
 
 
 def parse_args(argv=None):
-    parser = experiment._Parser(prog="reproduce.py", description=__doc__, formatter_class=experiment._Formatter,
-                                allow_abbrev=False)  # fmt: skip
+    parser = experiment._Parser(
+        prog="reproduce.py", description=__doc__, formatter_class=experiment._Formatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("what", choices=["status", *PARTS, "all"], help="which part of the documents, or what is due of them")
     add("--scale", choices=["smoke", "cpu", "full"], default="cpu", help="how long the runs train")
@@ -475,8 +478,9 @@ def parse_args(argv=None):
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is not a folder; name another")
     if args.mini_imagenet and not (Path(args.mini_imagenet) / "train").is_dir():
-        raise UserError(f"--mini_imagenet {args.mini_imagenet} has no train/; name the folder that holds train/, val/ "
-                        "and test/")  # fmt: skip
+        raise UserError(
+            f"--mini_imagenet {args.mini_imagenet} has no train/; name the folder that holds train/, val/ and test/"
+        )
     return args
 
 

@@ -118,8 +118,10 @@ class Diseased:
     def __init__(self, dataset: Dataset, healthy: int = 100, diseases: int = 50):
         train = small_drawings(dataset, "train")
         if len(train) < healthy + diseases:
-            raise UserError(f"--dataset {dataset.name} has {len(train)} training classes, fewer than the "
-                            f"{healthy + diseases} of --task diseased; use --dataset glyphs or omniglot")  # fmt: skip
+            raise UserError(
+                f"--dataset {dataset.name} has {len(train)} training classes, fewer than the "
+                f"{healthy + diseases} of --task diseased; use --dataset glyphs or omniglot"
+            )
         cut = train.shape[1] * 3 // 4
         self.healthy = {"train": train[:healthy, :cut].flatten(0, 1)}
         self.healthy |= dict.fromkeys(("val", "test"), train[:healthy, cut:].flatten(0, 1))

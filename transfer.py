@@ -110,10 +110,12 @@ def few_shot(args, encoder: Conv4, sampler: EpisodeSampler, dtype: torch.dtype) 
     N, correct = sampler.N, []
     for support, support_labels, query, query_labels in sampler.first(args.num_test_tasks):
         if args.adapt == "all":
-            logits = torch.stack([
-                adapt_network(args, encoder, s, y, q, dtype)
-                for s, y, q in zip(support, support_labels, query, strict=True)
-            ])  # fmt: skip
+            logits = torch.stack(
+                [
+                    adapt_network(args, encoder, s, y, q, dtype)
+                    for s, y, q in zip(support, support_labels, query, strict=True)
+                ]
+            )
         else:
             with torch.no_grad():
                 flat = torch.cat([support, query], dim=1).flatten(0, 1)
@@ -135,10 +137,12 @@ def adapt_network(args, encoder: Conv4, support, labels, query, dtype: torch.dty
     copy = Conv4(support.shape[1], args.width, args.image_size).to(support.device)
     copy.load_state_dict(encoder.state_dict())
     model = Classifier(copy, int(labels.max()) + 1).to(support.device)
-    optimizer = torch.optim.Adam([
-        {"params": model.encoder.parameters(), "lr": args.finetune_rate / 10},
-        {"params": model.head.parameters(), "lr": 0.1},
-    ])  # fmt: skip
+    optimizer = torch.optim.Adam(
+        [
+            {"params": model.encoder.parameters(), "lr": args.finetune_rate / 10},
+            {"params": model.head.parameters(), "lr": 0.1},
+        ]
+    )
     for _ in range(args.head_steps):
         loss = F.cross_entropy(model(support, dtype, norm="running"), labels)
         optimizer.zero_grad()
@@ -151,9 +155,12 @@ def adapt_network(args, encoder: Conv4, support, labels, query, dtype: torch.dty
 def parse_args(argv=None):
     """The flags; --train_steps counts both phases."""
     parser, groups = experiment.make_parser(
-        __doc__, without=("--rotations", "--patience", "--num_val_tasks"),
-        meta_batch_size=128, train_steps=3200, eval_freq=200,
-    )  # fmt: skip
+        __doc__,
+        without=("--rotations", "--patience", "--num_val_tasks"),
+        meta_batch_size=128,
+        train_steps=3200,
+        eval_freq=200,
+    )
     parser.prog = "transfer.py"
     add = groups["data"].add_argument
     add("--held_out", type=whole(1), default=5, help="drawings of each character that are only measured")
@@ -168,8 +175,14 @@ def parse_args(argv=None):
     add("--head_steps", type=whole(1), default=100, help="gradient steps on a few-shot task's support set")
     add("--head_rate", type=number(above=True), default=1.0, help="their rate")
     add("--head_decay", type=number(), default=0.001, help="their weight decay")
-    smoke = {"train_steps": 20, "finetune_steps": 10, "eval_freq": 5, "num_test_tasks": 10, "width": 8,
-             "meta_batch_size": 32}  # fmt: skip
+    smoke = {
+        "train_steps": 20,
+        "finetune_steps": 10,
+        "eval_freq": 5,
+        "num_test_tasks": 10,
+        "width": 8,
+        "meta_batch_size": 32,
+    }
     groups["run"].add_argument("--init_from", **experiment.INIT_FROM)
     falls = "the learning rate of each phase falls to zero in it"
     args = experiment.parse(parser, argv, smoke, fixed=("width", "image_size"), longer=lambda flags: falls)
@@ -191,10 +204,12 @@ def main(argv=None) -> dict:
     if args.meta_batch_size % experiment.shard()[1]:
         processes = experiment.shard()[1]
         raise UserError(f"--meta_batch_size {args.meta_batch_size} does not divide over {processes} processes")
-    model = nn.ModuleDict({
-        "pretrained": Classifier(Conv4(channels, args.width, args.image_size), len(known)),
-        "finetuned": Classifier(Conv4(channels, args.width, args.image_size), len(splits["test"])),
-    }).to(device, memory_format=torch.channels_last)  # fmt: skip
+    model = nn.ModuleDict(
+        {
+            "pretrained": Classifier(Conv4(channels, args.width, args.image_size), len(known)),
+            "finetuned": Classifier(Conv4(channels, args.width, args.image_size), len(splits["test"])),
+        }
+    ).to(device, memory_format=torch.channels_last)
     tasks = fixed_tasks(dataset, "test", args, device)
     if args.test:
         step = experiment.load_best(args.checkpoint, model)
@@ -205,15 +220,19 @@ def main(argv=None) -> dict:
     pretrain_steps = args.train_steps - args.finetune_steps
     optimizers, schedules = {}, {}
     for name, rate, steps in (
-        ("pretrained", args.learning_rate, pretrain_steps), ("finetuned", args.finetune_rate, args.finetune_steps),
-    ):  # fmt: skip
+        ("pretrained", args.learning_rate, pretrain_steps),
+        ("finetuned", args.finetune_rate, args.finetune_steps),
+    ):
         optimizers[name] = torch.optim.AdamW(model[name].parameters(), rate, weight_decay=0.05, fused=True)
         schedules[name] = torch.optim.lr_scheduler.OneCycleLR(optimizers[name], rate, total_steps=max(20, steps + 1))
     run = Run(args, "transfer", dataset.name, dataset.digest)
     run.track(
-        model=model, first=first, second=second,
-        **{f"optimizer_{k}": v for k, v in optimizers.items()}, **{f"schedule_{k}": v for k, v in schedules.items()},
-    )  # fmt: skip
+        model=model,
+        first=first,
+        second=second,
+        **{f"optimizer_{k}": v for k, v in optimizers.items()},
+        **{f"schedule_{k}": v for k, v in schedules.items()},
+    )
     for step in run.steps():
         name, drawings = ("pretrained", first) if step <= pretrain_steps else ("finetuned", second)
         if step == pretrain_steps + 1:  # phase 2 starts from the pre-trained body and a new head
@@ -242,14 +261,22 @@ def report(args, model, first: Drawings, second: Drawings, tasks: EpisodeSampler
     accuracies = few_shot(args, model["pretrained"].encoder, tasks, dtype)
     accuracy, ci95 = experiment.mean_and_ci95(accuracies)
     return {
-        "test_accuracy": accuracy, "ci95": ci95, "num_test_tasks": args.num_test_tasks, "adapt": args.adapt,
-        "pretrained_accuracy": pretrained, "pretrained_ci95": pretrained_ci95,
+        "test_accuracy": accuracy,
+        "ci95": ci95,
+        "num_test_tasks": args.num_test_tasks,
+        "adapt": args.adapt,
+        "pretrained_accuracy": pretrained,
+        "pretrained_ci95": pretrained_ci95,
         "pretrained_classes": model["pretrained"].head.out_features,
-        "finetuned_accuracy": finetuned, "finetuned_ci95": finetuned_ci95,
-        "finetuned_classes": model["finetuned"].head.out_features, "held_out": args.held_out,
-        "batch_norm": "running", "dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device),
+        "finetuned_accuracy": finetuned,
+        "finetuned_ci95": finetuned_ci95,
+        "finetuned_classes": model["finetuned"].head.out_features,
+        "held_out": args.held_out,
+        "batch_norm": "running",
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": experiment.device_name(device),
         "accuracies": [round(a, 4) for a in accuracies.tolist()],
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

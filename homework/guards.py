@@ -19,18 +19,54 @@ from pathlib import Path
 FILE_LIMIT = 2**26  # bytes of a file that a worker writes
 LIBC = ctypes.CDLL(None, use_errno=True)
 SYSCALLS = {  # name: x86_64, aarch64
-    "clone": (56, 220), "fork": (57, -1), "vfork": (58, -1), "execve": (59, 221), "execveat": (322, 281),
-    "clone3": (435, 435), "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "ptrace": (101, 117),
-    "socket": (41, 198), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "pidfd_open": (434, 434),
-    "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438), "io_uring_setup": (425, 425), "keyctl": (250, 219),
-    "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "setpriority": (141, 140), "setns": (308, 268),
-    "unshare": (272, 97), "mount": (165, 40), "reboot": (169, 142), "mq_open": (240, 180), "bpf": (321, 280),
+    "clone": (56, 220),
+    "fork": (57, -1),
+    "vfork": (58, -1),
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    "clone3": (435, 435),
+    "kill": (62, 129),
+    "tkill": (200, 130),
+    "tgkill": (234, 131),
+    "ptrace": (101, 117),
+    "socket": (41, 198),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "pidfd_open": (434, 434),
+    "pidfd_send_signal": (424, 424),
+    "pidfd_getfd": (438, 438),
+    "io_uring_setup": (425, 425),
+    "keyctl": (250, 219),
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "semget": (64, 190),
+    "setpriority": (141, 140),
+    "setns": (308, 268),
+    "unshare": (272, 97),
+    "mount": (165, 40),
+    "reboot": (169, 142),
+    "mq_open": (240, 180),
+    "bpf": (321, 280),
     # Landlock knows no rights for what stands beside the content of a file.
-    "chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, -1),
-    "fchown": (93, 55), "lchown": (94, -1), "fchownat": (260, 54), "utime": (132, -1), "utimes": (235, -1),
-    "utimensat": (280, 88), "futimesat": (261, -1), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
-    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
-}  # fmt: skip
+    "chmod": (90, -1),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, -1),
+    "fchown": (93, 55),
+    "lchown": (94, -1),
+    "fchownat": (260, 54),
+    "utime": (132, -1),
+    "utimes": (235, -1),
+    "utimensat": (280, 88),
+    "futimesat": (261, -1),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+}
 
 
 def set_limits(seconds: float, memory: int) -> bool:
@@ -127,9 +163,22 @@ def become_nobody(uid: int | None) -> bool:
 def take_guards(folder: str, seconds: float, memory: int) -> list[str]:
     """Shut this process in; the names of the guards that hold."""
     paths = sorted({os.path.realpath(p) for p in [sys.prefix, sys.base_prefix, *sys.path] if os.path.exists(p)})
-    system = ["/usr/lib", "/lib", "/lib64", "/usr/share", "/usr/local/lib", "/etc/ld.so.cache", "/etc/localtime",
-              "/etc/fonts", "/dev/urandom", "/dev/random", f"/proc/{os.getpid()}", "/proc/cpuinfo", "/proc/meminfo",
-              "/sys/devices/system/cpu"]  # fmt: skip
+    system = [
+        "/usr/lib",
+        "/lib",
+        "/lib64",
+        "/usr/share",
+        "/usr/local/lib",
+        "/etc/ld.so.cache",
+        "/etc/localtime",
+        "/etc/fonts",
+        "/dev/urandom",
+        "/dev/random",
+        f"/proc/{os.getpid()}",
+        "/proc/cpuinfo",
+        "/proc/meminfo",
+        "/sys/devices/system/cpu",
+    ]
     guards = {"limits": set_limits(seconds, memory)}
     if sys.platform == "linux":
         uid = None

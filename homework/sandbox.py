@@ -394,8 +394,9 @@ class Worker:
                     except BlockingIOError:
                         continue
                     except ConnectionError:
-                        raise Failed(f"the process ended without an answer (or used up {self.limit:g} seconds)",
-                                     "exit") from None  # fmt: skip
+                        raise Failed(
+                            f"the process ended without an answer (or used up {self.limit:g} seconds)", "exit"
+                        ) from None
                 if len(received) >= 16:
                     text, body = struct.unpack("<QQ", received[:16])
                     if text + body > REPLY_LIMIT:

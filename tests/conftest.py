@@ -75,11 +75,29 @@ def trained_protonet(work, tmp_path_factory):
     folder = tmp_path_factory.mktemp("proto")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
-        metrics = protonet.main([
-            "--smoke", "--dataset", "glyphs", "--device", "cpu",
-            "--width", "32", "--train_steps", "120", "--eval_freq", "60", "--train_classes", "30",
-            "--num_test_tasks", "60", "--log_dir", str(folder), "--run_name", "small",
-        ])  # fmt: skip
+        metrics = protonet.main(
+            [
+                "--smoke",
+                "--dataset",
+                "glyphs",
+                "--device",
+                "cpu",
+                "--width",
+                "32",
+                "--train_steps",
+                "120",
+                "--eval_freq",
+                "60",
+                "--train_classes",
+                "30",
+                "--num_test_tasks",
+                "60",
+                "--log_dir",
+                str(folder),
+                "--run_name",
+                "small",
+            ]
+        )
     return folder / "small", metrics
 
 

@@ -220,12 +220,31 @@ def test_coverage_of_uniform_places():
     assert coverage(torch.tensor([[0.04, 0.06, 0.5, 0.94, 0.96]]), 0.9).item() == pytest.approx(0.6)
 
 
-@pytest.mark.parametrize("flags", [
-    ["--metadata", "amplitude", "--forget", "0.2", "--samples", "3", "--num_shot", "3", "--num_query", "4"],
-    ["--drop_phi1", "--phi1_dim", "2", "--phi2_dim", "3", "--hidden_dim", "8", "--learning_rate", "1e-4"],
-    ["--world", "omniglot", "--dataset", "glyphs", "--num_classes", "3", "--num_shot", "2", "--num_query", "1",
-     "--meta_batch_size", "2", "--train_steps", "4", "--eval_freq", "2"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--metadata", "amplitude", "--forget", "0.2", "--samples", "3", "--num_shot", "3", "--num_query", "4"],
+        ["--drop_phi1", "--phi1_dim", "2", "--phi2_dim", "3", "--hidden_dim", "8", "--learning_rate", "1e-4"],
+        [
+            "--world",
+            "omniglot",
+            "--dataset",
+            "glyphs",
+            "--num_classes",
+            "3",
+            "--num_shot",
+            "2",
+            "--num_query",
+            "1",
+            "--meta_batch_size",
+            "2",
+            "--train_steps",
+            "4",
+            "--eval_freq",
+            "2",
+        ],
+    ],
+)
 def test_every_flag_in_a_smoke_run(flags, tmp_path):
     metrics = bayes.main([*SMOKE, "--log_dir", str(tmp_path), "--run_name", "a", *flags])
     assert len(metrics["nll_with"]) == len(metrics["points"]) and all(map(math.isfinite, metrics["nll_with"]))
@@ -241,8 +260,21 @@ def test_every_flag_in_a_smoke_run(flags, tmp_path):
 
 def test_it_learns_and_metadata_helps():
     """A short training: with ten points better than without any; the quarter of the phase helps before the first."""
-    metrics = bayes.main([*SMOKE, "--train_steps", "400", "--eval_freq", "400", "--num_test_tasks", "200",
-                          "--test_samples", "100", "--hidden_dim", "32"])  # fmt: skip
+    metrics = bayes.main(
+        [
+            *SMOKE,
+            "--train_steps",
+            "400",
+            "--eval_freq",
+            "400",
+            "--num_test_tasks",
+            "200",
+            "--test_samples",
+            "100",
+            "--hidden_dim",
+            "32",
+        ]
+    )
     assert metrics["nll_without"][10] < metrics["nll_without"][0] - 0.2
     assert metrics["gain"][0] > metrics["gain_ci95"][0]
 

@@ -119,11 +119,17 @@ def test_a_bug_in_what_is_written_leaves_nothing_behind(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("dtype, fast, works, expected, note", [
-    ("auto", True, True, torch.bfloat16, False), ("auto", True, False, torch.float32, False),
-    ("auto", False, True, torch.float32, False), ("bfloat16", False, True, torch.bfloat16, False),
-    ("bfloat16", True, False, torch.float32, True), ("float32", True, True, torch.float32, False),
-])
+@pytest.mark.parametrize(
+    "dtype, fast, works, expected, note",
+    [
+        ("auto", True, True, torch.bfloat16, False),
+        ("auto", True, False, torch.float32, False),
+        ("auto", False, True, torch.float32, False),
+        ("bfloat16", False, True, torch.bfloat16, False),
+        ("bfloat16", True, False, torch.float32, True),
+        ("float32", True, True, torch.float32, False),
+    ],
+)
 def test_precision_is_what_the_processor_and_the_kernels_can(dtype, fast, works, expected, note, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "fast_in_bfloat16", lambda device: fast)
 
@@ -152,8 +158,18 @@ def test_an_older_processor_is_believed(monkeypatch):
 
 def test_a_warm_up_chooses_no_checkpoint_and_costs_no_patience(tmp_path):
     """Three evaluations of a warm-up with --patience 1, then two of the method, of which the first is better."""
-    args = Namespace(resume=None, random_seed=1, log_dir=str(tmp_path), run_name="run", train_steps=6, eval_freq=1,
-                     patience=1, meta_batch_size=1, command="", git_commit=None)  # fmt: skip
+    args = Namespace(
+        resume=None,
+        random_seed=1,
+        log_dir=str(tmp_path),
+        run_name="run",
+        train_steps=6,
+        eval_freq=1,
+        patience=1,
+        meta_batch_size=1,
+        command="",
+        git_commit=None,
+    )
     run = experiment.Run(args, "maml", "glyphs")
     model = torch.nn.Linear(1, 1)
     run.track(model=model)
@@ -167,8 +183,17 @@ def test_a_warm_up_chooses_no_checkpoint_and_costs_no_patience(tmp_path):
 
 
 def test_without_validation_there_is_no_validation_accuracy(tmp_path):
-    args = Namespace(resume=None, random_seed=1, log_dir=str(tmp_path), run_name="run", train_steps=2, eval_freq=1,
-                     meta_batch_size=1, command="python x.py", git_commit=None)  # fmt: skip
+    args = Namespace(
+        resume=None,
+        random_seed=1,
+        log_dir=str(tmp_path),
+        run_name="run",
+        train_steps=2,
+        eval_freq=1,
+        meta_batch_size=1,
+        command="python x.py",
+        git_commit=None,
+    )
     run = experiment.Run(args, "transfer", "glyphs", "d" * 64)
     run.track(model=torch.nn.Linear(1, 1))
     for _ in run.steps():

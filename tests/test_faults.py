@@ -33,13 +33,13 @@ from backbone import Conv4
 from load_data import load_dataset
 
 # The smallest complete run of each training script.
-COMMON = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_test_tasks", "4", "--num_val_tasks", "4"]
+COMMON = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_test_tasks", "4"]
 TRAINING = {
-    "hw1": ["--hidden_dim", "8", "--meta_batch_size", "4", "--num_classes", "2"],
-    "protonet": ["--width", "4", "--meta_batch_size", "2", "--num_query", "2"],
+    "hw1": ["--hidden_dim", "8", "--meta_batch_size", "4", "--num_classes", "2", "--num_val_tasks", "4"],
+    "protonet": ["--width", "4", "--meta_batch_size", "2", "--num_query", "2", "--num_val_tasks", "4"],
     "transfer": ["--width", "4", "--num_query", "2", "--head_steps", "2"],
-    "maml": ["--width", "4", "--num_query", "2", "--train_query", "1"],
-    "meta_lstm": ["--num_query", "2", "--train_query", "1", "--meta_batch_size", "2"],
+    "maml": ["--width", "4", "--num_query", "2", "--train_query", "1", "--num_val_tasks", "4"],
+    "meta_lstm": ["--num_query", "2", "--train_query", "1", "--meta_batch_size", "2", "--num_val_tasks", "4"],
 }
 SCRIPTS = [*TRAINING, "predict", "profile_costs", "feature_weights", "benchmark", "reproduce", "load_data"]
 
@@ -94,8 +94,13 @@ def test_every_flag_refuses_bad_values_in_one_line(script, monkeypatch, tmp_path
     parser = parser_of(script, monkeypatch)
     first = [next(iter(action.choices or ["."])) for action in parser._get_positional_actions()]
     first += [f"--{a.dest}=." for a in parser._actions if a.required and a.option_strings]
-    cases = [(flag, [f"{flag}={value}"]) for action in parser._actions for flag in action.option_strings
-             if flag.startswith("--") and flag != "--help" for value in bad_values(action)]  # fmt: skip
+    cases = [
+        (flag, [f"{flag}={value}"])
+        for action in parser._actions
+        for flag in action.option_strings
+        if flag.startswith("--") and flag != "--help"
+        for value in bad_values(action)
+    ]
     cases += [("--nonsense", ["--nonsense"]), ("--num", ["--num", "1"]), ("extra", ["extra", "extra"])]
     for flag, typed in cases:
         code, lines = run_in_process(script, [*first, *typed], capsys)
@@ -106,11 +111,19 @@ def test_every_flag_refuses_bad_values_in_one_line(script, monkeypatch, tmp_path
     print(f"{script}: {len(cases)} cases")
 
 
-@pytest.mark.parametrize("flags", [
-    ["hw1", "--hidden_dim", "2147483647"], ["hw1", "--num_layers", "2147483647"], ["protonet", "--width", "1000000"],
-    ["transfer", "--width", "2147483647"], ["maml", "--width", "1000000"], ["profile_costs", "--layers", "101"],
-    ["protonet", "--image_size", "1025"], ["load_data", "--image_size", "2147483647"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["hw1", "--hidden_dim", "2147483647"],
+        ["hw1", "--num_layers", "2147483647"],
+        ["protonet", "--width", "1000000"],
+        ["transfer", "--width", "2147483647"],
+        ["maml", "--width", "1000000"],
+        ["profile_costs", "--layers", "101"],
+        ["protonet", "--image_size", "1025"],
+        ["load_data", "--image_size", "2147483647"],
+    ],
+)
 def test_huge_values_get_one_line(flags, work, tmp_path, capsys):
     script, *huge = flags
     common = flags_of(script, "--log_dir", tmp_path) if script in TRAINING else []
@@ -143,9 +156,31 @@ def test_class_names_of_all_kinds_just_work(work, tmp_path):
     """A folder of classes with odd names trains, tests and predicts, also pictures of 1x1 and 5000x5000."""
     for part in ("train", "val", "test"):
         draw_folder(tmp_path / "data" / part, NAMES, 28)
-    flags = ["--smoke", "--dataset", "folder", "--data_folder", tmp_path / "data", "--num_classes", "3", "--width", "4",
-             "--num_query", "1", "--train_classes", "3", "--train_steps", "2", "--num_test_tasks", "4",
-             "--num_val_tasks", "4", "--log_dir", tmp_path / "runs", "--run_name", "a"]  # fmt: skip
+    flags = [
+        "--smoke",
+        "--dataset",
+        "folder",
+        "--data_folder",
+        tmp_path / "data",
+        "--num_classes",
+        "3",
+        "--width",
+        "4",
+        "--num_query",
+        "1",
+        "--train_classes",
+        "3",
+        "--train_steps",
+        "2",
+        "--num_test_tasks",
+        "4",
+        "--num_val_tasks",
+        "4",
+        "--log_dir",
+        tmp_path / "runs",
+        "--run_name",
+        "a",
+    ]
     assert protonet.main(list(map(str, flags)))["num_test_tasks"] == 4
     (tmp_path / "asked").mkdir()
     (tmp_path / "data" / "test").rename(tmp_path / "asked" / "support")
@@ -172,9 +207,22 @@ def runs(work, tmp_path_factory):
     try:
         for script, flags in TRAINING.items():
             module = importlib.import_module(script)
-            module.main([*COMMON, *flags, "--train_steps", "4", "--eval_freq", "2", "--log_dir", str(folder),
-                         "--run_name", script, *(["--finetune_steps", "2"] if script == "transfer" else []),
-                         *(["--warmup_steps", "1"] if script == "maml" else [])])  # fmt: skip
+            module.main(
+                [
+                    *COMMON,
+                    *flags,
+                    "--train_steps",
+                    "4",
+                    "--eval_freq",
+                    "2",
+                    "--log_dir",
+                    str(folder),
+                    "--run_name",
+                    script,
+                    *(["--finetune_steps", "2"] if script == "transfer" else []),
+                    *(["--warmup_steps", "1"] if script == "maml" else []),
+                ]
+            )
     finally:
         os.chdir(before)
     return folder
@@ -207,15 +255,21 @@ def damaged_folders(good: Path, other: Path, folder: Path) -> dict[str, Path]:
     zipped = (folder / "evil.pt").read_bytes()
     (folder / "a_file").write_text("no folder")
     return {
-        "missing": folder / "nowhere", "a file": folder / "a_file", "empty": make("empty", None, None, None),
-        "no checkpoint": make("none", best=None, last=None), "truncated": make("cut", best=best[:999], last=last[:999]),
-        "no zip": make("text", best=b"hello", last=b"hello"), "zero bytes": make("zero", best=b"", last=b""),
-        "hostile pickle": make("evil", best=evil, last=evil), "hostile zip": make("evil2", best=zipped, last=zipped),
+        "missing": folder / "nowhere",
+        "a file": folder / "a_file",
+        "empty": make("empty", None, None, None),
+        "no checkpoint": make("none", best=None, last=None),
+        "truncated": make("cut", best=best[:999], last=last[:999]),
+        "no zip": make("text", best=b"hello", last=b"hello"),
+        "zero bytes": make("zero", best=b"", last=b""),
+        "hostile pickle": make("evil", best=evil, last=evil),
+        "hostile zip": make("evil2", best=zipped, last=zipped),
         "flags no JSON": make("json", flags=b"{"),
         "flags of another script": make("other", flags=(other / "flags.json").read_bytes()),
-        "checkpoint of another script": make("swap", best=(other / "best.pt").read_bytes(),
-                                             last=(other / "checkpoint.pt").read_bytes()),
-    }  # fmt: skip
+        "checkpoint of another script": make(
+            "swap", best=(other / "best.pt").read_bytes(), last=(other / "checkpoint.pt").read_bytes()
+        ),
+    }
 
 
 @pytest.mark.parametrize("script", TRAINING)
@@ -340,8 +394,14 @@ def test_two_processes_have_the_meta_gradient_of_one(script, work, tmp_path):
     flags = flags_of(script, "--dtype", "float32", "--log_dir", tmp_path, "--eval_freq", "1", "--train_steps", *steps)
     (tmp_path / "run.py").write_text(IN_FLOAT64.format(repo=str(REPO), script=script))
     for name, start in (("one", [sys.executable]), ("two", TORCHRUN)):
-        result = subprocess.run([*start, tmp_path / "run.py", *flags, "--run_name", name], cwd=work, timeout=3600,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)  # fmt: skip
+        result = subprocess.run(
+            [*start, tmp_path / "run.py", *flags, "--run_name", name],
+            cwd=work,
+            timeout=3600,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
         assert result.returncode == 0, result.stderr
         assert result.stdout.count('"test_accuracy"') == 1
     one, two = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["objects"] for n in ("one", "two"))
@@ -360,8 +420,9 @@ def test_a_killed_worker_ends_the_whole_run_and_it_resumes(work, tmp_path):
     flags = flags_of("hw1", "--train_steps", "100000", "--eval_freq", "20", "--log_dir", tmp_path, "--run_name", "two")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     script, saved = REPO / "hw1.py", tmp_path / "two" / "checkpoint.pt"
-    run = subprocess.Popen([*TORCHRUN, script, *flags], cwd=work, env=environment, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL)  # fmt: skip
+    run = subprocess.Popen(
+        [*TORCHRUN, script, *flags], cwd=work, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.time() + 3600
     while not saved.exists() and run.poll() is None and time.time() < deadline:
         time.sleep(0.05)
@@ -374,8 +435,13 @@ def test_a_killed_worker_ends_the_whole_run_and_it_resumes(work, tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     step = experiment.load_checkpoint(saved)["step"]
     assert step >= 20 and not (tmp_path / "two" / "metrics.json").exists()
-    resumed = subprocess.Popen([*TORCHRUN, script, "--resume", tmp_path / "two"], cwd=work, env=environment,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    resumed = subprocess.Popen(
+        [*TORCHRUN, script, "--resume", tmp_path / "two"],
+        cwd=work,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.time() + 3600
     try:
         while experiment.load_checkpoint(saved)["step"] <= step and resumed.poll() is None and time.time() < deadline:
@@ -403,9 +469,14 @@ def test_killed_at_random_moments_and_resumed_is_bit_exact(script, work, tmp_pat
     assert whole.returncode == 0, whole.stderr
     folder, command, made = tmp_path / "killed", flags_of(script, *steps, "--run_name", "killed"), 0
     while made < kills and not finished(folder):
-        process = subprocess.Popen([sys.executable, str(REPO / f"{script}.py"), *map(str, command)], cwd=work,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                                   env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, str(REPO / f"{script}.py"), *map(str, command)],
+            cwd=work,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         saved = folder / "checkpoint.pt"
         before = saved.stat().st_mtime_ns if saved.exists() else 0
         while process.poll() is None and (not saved.exists() or saved.stat().st_mtime_ns == before):
@@ -463,8 +534,13 @@ def test_memory_is_flat_over_2000_steps(script, work, tmp_path, run_script):
         "importlib.import_module(sys.argv[2]).main(sys.argv[3:])\n"
         "print('MEMORY', json.dumps(seen))\n"
     )
-    result = subprocess.run([sys.executable, "-c", watch, str(REPO), script, *map(str, flags)], cwd=work, text=True,
-                            capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", watch, str(REPO), script, *map(str, flags)],
+        cwd=work,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0, result.stderr
     early, late = json.loads(result.stdout.split("MEMORY")[1])
     growth = late / early - 1

@@ -128,10 +128,13 @@ def test_min_norm_with_weights_zero_is_that_of_the_other_features(n, used):
     assert not (beta[used:].abs() > 1e-12).any()
 
 
-@pytest.mark.parametrize("loss, learner", [
-    (lambda f, y: (f - y).square().mean(0).sum(), fw.regression_steps),
-    (lambda f, y: (1 + (-y * f).exp()).log().mean(0).sum(), fw.logistic_steps),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "loss, learner",
+    [
+        (lambda f, y: (f - y).square().mean(0).sum(), fw.regression_steps),
+        (lambda f, y: (1 + (-y * f).exp()).log().mean(0).sum(), fw.logistic_steps),
+    ],
+)
 def test_gradient_steps_equal_a_plain_loop_with_autograd(loss, learner):
     A, y = random_problem(6, 15)
     y = y.sign()
@@ -308,8 +311,15 @@ def test_smoke_of_all_parts(tmp_path, capsys):
     (results_dir / "features.json").write_text('{"kept": 1}')
     flags = ["--smoke", "--log_dir", str(tmp_path), "--run_name", "s", "--out", str(results_dir)]
     results = fw.main(flags)
-    names = {"alias", "closed_form", "closed_form_adam", "gradient_5_steps", "gradient_1_steps", "classification",
-             "logistic_10_steps"}  # fmt: skip
+    names = {
+        "alias",
+        "closed_form",
+        "closed_form_adam",
+        "gradient_5_steps",
+        "gradient_1_steps",
+        "classification",
+        "logistic_10_steps",
+    }
     assert set(results) == names
     printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert printed.keys() == results.keys() and printed["closed_form"]["meta"] == results["closed_form"]["meta"]
@@ -354,16 +364,19 @@ def test_a_resumed_run_is_bit_identical(points, tmp_path, monkeypatch):
     assert torch.equal(a["c"], b["c"]) and torch.equal(a["history"], b["history"])
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--num_true", "600"], ["--num_true 600", "--num_features 500"]),
-    (["--num_points", "65"], ["--num_points 65", "--max_points"]),
-    (["--part", "nothing"], ["--part"]),
-    (["--num_gd_steps", "0"], ["--num_gd_steps", "1 or more"]),
-    (["--inner_lr", "0"], ["--inner_lr"]),
-    (["--out", "nowhere"], ["--out nowhere"]),
-    (["--dataset", "glyphs"], ["--dataset"]),
-    (["--resume", "nowhere"], ["--resume nowhere"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--num_true", "600"], ["--num_true 600", "--num_features 500"]),
+        (["--num_points", "65"], ["--num_points 65", "--max_points"]),
+        (["--part", "nothing"], ["--part"]),
+        (["--num_gd_steps", "0"], ["--num_gd_steps", "1 or more"]),
+        (["--inner_lr", "0"], ["--inner_lr"]),
+        (["--out", "nowhere"], ["--out nowhere"]),
+        (["--dataset", "glyphs"], ["--dataset"]),
+        (["--resume", "nowhere"], ["--resume nowhere"]),
+    ],
+)
 def test_bad_flags_get_one_line(flags, words, capsys):
     with pytest.raises(SystemExit) as stop:
         fw.experiment.run_script(lambda: fw.main(flags))

@@ -128,8 +128,10 @@ def test_every_assignment_fits_the_scripts(name):
     easy = load_assignment(name, "easy")
     assert len(easy.blanks) == sum(b.level == "easy" for b in a.blanks) > 0
     for blank in (b for b in a.blanks if b.level == "hard"):
-        assert all(cut(starter(easy).get(blank.file, a.solution()[blank.file]), f) == cut(a.solution()[blank.file], f)
-                   for f in blank.functions)  # fmt: skip
+        assert all(
+            cut(starter(easy).get(blank.file, a.solution()[blank.file]), f) == cut(a.solution()[blank.file], f)
+            for f in blank.functions
+        )
     assert "oracle" not in public_tests(a)
     for command in [f"python {a.smoke}", *a.commands]:
         script, *flags = command.split()[1:]
@@ -314,17 +316,24 @@ text = json.dumps({'d': [['result', {'d': [['beta', {'v': 1}], ['score', {'v': 1
 os.write(3, struct.pack('<QQ', len(text), 0) + text)
 return A"""
     assert lost(grader.grade(write(a, forged))) == {HOSTILE}
-    for message in ("b'\\xff' * 64", "struct.pack('<QQ', 2**40, 2**40)", "struct.pack('<QQ', 4, 0) + b'nope'",
-                    "struct.pack('<QQ', 10**5, 0) + b'[' * 10**5"):  # fmt: skip
+    for message in (
+        "b'\\xff' * 64",
+        "struct.pack('<QQ', 2**40, 2**40)",
+        "struct.pack('<QQ', 4, 0) + b'nope'",
+        "struct.pack('<QQ', 10**5, 0) + b'[' * 10**5",
+    ):
         body = f"import os, struct\nos.write(3, {message})\nreturn A"
         assert lost(grader.grade(write(a, body))) == {HOSTILE}
 
 
 def test_files_that_are_no_python_or_not_there(a, grader):
     everything = {b.question for b in a.blanks}
-    for texts, word in (({}, "not in the submission"), ({FILE: "def broken(:\n"}, "no Python: SyntaxError in line 1"),
-                        ({FILE: a.solution()[FILE] + "\nimport nowhere\n"}, "cannot be imported"),
-                        ({FILE: a.solution()[FILE] + "\nraise SystemExit\n"}, "sys.exit")):  # fmt: skip
+    for texts, word in (
+        ({}, "not in the submission"),
+        ({FILE: "def broken(:\n"}, "no Python: SyntaxError in line 1"),
+        ({FILE: a.solution()[FILE] + "\nimport nowhere\n"}, "cannot be imported"),
+        ({FILE: a.solution()[FILE] + "\nraise SystemExit\n"}, "sys.exit"),
+    ):
         results = grader.grade(texts)
         assert lost(results) == everything and word in results[0]["message"], results[0]["message"]
     renamed = {FILE: a.solution()[FILE].replace("def logistic_steps", "def my_steps")}
@@ -441,12 +450,17 @@ def test_the_autograder_as_gradescope_runs_it(a, built, tmp_path):
     assert theirs == ours and 0 < ours["score"] < ours["max_score"]
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["grade", "hw9"], ["--submission"]), (["grade", "all", "--submission", "."], ["one assignment"]),
-    (["grade", "hw9", "--submission", "nowhere"], ["--submission", "nowhere"]),
-    (["grade", "hw9", "--submission", ".", "--json", "no/where.json"], ["--json"]),
-    (["build", "hw7"], ["hw7"]), (["build", "hw9", "--level", "medium"], ["--level"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["grade", "hw9"], ["--submission"]),
+        (["grade", "all", "--submission", "."], ["one assignment"]),
+        (["grade", "hw9", "--submission", "nowhere"], ["--submission", "nowhere"]),
+        (["grade", "hw9", "--submission", ".", "--json", "no/where.json"], ["--json"]),
+        (["build", "hw7"], ["hw7"]),
+        (["build", "hw9", "--level", "medium"], ["--level"]),
+    ],
+)
 def test_errors_in_one_line(argv, words):
     result = run([sys.executable, str(REPO / "homework.py"), *argv], REPO)
     lines = result.stderr.strip().splitlines()

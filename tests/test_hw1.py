@@ -26,11 +26,21 @@ def episodes(B=3, K=2, N=4, seed=0):
     return EpisodeSampler(known_dataset(), "train", N, K, 1, B, seed).sample_rows()
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"recurrent": "gru"}, {"recurrent": "rnn"}, {"num_layers": 1}, {"num_layers": 3}, {"head": "linear"},
-    {"forget_bias": 1.0}, {"encoder": "strided"},
-    {"encoder": "strided", "head": "linear", "recurrent": "gru"}, {"logit_scale": 5.0},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"recurrent": "gru"},
+        {"recurrent": "rnn"},
+        {"num_layers": 1},
+        {"num_layers": 3},
+        {"head": "linear"},
+        {"forget_bias": 1.0},
+        {"encoder": "strided"},
+        {"encoder": "strided", "head": "linear", "recurrent": "gru"},
+        {"logit_scale": 5.0},
+    ],
+)
 def test_shapes_and_gradients(options):
     images, labels = episodes()
     before = images.clone(), labels.clone()
@@ -191,8 +201,23 @@ def test_smoke_run_leaves_a_complete_run_folder(tmp_path, monkeypatch, capsys):
     assert printed == {k: v for k, v in metrics.items() if k not in only_in_file}
     assert len(metrics["accuracies"]) == metrics["num_test_tasks"] and metrics["flags"]["num_classes"] == 2
     assert [step for step, _ in metrics["curves"]["Accuracy/val"]] == [20, 40]
-    for key in ("script", "dataset", "split", "N", "K", "Q", "steps", "test_accuracy", "ci95", "num_test_tasks",
-                "train_seconds", "tasks_per_second", "device", "seed", "test_accuracy_alone"):  # fmt: skip
+    for key in (
+        "script",
+        "dataset",
+        "split",
+        "N",
+        "K",
+        "Q",
+        "steps",
+        "test_accuracy",
+        "ci95",
+        "num_test_tasks",
+        "train_seconds",
+        "tasks_per_second",
+        "device",
+        "seed",
+        "test_accuracy_alone",
+    ):
         assert key in metrics
     assert metrics["dataset"] == "glyphs" and metrics["steps"] == 40
     logged = events(folder)
@@ -208,16 +233,47 @@ def test_smoke_run_leaves_a_complete_run_folder(tmp_path, monkeypatch, capsys):
     assert hw1.main(["--test", "--checkpoint", str(folder), "--num_shot", "3", "--num_test_tasks", "50"])["K"] == 3
 
 
-@pytest.mark.parametrize("flags", [
-    ["--recurrent", "gru", "--num_layers", "3", "--hidden_dim", "8"],
-    ["--recurrent", "rnn", "--head", "recurrent", "--logit_scale", "1", "--forget_bias", "0",
-     "--schedule", "constant", "--clip", "0"],
-    ["--encoder", "strided", "--meta_batch_size", "2", "--train_steps", "2", "--eval_freq", "2", "--num_test_tasks",
-     "8", "--num_val_tasks", "8", "--jitter", "0.2", "--shared_classes", "9"],
-    ["--fixed_labels", "--no-rotations", "--split", "lake", "--num_shot", "2", "--random_seed", "7"],
-    ["--learning_rate", "1e-5", "--patience", "1", "--num_workers", "4", "--image_caching", "False"],
-    ["--dtype", "bfloat16", "--image_size", "32", "--num_test_tasks", "10"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--recurrent", "gru", "--num_layers", "3", "--hidden_dim", "8"],
+        [
+            "--recurrent",
+            "rnn",
+            "--head",
+            "recurrent",
+            "--logit_scale",
+            "1",
+            "--forget_bias",
+            "0",
+            "--schedule",
+            "constant",
+            "--clip",
+            "0",
+        ],
+        [
+            "--encoder",
+            "strided",
+            "--meta_batch_size",
+            "2",
+            "--train_steps",
+            "2",
+            "--eval_freq",
+            "2",
+            "--num_test_tasks",
+            "8",
+            "--num_val_tasks",
+            "8",
+            "--jitter",
+            "0.2",
+            "--shared_classes",
+            "9",
+        ],
+        ["--fixed_labels", "--no-rotations", "--split", "lake", "--num_shot", "2", "--random_seed", "7"],
+        ["--learning_rate", "1e-5", "--patience", "1", "--num_workers", "4", "--image_caching", "False"],
+        ["--dtype", "bfloat16", "--image_size", "32", "--num_test_tasks", "10"],
+    ],
+)
 def test_every_flag_in_a_smoke_run(flags, tmp_path):
     metrics = hw1.main([*SMOKE, "--num_classes", "2", "--log_dir", str(tmp_path), *flags])
     assert 0 <= metrics["test_accuracy"] <= 1 and math.isfinite(metrics["ci95"])
@@ -232,8 +288,24 @@ def test_deterministic_and_seeded(tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
 
 
-TRAIN = ["--dataset", "glyphs", "--device", "cpu", "--num_classes", "2", "--train_steps", "240", "--eval_freq", "30",
-         "--hidden_dim", "32", "--meta_batch_size", "16", "--num_test_tasks", "50"]  # fmt: skip
+TRAIN = [
+    "--dataset",
+    "glyphs",
+    "--device",
+    "cpu",
+    "--num_classes",
+    "2",
+    "--train_steps",
+    "240",
+    "--eval_freq",
+    "30",
+    "--hidden_dim",
+    "32",
+    "--meta_batch_size",
+    "16",
+    "--num_test_tasks",
+    "50",
+]
 
 
 @pytest.fixture(scope="module")
@@ -376,8 +448,14 @@ def test_two_processes_average_to_the_one_process_gradient(work, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, str(REPO / "hw1.py")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, *flags, "--log_dir", str(tmp_path), "--run_name", "two"],
-                            cwd=work, env=environment, capture_output=True, text=True, timeout=3600)  # fmt: skip
+    result = subprocess.run(
+        [*command, *flags, "--log_dir", str(tmp_path), "--run_name", "two"],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count('"test_accuracy"') == 1  # only rank 0 reports
     one, two = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["objects"] for n in ("one", "two"))

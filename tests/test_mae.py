@@ -19,8 +19,21 @@ from experiment import UserError
 from load_data import EpisodeSampler
 from mae import MAE, Drawings, agreement, count_visible, masked_error, random_order, targets, unshuffle
 
-SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--dtype", "float32", "--num_val_tasks", "5",
-         "--num_test_tasks", "5", "--whitening_images", "40"]  # fmt: skip
+SMOKE = [
+    "--smoke",
+    "--dataset",
+    "glyphs",
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+    "--num_val_tasks",
+    "5",
+    "--num_test_tasks",
+    "5",
+    "--whitening_images",
+    "40",
+]
 
 
 def small(channels=1, image_size=28):
@@ -387,9 +400,13 @@ def test_torchrun_has_the_gradient_of_one_process(work, tmp_path):
     mae.main([*flags, "--run_name", "one"])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run(
-        [*command, str(REPO / "mae.py"), *flags, "--run_name", "two"], cwd=work, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=3600,
-    )  # fmt: skip
+        [*command, str(REPO / "mae.py"), *flags, "--run_name", "two"],
+        cwd=work,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=3600,
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count('"test_accuracy"') == 1
     one, two = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["objects"] for n in ("one", "two"))
@@ -398,11 +415,47 @@ def test_torchrun_has_the_gradient_of_one_process(work, tmp_path):
     assert torch.equal(one["sampler"]["generator"], two["sampler"]["generator"])
 
 
-@pytest.mark.parametrize("flags", [
-    ["--no-normalise", "--no-rotations", "--mask_ratio", "0.75", "--contrast", "0", "--depth", "2", "--split", "lake"],
-    ["--decoder_depth", "2", "--decoder_width", "8", "--jitter", "0", "--shift", "0", "--bend", "0", "--views", "1",
-     "--image_size", "32", "--num_shot", "2", "--num_query", "3", "--held_out", "8", "--learning_rate", "1e-3"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [
+            "--no-normalise",
+            "--no-rotations",
+            "--mask_ratio",
+            "0.75",
+            "--contrast",
+            "0",
+            "--depth",
+            "2",
+            "--split",
+            "lake",
+        ],
+        [
+            "--decoder_depth",
+            "2",
+            "--decoder_width",
+            "8",
+            "--jitter",
+            "0",
+            "--shift",
+            "0",
+            "--bend",
+            "0",
+            "--views",
+            "1",
+            "--image_size",
+            "32",
+            "--num_shot",
+            "2",
+            "--num_query",
+            "3",
+            "--held_out",
+            "8",
+            "--learning_rate",
+            "1e-3",
+        ],
+    ],
+)
 def test_every_flag_in_a_smoke_run(flags, tmp_path):
     metrics = mae.main([*SMOKE, "--train_steps", "4", "--eval_freq", "4", "--log_dir", str(tmp_path), *flags])
     assert 0.2 <= metrics["test_accuracy"] <= 1
@@ -410,10 +463,12 @@ def test_every_flag_in_a_smoke_run(flags, tmp_path):
 
 def test_bad_flags_get_one_line(run_script):
     for flags, words in (
-        (["--width", "20"], "--width 20"), (["--decoder_width", "12"], "--decoder_width 12"),
-        (["--image_size", "30"], "--image_size 30"), (["--mask_ratio", "0"], "out of range"),
+        (["--width", "20"], "--width 20"),
+        (["--decoder_width", "12"], "--decoder_width 12"),
+        (["--image_size", "30"], "--image_size 30"),
+        (["--mask_ratio", "0"], "out of range"),
         (["--patience", "1"], "--patience"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=words):
             mae.parse_args([*SMOKE, *flags])
     one_line_error(run_script("mae.py", "--mask_ratio", "1"), "--mask_ratio", "out of range")
@@ -422,8 +477,23 @@ def test_bad_flags_get_one_line(run_script):
 # --------------------------------------------------------------------- with labels, from the weights
 
 
-VIT = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--dtype", "float32", "--encoder", "vit",
-       "--width", "16", "--train_steps", "2", "--eval_freq", "2"]  # fmt: skip
+VIT = [
+    "--smoke",
+    "--dataset",
+    "glyphs",
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+    "--encoder",
+    "vit",
+    "--width",
+    "16",
+    "--train_steps",
+    "2",
+    "--eval_freq",
+    "2",
+]
 
 
 def test_protonet_starts_from_the_encoder(tmp_path):

@@ -57,10 +57,16 @@ def gradients(model, tasks, s, weights=(1.0,), steps=None):
 
 
 CASES = [
-    (1, "linear", {}), (3, "linear", {}), (1, "proto", {}), (3, "proto", {}),
-    (2, "linear", {"batch_norm": "support"}), (2, "proto", {"freeze_body": True}), (2, "linear", {"strided": False}),
-    (2, "linear", {"sphere": True}), (2, "linear", {"sphere": True, "batch_norm": "support"}),
-]  # fmt: skip
+    (1, "linear", {}),
+    (3, "linear", {}),
+    (1, "proto", {}),
+    (3, "proto", {}),
+    (2, "linear", {"batch_norm": "support"}),
+    (2, "proto", {"freeze_body": True}),
+    (2, "linear", {"strided": False}),
+    (2, "linear", {"sphere": True}),
+    (2, "linear", {"sphere": True, "batch_norm": "support"}),
+]
 
 
 @pytest.mark.parametrize("steps, head, options", CASES)
@@ -270,19 +276,70 @@ def test_evaluation_keeps_no_graph_and_later_steps_repeat_the_last_rate():
     assert not found["query"].requires_grad and not found["support"].requires_grad
 
 
-@pytest.mark.parametrize("flags", [
-    ["--first_order", "--head", "proto", "--inner_steps", "0", "--jitter", "0", "--test_inner_steps", "2",
-     "--schedule", "constant", "--train_classes", "7", "--features", "sphere"],
-    ["--freeze_body", "--learn_inner_lrs", "--inner_steps", "2", "--multi_step_loss", "--num_classes", "3",
-     "--features", "plain"],
-    ["--batch_norm", "support", "--encoder", "conv4", "--clip", "0", "--num_shot", "2", "--dtype", "float32"],
-    ["--inner_lr", "0.1", "--learning_rate", "1e-2", "--train_query", "1", "--num_query", "4", "--no-rotations"],
-    ["--split", "lake", "--first_order", "--zero_head", "--num_test_tasks", "2",
-     "--width", "8", "--patience", "1", "--dtype", "bfloat16"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [
+            "--first_order",
+            "--head",
+            "proto",
+            "--inner_steps",
+            "0",
+            "--jitter",
+            "0",
+            "--test_inner_steps",
+            "2",
+            "--schedule",
+            "constant",
+            "--train_classes",
+            "7",
+            "--features",
+            "sphere",
+        ],
+        [
+            "--freeze_body",
+            "--learn_inner_lrs",
+            "--inner_steps",
+            "2",
+            "--multi_step_loss",
+            "--num_classes",
+            "3",
+            "--features",
+            "plain",
+        ],
+        ["--batch_norm", "support", "--encoder", "conv4", "--clip", "0", "--num_shot", "2", "--dtype", "float32"],
+        ["--inner_lr", "0.1", "--learning_rate", "1e-2", "--train_query", "1", "--num_query", "4", "--no-rotations"],
+        [
+            "--split",
+            "lake",
+            "--first_order",
+            "--zero_head",
+            "--num_test_tasks",
+            "2",
+            "--width",
+            "8",
+            "--patience",
+            "1",
+            "--dtype",
+            "bfloat16",
+        ],
+    ],
+)
 def test_every_flag_in_a_smoke_run(flags, tmp_path):
-    base = ["--train_steps", "4", "--warmup_steps", "1", "--eval_freq", "4", "--num_test_tasks", "4", "--num_val_tasks",
-            "4", "--num_query", "3"]  # fmt: skip
+    base = [
+        "--train_steps",
+        "4",
+        "--warmup_steps",
+        "1",
+        "--eval_freq",
+        "4",
+        "--num_test_tasks",
+        "4",
+        "--num_val_tasks",
+        "4",
+        "--num_query",
+        "3",
+    ]
     metrics = maml.main([*SMOKE, *base, "--log_dir", str(tmp_path), "--run_name", "a", *flags])
     assert 0 < metrics["test_accuracy"] == metrics[f"test_accuracy_{metrics['batch_norm']}"] <= 1
     again = maml.main(["--test", "--checkpoint", str(tmp_path / "a")])
@@ -290,8 +347,21 @@ def test_every_flag_in_a_smoke_run(flags, tmp_path):
 
 
 def test_fixed_labels_keep_the_last_model_and_report_the_training_tasks(tmp_path):
-    flags = ["--fixed_labels", "--num_test_tasks", "4", "--num_val_tasks", "4", "--num_query", "3", "--eval_freq", "2",
-             "--warmup_steps", "0", "--train_steps", "4"]  # fmt: skip
+    flags = [
+        "--fixed_labels",
+        "--num_test_tasks",
+        "4",
+        "--num_val_tasks",
+        "4",
+        "--num_query",
+        "3",
+        "--eval_freq",
+        "2",
+        "--warmup_steps",
+        "0",
+        "--train_steps",
+        "4",
+    ]
     metrics = maml.main([*SMOKE, *flags, "--log_dir", str(tmp_path)])
     assert metrics["best_step"] == 4 and 0 <= metrics["train_accuracy"] <= 1
     assert abs(metrics["train_accuracy_before"] - 0.2) < 0.2
@@ -306,13 +376,38 @@ def test_training_learns_the_glyphs(tmp_path):
 def test_curves_and_metrics_tell_before_from_after(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    maml.main([*SMOKE, "--log_dir", str(tmp_path), "--run_name", "a", "--learn_inner_lrs", "--train_steps", "2",
-               "--warmup_steps", "0", "--eval_freq", "1"])  # fmt: skip
+    maml.main(
+        [
+            *SMOKE,
+            "--log_dir",
+            str(tmp_path),
+            "--run_name",
+            "a",
+            "--learn_inner_lrs",
+            "--train_steps",
+            "2",
+            "--warmup_steps",
+            "0",
+            "--eval_freq",
+            "1",
+        ]
+    )
     events = EventAccumulator(str(tmp_path / "a"))
     events.Reload()
-    wanted = {"Loss/train", "Loss/test", "Accuracy/test", "Accuracy/val", "Adaptation/support_before", "Gradient/norm",
-              "Adaptation/support_after", "Adaptation/query_after_0_steps", "Adaptation/query_after_1_steps",
-              "Rates/weight0_step1", "Memory/peak_MB", "Time/tasks_per_second"}  # fmt: skip
+    wanted = {
+        "Loss/train",
+        "Loss/test",
+        "Accuracy/test",
+        "Accuracy/val",
+        "Adaptation/support_before",
+        "Gradient/norm",
+        "Adaptation/support_after",
+        "Adaptation/query_after_0_steps",
+        "Adaptation/query_after_1_steps",
+        "Rates/weight0_step1",
+        "Memory/peak_MB",
+        "Time/tasks_per_second",
+    }
     assert wanted <= set(events.Tags()["scalars"])
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert len(metrics["query_accuracy_per_step"]) == 2 and metrics["peak_memory_MB"] > 0
@@ -320,8 +415,20 @@ def test_curves_and_metrics_tell_before_from_after(tmp_path):
 
 
 def test_resume_is_bit_exact(tmp_path, monkeypatch):
-    base = [*SMOKE, "--num_test_tasks", "4", "--num_val_tasks", "4", "--learn_inner_lrs", "--train_steps", "6",
-            "--eval_freq", "2", "--warmup_steps", "3"]  # fmt: skip
+    base = [
+        *SMOKE,
+        "--num_test_tasks",
+        "4",
+        "--num_val_tasks",
+        "4",
+        "--learn_inner_lrs",
+        "--train_steps",
+        "6",
+        "--eval_freq",
+        "2",
+        "--warmup_steps",
+        "3",
+    ]
     maml.main([*base, "--log_dir", str(tmp_path), "--run_name", "whole"])
     real = experiment.Run.save
 

@@ -263,17 +263,56 @@ def test_the_black_box_does_not_see_the_order_of_the_support_set():
 # -------------------------------------------------------------------------------------- the script
 
 
-@pytest.mark.parametrize("flags", [
-    ["--task", "basis", "--num_shot", "3", "--num_query", "4", "--test_shot", "6", "--inner_lr", "0.1"],
-    ["--task", "diseased", "--learner", "blackbox", "--regulariser", "activations", "--beta", "0.5"],
-    ["--task", "grasping", "--regulariser", "activations", "--code_dim", "8", "--hidden_dim", "16"],
-    ["--task", "sinusoid", "--regulariser", "weights", "--raw_std", "-50", "--fresh_adam", "all"],
-    ["--task", "sinusoid", "--regulariser", "activations", "--fresh_adam", "encoder", "--test_inner_steps", "3"],
-    ["--task", "characters", "--regulariser", "weights", "--train_steps", "2", "--eval_freq", "1", "--code_dim", "8",
-     "--num_test_tasks", "2", "--num_val_tasks", "2", "--meta_batch_size", "2", "--inner_steps", "2"],
-    ["--task", "characters", "--learner", "blackbox", "--train_steps", "2", "--eval_freq", "2", "--code_dim", "8",
-     "--num_test_tasks", "2", "--num_val_tasks", "2", "--meta_batch_size", "2", "--learning_rate", "1e-4"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--task", "basis", "--num_shot", "3", "--num_query", "4", "--test_shot", "6", "--inner_lr", "0.1"],
+        ["--task", "diseased", "--learner", "blackbox", "--regulariser", "activations", "--beta", "0.5"],
+        ["--task", "grasping", "--regulariser", "activations", "--code_dim", "8", "--hidden_dim", "16"],
+        ["--task", "sinusoid", "--regulariser", "weights", "--raw_std", "-50", "--fresh_adam", "all"],
+        ["--task", "sinusoid", "--regulariser", "activations", "--fresh_adam", "encoder", "--test_inner_steps", "3"],
+        [
+            "--task",
+            "characters",
+            "--regulariser",
+            "weights",
+            "--train_steps",
+            "2",
+            "--eval_freq",
+            "1",
+            "--code_dim",
+            "8",
+            "--num_test_tasks",
+            "2",
+            "--num_val_tasks",
+            "2",
+            "--meta_batch_size",
+            "2",
+            "--inner_steps",
+            "2",
+        ],
+        [
+            "--task",
+            "characters",
+            "--learner",
+            "blackbox",
+            "--train_steps",
+            "2",
+            "--eval_freq",
+            "2",
+            "--code_dim",
+            "8",
+            "--num_test_tasks",
+            "2",
+            "--num_val_tasks",
+            "2",
+            "--meta_batch_size",
+            "2",
+            "--learning_rate",
+            "1e-4",
+        ],
+    ],
+)
 def test_every_flag_in_a_smoke_run(flags, tmp_path):
     metrics = memorization.main([*SMOKE, "--log_dir", str(tmp_path), "--run_name", "a", *flags])
     names = [f"{part}_{condition}" for part in ("train", "test") for condition in CONDITIONS]

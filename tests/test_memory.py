@@ -481,14 +481,51 @@ def test_smoke_runs_leave_their_figures(tmp_path):
     assert again["accuracy_by_sight"] == metrics["accuracy_by_sight"]
 
 
-@pytest.mark.parametrize("flags", [
-    ["--memory", "attention", "--encoder", "none", "--encoder_rate", "0", "--shared_classes", "0", "--num_layers", "1"],
-    ["--memory", "attention", "--encoder", "strided", "--num_shot", "2", "--heads", "2", "--shift", "0",
-     "--jitter", "0"],
-    ["--memory", "external", "--protocol", "support", "--num_shot", "1", "--encoder", "conv4", "--shared_classes", "6"],
-    ["--protocol", "sequence", "--num_shot", "2", "--heads", "1"],
-    ["--memory", "external", "--heads", "2", "--dtype", "bfloat16"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [
+            "--memory",
+            "attention",
+            "--encoder",
+            "none",
+            "--encoder_rate",
+            "0",
+            "--shared_classes",
+            "0",
+            "--num_layers",
+            "1",
+        ],
+        [
+            "--memory",
+            "attention",
+            "--encoder",
+            "strided",
+            "--num_shot",
+            "2",
+            "--heads",
+            "2",
+            "--shift",
+            "0",
+            "--jitter",
+            "0",
+        ],
+        [
+            "--memory",
+            "external",
+            "--protocol",
+            "support",
+            "--num_shot",
+            "1",
+            "--encoder",
+            "conv4",
+            "--shared_classes",
+            "6",
+        ],
+        ["--protocol", "sequence", "--num_shot", "2", "--heads", "1"],
+        ["--memory", "external", "--heads", "2", "--dtype", "bfloat16"],
+    ],
+)
 def test_every_flag_in_a_smoke_run(flags, tmp_path):
     short = ["--train_steps", "2", "--eval_freq", "1", "--meta_batch_size", "2"]
     metrics = hw1.main([*SMOKE, "--log_dir", str(tmp_path), *flags, *short])

@@ -33,7 +33,7 @@ from meta_lstm import (
     fixed_pool,
     preprocess,
     task_losses,
-)  # fmt: skip
+)
 
 SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]
 f64 = torch.float64
@@ -122,8 +122,10 @@ class PlainNet(nn.Module):
         for i in range(4):
             layers += [
                 nn.Conv2d(channels if i == 0 else 32, 32, 3, padding=1),
-                nn.BatchNorm2d(32, eps=EPS, momentum=momentum), nn.ReLU(), nn.MaxPool2d(2),
-            ]  # fmt: skip
+                nn.BatchNorm2d(32, eps=EPS, momentum=momentum),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
         self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * (size // 16) ** 2, N)).double()
 
     def forward(self, x):
@@ -304,8 +306,10 @@ def test_second_order_gradient_is_that_of_finite_differences_and_first_order_is_
     for name, p, g, g1 in zip(names, rule.parameters(), full, first, strict=True):
         direction = torch.randn_like(p)
         if name == "theta0":  # not along the convolutions' biases, whose gradients are rounding noise
-            shapes = {n: torch.zeros(s) if "bias" in n and "head" not in n else torch.ones(s)
-                      for n, s in learner.shapes().items()}  # fmt: skip
+            shapes = {
+                n: torch.zeros(s) if "bias" in n and "head" not in n else torch.ones(s)
+                for n, s in learner.shapes().items()
+            }
             direction *= torch.cat([m.flatten() for m in shapes.values()])
         direction *= 1e-6 / direction.norm()
         with torch.no_grad():
@@ -436,8 +440,16 @@ def test_smoke_run_reports_everything(trained):
 
     events = EventAccumulator(str(folder)).Reload()
     tags = set(events.Tags()["scalars"])
-    wanted = {"Loss/train", "Accuracy/train", "Gradient/meta_norm", "Support/loss_update02", "Accuracy/val",
-              "Gate_forget/conv0_update01", "Gate_input/head_update02", "Accuracy/test"}  # fmt: skip
+    wanted = {
+        "Loss/train",
+        "Accuracy/train",
+        "Gradient/meta_norm",
+        "Support/loss_update02",
+        "Accuracy/val",
+        "Gate_forget/conv0_update01",
+        "Gate_input/head_update02",
+        "Accuracy/test",
+    }
     assert wanted <= tags and [e.step for e in events.Scalars("Support/loss_update01")] == [2, 4]
 
 
@@ -493,8 +505,23 @@ def picture_folder(root, classes, images, size, channels=3, seed=0):
 
 def test_folder_of_colour_images_end_to_end(tmp_path, one_rate):
     folder = picture_folder(tmp_path / "images", classes=5, images=4, size=84)
-    flags = ["--smoke", "--dataset", "folder", "--data_folder", str(folder), "--image_size", "84", "--preset",
-             "5way1shot", "--num_val_tasks", "2", "--num_test_tasks", "2", "--log_dir", str(tmp_path)]  # fmt: skip
+    flags = [
+        "--smoke",
+        "--dataset",
+        "folder",
+        "--data_folder",
+        str(folder),
+        "--image_size",
+        "84",
+        "--preset",
+        "5way1shot",
+        "--num_val_tasks",
+        "2",
+        "--num_test_tasks",
+        "2",
+        "--log_dir",
+        str(tmp_path),
+    ]
     metrics = meta_lstm.main(flags)
     assert metrics["parameters"] == 32901 and metrics["dataset"] == "folder" and metrics["updates"] == 2
 
@@ -541,12 +568,24 @@ def test_transfer_of_the_rule(trained, one_rate):
     assert fresh["rule"]["support_loss"] != same["rule"]["support_loss"]
 
 
-@pytest.mark.parametrize("flags", [
-    ["--second_order", "--trained_share", "1", "--schedule", "constant", "--no-rotations", "--query_norm", "support"],
-    ["--fixed_pool", "4", "--jitter", "0.1", "--clip", "1", "--learning_rate", "1e-2", "--bn_momentum", "1"],
-    ["--dtype", "bfloat16", "--rule_rate", "1e-3", "--inner_batch", "2", "--num_shot", "2", "--split", "lake"],
-    ["--tasks_at_once", "1", "--patience", "1"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [
+            "--second_order",
+            "--trained_share",
+            "1",
+            "--schedule",
+            "constant",
+            "--no-rotations",
+            "--query_norm",
+            "support",
+        ],
+        ["--fixed_pool", "4", "--jitter", "0.1", "--clip", "1", "--learning_rate", "1e-2", "--bn_momentum", "1"],
+        ["--dtype", "bfloat16", "--rule_rate", "1e-3", "--inner_batch", "2", "--num_shot", "2", "--split", "lake"],
+        ["--tasks_at_once", "1", "--patience", "1"],
+    ],
+)
 def test_every_flag_in_a_smoke_run(flags, tmp_path, one_rate):
     metrics = meta_lstm.main(
         [*SMOKE, "--num_val_tasks", "2", "--num_test_tasks", "2", "--log_dir", str(tmp_path), *flags]
@@ -575,14 +614,17 @@ def test_mistakes_get_one_line(run_script, tmp_path, trained, capsys):
     assert "is a run of protonet.py" in refused("--test", "--checkpoint", tmp_path)
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--second_order"], "--trained_share 1"),
-    (["--reset_theta0"], "--reset_theta0 needs --test"),
-    (["--fixed_pool", "3"], "--fixed_pool 3 is less than"),
-    (["--trained_share", "0"], "trained_share"),
-    (["--bn_momentum", "2"], "bn_momentum"),
-    (["--test"], "--test needs --checkpoint"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--second_order"], "--trained_share 1"),
+        (["--reset_theta0"], "--reset_theta0 needs --test"),
+        (["--fixed_pool", "3"], "--fixed_pool 3 is less than"),
+        (["--trained_share", "0"], "trained_share"),
+        (["--bn_momentum", "2"], "bn_momentum"),
+        (["--test"], "--test needs --checkpoint"),
+    ],
+)
 def test_flags_that_cannot_work_are_refused(flags, words):
     with pytest.raises(UserError, match=words):
         meta_lstm.parse_args(flags)
@@ -615,11 +657,17 @@ def test_the_benchmark_compares_the_same_arithmetic():
     meta = benchmark.PlainMetaLSTM(nn.utils.parameters_to_vector(first.parameters()).detach()).double()
     rule = doubles(Learner(1, 28, 5))
     with torch.no_grad():
-        for ours, theirs in ((rule.weight_ih, meta.layer1.weight_ih), (rule.weight_hh, meta.layer1.weight_hh),
-                             (rule.bias_ih, meta.layer1.bias_ih), (rule.bias_hh, meta.layer1.bias_hh),
-                             (rule.gate_weight[0], meta.w_forget[:, 0]), (rule.gate_weight[1], meta.w_input[:, 0]),
-                             (rule.gate_bias[:1], meta.b_forget), (rule.gate_bias[1:], meta.b_input),
-                             (rule.theta0, meta.theta0[:, 0])):  # fmt: skip
+        for ours, theirs in (
+            (rule.weight_ih, meta.layer1.weight_ih),
+            (rule.weight_hh, meta.layer1.weight_hh),
+            (rule.bias_ih, meta.layer1.bias_ih),
+            (rule.bias_hh, meta.layer1.bias_hh),
+            (rule.gate_weight[0], meta.w_forget[:, 0]),
+            (rule.gate_weight[1], meta.w_input[:, 0]),
+            (rule.gate_bias[:1], meta.b_forget),
+            (rule.gate_bias[1:], meta.b_input),
+            (rule.theta0, meta.theta0[:, 0]),
+        ):
             theirs.copy_(ours)
     plain = benchmark.plain_episode_loss(meta, first, copy, (support[0], labels[0], query[0], query_labels[0]), 3)
     plain.backward()

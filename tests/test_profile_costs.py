@@ -284,8 +284,18 @@ def test_memory_count_on_known_answers():
 def test_memory_is_what_an_independent_count_finds(method):
     """Two records of the same step; of a checkpointed one the independent count is an upper bound."""
     for engine in profile_costs.ENGINES[method]:
-        flags = Namespace(meta_batch_size=4, num_perturbations=4, num_shot=10, num_query=20, inner_lr=0.01,
-                          sigma=1e-3, layers=2, hidden_dim=64, learning_rate=1e-3, inner_steps=5)  # fmt: skip
+        flags = Namespace(
+            meta_batch_size=4,
+            num_perturbations=4,
+            num_shot=10,
+            num_query=20,
+            inner_lr=0.01,
+            sigma=1e-3,
+            layers=2,
+            hidden_dim=64,
+            learning_rate=1e-3,
+            inner_steps=5,
+        )
         model, optimizer = profile_costs.start(flags, torch.device("cpu"))
 
         def step(model=model, optimizer=optimizer, flags=flags, engine=engine):
@@ -303,8 +313,17 @@ def test_memory_is_what_an_independent_count_finds(method):
 
 
 def costs(method, engine="vmap", layers=2, hidden=24, steps=(1, 3, 6, 10)):
-    flags = Namespace(meta_batch_size=4, num_perturbations=4, num_shot=10, num_query=20, inner_lr=0.01, sigma=1e-3,
-                      layers=layers, hidden_dim=hidden, learning_rate=1e-3)  # fmt: skip
+    flags = Namespace(
+        meta_batch_size=4,
+        num_perturbations=4,
+        num_shot=10,
+        num_query=20,
+        inner_lr=0.01,
+        sigma=1e-3,
+        layers=layers,
+        hidden_dim=hidden,
+        learning_rate=1e-3,
+    )
     found = []
     for flags.inner_steps in steps:
         model, optimizer = profile_costs.start(flags, torch.device("cpu"))
@@ -332,8 +351,10 @@ def test_factors_do_not_form_the_weights_of_every_task():
     _, (factors,) = costs("maml", "factors", hidden=128, steps=(3,))
     assert factors < 0.65 * formed
     widths = [32, 64, 128]
-    growth = [fit("hidden_dim", widths, [costs("maml", e, hidden=h, steps=(2,))[1][0] for h in widths])["b"]
-              for e in ("vmap", "factors")]  # fmt: skip
+    growth = [
+        fit("hidden_dim", widths, [costs("maml", e, hidden=h, steps=(2,))[1][0] for h in widths])["b"]
+        for e in ("vmap", "factors")
+    ]
     assert growth[0] > growth[1] + 0.3, growth
 
 
@@ -434,14 +455,29 @@ def test_one_setting_prints_every_cost(capsys):
 
 @pytest.mark.parametrize("method, steps, below", [("maml", 150, 0.7), ("es", 250, 0.9), ("fomaml", 150, 0.7)])
 def test_training_learns_to_adapt(method, steps, below, tmp_path):
-    metrics = profile_costs.main([
-        "--train", "--method", method, "--hidden_dim", "32", "--outer_steps", str(steps), "--eval_freq", "50",
-        "--num_perturbations", "64", "--learning_rate", "5e-3", "--log_dir", str(tmp_path), "--run_name", "run",
-    ])  # fmt: skip
+    metrics = profile_costs.main(
+        [
+            "--train",
+            "--method",
+            method,
+            "--hidden_dim",
+            "32",
+            "--outer_steps",
+            str(steps),
+            "--eval_freq",
+            "50",
+            "--num_perturbations",
+            "64",
+            "--learning_rate",
+            "5e-3",
+            "--log_dir",
+            str(tmp_path),
+            "--run_name",
+            "run",
+        ]
+    )
     assert metrics["test_loss"] < below * 0.3 and metrics["test_loss"] < metrics["test_loss_before"]
-    assert {"best.pt", "checkpoint.pt", "flags.json", "metrics.json"} <= {
-        p.name for p in (tmp_path / "run").iterdir()
-    }
+    assert {"best.pt", "checkpoint.pt", "flags.json", "metrics.json"} <= {p.name for p in (tmp_path / "run").iterdir()}
 
 
 def test_resume_is_bit_exact(tmp_path, monkeypatch):
@@ -476,15 +512,29 @@ def test_train_without_a_method_trains_both_and_auto_is_written_down(tmp_path):
 # ------------------------------------------------------------------------------- bad values
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--layers 0", "--layers"), ("--inner_steps -1", "--inner_steps"), ("--inner_steps 0", "--inner_steps"),
-    ("--hidden_dim 0", "--hidden_dim"), ("--hidden_dim 1.5", "--hidden_dim"), ("--sigma 0", "--sigma"),
-    ("--num_perturbations 3", "--num_perturbations 3 is odd"), ("--num_perturbations 0", "--num_perturbations"),
-    ("--inner_lr nan", "--inner_lr"), ("--method reptile", "--method"), ("--sweep width", "--sweep"),
-    ("--train --sweep all", "exclude"), ("--engine factors --method es", "--engine factors"),
-    ("--engine factors", "--engine factors"), ("--outer_steps 0", "--outer_steps"), ("--dataset glyphs", "--dataset"),
-    ("--resume nowhere", "--resume nowhere"), ("--at_once -1", "--at_once"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--layers 0", "--layers"),
+        ("--inner_steps -1", "--inner_steps"),
+        ("--inner_steps 0", "--inner_steps"),
+        ("--hidden_dim 0", "--hidden_dim"),
+        ("--hidden_dim 1.5", "--hidden_dim"),
+        ("--sigma 0", "--sigma"),
+        ("--num_perturbations 3", "--num_perturbations 3 is odd"),
+        ("--num_perturbations 0", "--num_perturbations"),
+        ("--inner_lr nan", "--inner_lr"),
+        ("--method reptile", "--method"),
+        ("--sweep width", "--sweep"),
+        ("--train --sweep all", "exclude"),
+        ("--engine factors --method es", "--engine factors"),
+        ("--engine factors", "--engine factors"),
+        ("--outer_steps 0", "--outer_steps"),
+        ("--dataset glyphs", "--dataset"),
+        ("--resume nowhere", "--resume nowhere"),
+        ("--at_once -1", "--at_once"),
+    ],
+)
 def test_bad_values_get_one_line(flags, words):
     with pytest.raises(UserError) as error:
         parse_args(flags.split())

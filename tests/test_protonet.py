@@ -237,13 +237,41 @@ def test_float32_and_bfloat16_agree(trained_protonet):
     assert (wide - short).norm() / wide.norm() < 0.03 and not torch.equal(wide, short)
 
 
-@pytest.mark.parametrize("flags", [
-    ["--train_shot", "2", "--train_query", "3", "--jitter", "0", "--no-rotations", "--meta_batch_size", "2",
-     "--shift", "0.2", "--views", "3"],
-    ["--dtype", "float32", "--learning_rate", "1e-2", "--split", "lake", "--image_size", "32"],
-    ["--dtype", "bfloat16", "--num_query", "3", "--num_shot", "2", "--patience", "1", "--within_alphabet",
-     "--train_within_alphabet", "--encoder", "residual"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [
+            "--train_shot",
+            "2",
+            "--train_query",
+            "3",
+            "--jitter",
+            "0",
+            "--no-rotations",
+            "--meta_batch_size",
+            "2",
+            "--shift",
+            "0.2",
+            "--views",
+            "3",
+        ],
+        ["--dtype", "float32", "--learning_rate", "1e-2", "--split", "lake", "--image_size", "32"],
+        [
+            "--dtype",
+            "bfloat16",
+            "--num_query",
+            "3",
+            "--num_shot",
+            "2",
+            "--patience",
+            "1",
+            "--within_alphabet",
+            "--train_within_alphabet",
+            "--encoder",
+            "residual",
+        ],
+    ],
+)
 def test_every_flag_in_a_smoke_run(flags, tmp_path):
     metrics = protonet.main([*SMOKE, "--log_dir", str(tmp_path), *flags])
     assert 0.2 < metrics["test_accuracy"] <= 1

@@ -23,20 +23,20 @@ GLYPHS = "--dataset glyphs --device cpu"
 SMALLEST = {
     "hw1.py": f"--train_steps 2 --eval_freq 1 --num_val_tasks 4 --num_test_tasks 4 --meta_batch_size 2 {GLYPHS}",
     "protonet.py": "--train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --meta_batch_size 1 --width 8 "
-                   f"--num_query 1 --views 2 --train_classes 5 {GLYPHS}",
+    f"--num_query 1 --views 2 --train_classes 5 {GLYPHS}",
     "transfer.py": "--train_steps 4 --finetune_steps 2 --eval_freq 2 --num_test_tasks 2 --width 4 --meta_batch_size 32 "
-                   f"--head_steps 2 {GLYPHS}",
+    f"--head_steps 2 {GLYPHS}",
     "maml.py": "--train_steps 2 --warmup_steps 1 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --width 4 "
-               f"--meta_batch_size 1 --num_query 1 --train_query 1 --train_classes 5 {GLYPHS}",
+    f"--meta_batch_size 1 --num_query 1 --train_query 1 --train_classes 5 {GLYPHS}",
     "meta_lstm.py": "--train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --meta_batch_size 1 "
-                    f"--inner_epochs 1 --num_query 1 --train_query 1 {GLYPHS}",
-    "mae.py": f"--smoke --train_steps 2 --eval_freq 1 --width 16 --depth 1 --meta_batch_size 4 --views 1 "
-              f"--whitening_images 20 {GLYPHS}",
+    f"--inner_epochs 1 --num_query 1 --train_query 1 {GLYPHS}",
+    "mae.py": f"--smoke --train_steps 2 --eval_freq 1 --width 8 --depth 4 --meta_batch_size 4 --views 1 "
+    f"--whitening_images 20 {GLYPHS}",
     "memorization.py": "--smoke --train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --device cpu",
     "bayes.py": "--smoke --train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --device cpu",
     "profile_costs.py": "--smoke --outer_steps 2 --meta_batch_size 2 --hidden_dim 8",
     "feature_weights.py": "--smoke --train_steps 2 --eval_freq 1 --num_test_tasks 4 --alias_steps 20 --max_points 33",
-}  # fmt: skip
+}
 
 
 def commands() -> list[str]:
@@ -115,8 +115,6 @@ def test_every_command_runs_in_its_smallest_form(command, folders):
         return
     else:
         final = [*smallest(script, filled), "--log_dir", str(base)]
-        if "--init_from" in flags:  # the width is that of the run
-            final[final.index("--width") + 1] = "16"
         if "--out" in flags:
             final[final.index("--out") + 1] = str(base)
     assert importlib.import_module(script.removesuffix(".py")).main(final)  # its metrics
@@ -150,13 +148,17 @@ def test_the_method_of_the_page_trains_resumes_and_passes_its_own_test(tmp_path)
     for name, text in blocks.items():
         (tmp_path / name).write_text(text)
     assert blocks["linear.py"].strip().count("\n") < 75
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
-                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{REPO}"},
-                          capture_output=True, text=True, timeout=3600)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{REPO}"},
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr
     lint = ["ruff", "check", "--ignore", "I001", "--config", str(REPO / "pyproject.toml"), str(tmp_path)]
-    checked = subprocess.run(lint,
-                             capture_output=True, text=True)  # fmt: skip
+    checked = subprocess.run(lint, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
 
 
@@ -174,7 +176,7 @@ def test_result_files_say_where_they_come_from():
 def test_benchmarks_run(name, capsys):
     flags = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_classes", "2", "--num_query", "2"]
     result = benchmark.main([name, *flags])
-    assert all(v["ms"] > 0 for v in result.values() if isinstance(v, dict))
+    assert all(v["ms"] > 0 for v in result.values() if isinstance(v, dict) and "ms" in v)
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == result
 
 

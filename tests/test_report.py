@@ -146,8 +146,11 @@ def test_rows_say_what_they_are():
     assert rows["MANN, 1-shot 4-way"]["over"] == "3 seeds"
     warm = {what for what in rows if "MAML" in what or what.startswith("ANIL")}
     assert len(warm) > 5 and all("after a prototype warm-up" in what for what in warm)
-    assert all("Vinyals" in row["published"] for what, row in rows.items() if what.startswith("ProtoNet")
-               and row["published"][:2] == "98")  # fmt: skip
+    assert all(
+        "Vinyals" in row["published"]
+        for what, row in rows.items()
+        if what.startswith("ProtoNet") and row["published"][:2] == "98"
+    )
     assert pictures.warmed_up({"script": "maml", "flags": {"warmup_steps": 4000}})
     assert not pictures.warmed_up({"script": "maml", "flags": {"warmup_steps": 0}})
     assert not pictures.warmed_up({"script": "hw1"})

@@ -24,8 +24,15 @@ def start(out, work, *flags):
     command = [sys.executable, str(REPO / "reproduce.py"), *SMOKE, "--out", str(out), *flags]
     # A shell's background jobs ignore SIGINT and hand that down; here it must count.
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            preexec_fn=heed, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    return subprocess.Popen(
+        command,
+        cwd=work,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def result(out):
@@ -117,8 +124,10 @@ def test_where_two_pulses_part():
 
 def test_status_tells_the_four_states_apart(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    cases = [reproduce.Case("mann", name, "hw1.py", f"--num_classes {n}")
-             for n, name in enumerate(("same", "confirmed", "drifted", "flag", "missing"), start=2)]  # fmt: skip
+    cases = [
+        reproduce.Case("mann", name, "hw1.py", f"--num_classes {n}")
+        for n, name in enumerate(("same", "confirmed", "drifted", "flag", "missing"), start=2)
+    ]
     monkeypatch.setattr(reproduce, "CASES", cases)
     pulses = {case.name: PULSE for case in cases} | {"drifted": PULSE | {"losses": [0.7, 0.5]}}
     monkeypatch.setattr(reproduce, "known_pulse", lambda case: pulses[case.name])
@@ -135,8 +144,13 @@ def test_status_tells_the_four_states_apart(tmp_path, monkeypatch, capsys):
     reproduce.write_json(ledger.path, ledger.entries)
     found = reproduce.main(["status", "--out", str(tmp_path), "--jobs", "2"])
     states = {name.split("_")[1]: state for name, (state, _) in found.items()}
-    assert states == {"same": "measured", "confirmed": "confirmed", "drifted": "drifted", "flag": "drifted",
-                      "missing": "missing"}  # fmt: skip
+    assert states == {
+        "same": "measured",
+        "confirmed": "confirmed",
+        "drifted": "drifted",
+        "flag": "drifted",
+        "missing": "missing",
+    }
     out = capsys.readouterr().out.splitlines()
     assert "mann_drifted_seed1: loss of step 2: 0.6 -> 0.5" in out[2]
     assert "mann_flag_seed1: --learning_rate 0.5 -> 0.004" in out[3]
@@ -159,10 +173,12 @@ def test_another_processor_compares_old_and_new_code_there(tmp_path, monkeypatch
 
 
 # Three recipes of two scripts, as short as can be.
-TINY = {"hw1.py": "--num_classes 2 --hidden_dim 8 --meta_batch_size 4 --train_steps 2 --eval_freq 2 --num_val_tasks 8 "
-                  "--num_test_tasks 8",
-        "protonet.py": "--width 4 --train_classes 5 --train_steps 3 --eval_freq 3 --num_val_tasks 4 --num_test_tasks 4 "
-                       "--views 1"}  # fmt: skip
+TINY = {
+    "hw1.py": "--num_classes 2 --hidden_dim 8 --meta_batch_size 4 --train_steps 2 --eval_freq 2 --num_val_tasks 8 "
+    "--num_test_tasks 8",
+    "protonet.py": "--width 4 --train_classes 5 --train_steps 3 --eval_freq 3 --num_val_tasks 4 --num_test_tasks 4 "
+    "--views 1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +216,12 @@ def test_a_refactoring_leaves_every_pulse_alone(copies, before):
         end = text.index("\nclass EpisodeSampler", begin)
         moved = "import torch\nimport torch.nn.functional as F\n\n\n" + text[begin:end]
         text = text[:begin] + text[end:]
-        return files | {"distortion.py": moved, "load_data.py": text.replace(
-            "from experiment import", "from distortion import distort\nfrom experiment import", 1)}  # fmt: skip
+        return files | {
+            "distortion.py": moved,
+            "load_data.py": text.replace(
+                "from experiment import", "from distortion import distort\nfrom experiment import", 1
+            ),
+        }
 
     after = copies(refactor)
     assert all("error" not in taken for taken in after.values()), after
@@ -288,9 +308,11 @@ def test_a_failure_is_named_and_the_others_run(monkeypatch, tmp_path, capsys):
 ALL = cases_of("all", "mini imagenet")
 
 
-@pytest.mark.parametrize("job", reproduce.make_jobs(ALL, "cpu", "cpu", "auto")
-                         + reproduce.make_jobs(ALL, "full", "cpu", "auto"),
-                         ids=lambda job: job.name)  # fmt: skip
+@pytest.mark.parametrize(
+    "job",
+    reproduce.make_jobs(ALL, "cpu", "cpu", "auto") + reproduce.make_jobs(ALL, "full", "cpu", "auto"),
+    ids=lambda job: job.name,
+)
 def test_every_command_parses(job):
     module = __import__(job.case.script.removesuffix(".py"))
     args = module.parse_args(job.flags)

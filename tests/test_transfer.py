@@ -49,11 +49,14 @@ def test_accuracy_of_a_perfect_and_a_blind_classifier():
     assert held_out_accuracy(model, drawings, torch.float32).mean() == pytest.approx(1 / 6)
 
 
-@pytest.mark.parametrize("flags", [
-    ["--jitter", "0", "--held_out", "3", "--num_classes", "3", "--dtype", "float32"],
-    ["--adapt", "all", "--head_steps", "2", "--num_test_tasks", "3", "--num_query", "2", "--split", "lake"],
-    ["--head_rate", "0.5", "--head_decay", "0", "--finetune_rate", "1e-3", "--learning_rate", "1e-2"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--jitter", "0", "--held_out", "3", "--num_classes", "3", "--dtype", "float32"],
+        ["--adapt", "all", "--head_steps", "2", "--num_test_tasks", "3", "--num_query", "2", "--split", "lake"],
+        ["--head_rate", "0.5", "--head_decay", "0", "--finetune_rate", "1e-3", "--learning_rate", "1e-2"],
+    ],
+)
 def test_every_flag_in_a_smoke_run(flags, tmp_path):
     metrics = transfer.main([*SMOKE, "--log_dir", str(tmp_path), "--run_name", "a", *flags])
     assert metrics["steps"] == 20 and metrics["pretrained_classes"] + metrics["finetuned_classes"] == 1623

@@ -81,10 +81,14 @@ def known(counts):
     images[:, 0, 0, 1] = np.concatenate([np.arange(n) for n in counts])
     everything = np.arange(len(counts))
     values = {
-        "name": "folder", "images": images, "counts": np.array(counts), "source": "a test", "digest": "0" * 64,
+        "name": "folder",
+        "images": images,
+        "counts": np.array(counts),
+        "source": "a test",
+        "digest": "0" * 64,
         "names": [f"alphabet{c // 10}/character{c:03d}" for c in range(len(counts))],
         "splits": {"train": everything, "val": everything, "test": everything},
-    }  # fmt: skip
+    }
     return load_data.Dataset(**{name: values.get(name) for name in load_data.Dataset._fields})
 
 
@@ -432,10 +436,14 @@ def probe_train(images, classes, steps, hidden):
     import load_data
 
     values = {
-        "name": "glyphs", "images": images.numpy(), "counts": np.full(classes, 20), "source": "", "digest": "0" * 64,
+        "name": "glyphs",
+        "images": images.numpy(),
+        "counts": np.full(classes, 20),
+        "source": "",
+        "digest": "0" * 64,
         "names": [f"alphabet{c // 30}/character{c}" for c in range(classes)],
         "splits": {"train": np.arange(classes)},
-    }  # fmt: skip
+    }
     dataset = load_data.Dataset(**{name: values.get(name) for name in load_data.Dataset._fields})
     sampler = load_data.EpisodeSampler(dataset, "train", 2, 1, 1, 32, 1, rotations=True)
     model = hw1.MANN(2, 2, hidden, head="linear", forget_bias=1.0)

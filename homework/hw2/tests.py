@@ -195,8 +195,10 @@ def weights(N, seed, head=True):
 def rates(steps):
     """A different rate for every tensor and every step."""
     names = [f"{kind}{i}" for i in range(4) for kind in ("weight", "gamma", "beta")] + ["head_weight", "head_bias"]
-    return [{name: torch.tensor(0.1 + 0.02 * k + 0.15 * step).double() for k, name in enumerate(names)}
-            for step in range(steps)]  # fmt: skip
+    return [
+        {name: torch.tensor(0.1 + 0.02 * k + 0.15 * step).double() for k, name in enumerate(names)}
+        for step in range(steps)
+    ]
 
 
 def probe_adapt(theta, step_sizes, support, labels, options, direction, tracked=True):
@@ -239,12 +241,15 @@ def check_adapt(student, options, steps, head=True, derivative=True):
     support, labels, _, _ = (t[0] for t in episode(1, N, 2, 1, seed=4))
     support, theta, sizes = support.double(), weights(N, 5, head), rates(steps)
     direction = {name: randn(*p.shape, seed=60) for name, p in weights(N, 5).items()}
-    found = student.run(probe_adapt, theta=theta, step_sizes=sizes, support=support, labels=labels, options=options,
-                        direction=direction)  # fmt: skip
+    found = student.run(
+        probe_adapt, theta=theta, step_sizes=sizes, support=support, labels=labels, options=options, direction=direction
+    )
     theta = {name: p.requires_grad_() for name, p in theta.items()}
     path = oracle_adapt(theta, sizes, support, labels, options)
-    expect(isinstance(found["path"], list) and len(found["path"]) == steps + 1,
-           "not one set of parameters before and after every step")  # fmt: skip
+    expect(
+        isinstance(found["path"], list) and len(found["path"]) == steps + 1,
+        "not one set of parameters before and after every step",
+    )
     for i, (got, expected) in enumerate(zip(found["path"], path, strict=True)):
         expect(set(got) == set(expected), f"after {i} steps some parameters are missing, or there are others")
         for name, value in expected.items():
@@ -304,8 +309,16 @@ def test_inner_loop_without_graph(student):
     """It also works under torch.no_grad, where the evaluation calls it."""
     support, labels, _, _ = (t[0] for t in episode(1, 3, 2, 1, seed=8))
     theta, sizes, options = weights(3, 9), rates(2), {"num_classes": 3, "first_order": True}
-    found = student.run(probe_adapt, theta=theta, step_sizes=sizes, support=support.double(), labels=labels,
-                        options=options, direction={}, tracked=False)  # fmt: skip
+    found = student.run(
+        probe_adapt,
+        theta=theta,
+        step_sizes=sizes,
+        support=support.double(),
+        labels=labels,
+        options=options,
+        direction={},
+        tracked=False,
+    )
     theta = {name: p.requires_grad_() for name, p in theta.items()}
     path = oracle_adapt(theta, sizes, support.double(), labels, options)
     for name in theta:

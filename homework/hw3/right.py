@@ -74,8 +74,9 @@ def adapt_plain(rule, learner, support, labels, inner, second_order=False, dtype
 
 
 @right("4", "meta_gradient", "one task after the other")
-def meta_plain(rule, learner, episodes, inner, dtype=torch.float32, tasks_at_once=4, query_norm="batch",
-               second_order=False):  # fmt: skip
+def meta_plain(
+    rule, learner, episodes, inner, dtype=torch.float32, tasks_at_once=4, query_norm="batch", second_order=False
+):
     B = len(episodes[0])
     total, correct = 0.0, 0.0
     for b in range(B):

@@ -64,8 +64,16 @@ def probe_cell(inputs, h, c, weight_ih, weight_hh, bias, u, v, constant_inputs):
 
 
 def cell_inputs(R, n, H, W, seed):
-    shapes = {"inputs": (R, n, W), "h": (R, H, W), "c": (R, H, W), "weight_ih": (4 * H, n), "weight_hh": (4 * H, H),
-              "bias": (4 * H,), "u": (R, H, W), "v": (R, H, W)}  # fmt: skip
+    shapes = {
+        "inputs": (R, n, W),
+        "h": (R, H, W),
+        "c": (R, H, W),
+        "weight_ih": (4 * H, n),
+        "weight_hh": (4 * H, H),
+        "bias": (4 * H,),
+        "u": (R, H, W),
+        "v": (R, H, W),
+    }
     return {name: randn(*shape, seed=seed + k) for k, (name, shape) in enumerate(shapes.items())}
 
 
@@ -75,8 +83,14 @@ def oracle_cell(p):
     H = p["h"].shape[1]
     given = {k: t.clone().requires_grad_() for k, t in p.items() if k not in ("u", "v")}
     rows = lambda t: t.transpose(1, 2).reshape(R * W, -1)
-    gates = torch.lstm_cell(rows(given["inputs"]), (rows(given["h"]), rows(given["c"])), given["weight_ih"],
-                            given["weight_hh"], given["bias"], torch.zeros(4 * H).double())  # fmt: skip
+    gates = torch.lstm_cell(
+        rows(given["inputs"]),
+        (rows(given["h"]), rows(given["c"])),
+        given["weight_ih"],
+        given["weight_hh"],
+        given["bias"],
+        torch.zeros(4 * H).double(),
+    )
     new_h, new_c = (t.reshape(R, W, H).transpose(1, 2) for t in gates)
     gradients = torch.autograd.grad((new_h * p["u"]).sum() + (new_c * p["v"]).sum(), list(given.values()))
     return new_h.detach(), new_c.detach(), gradients
@@ -142,8 +156,15 @@ def probe_updates(parameters, grads, losses):
 
 
 def rule_parameters(P, seed, hidden=20):
-    shapes = {"weight_ih": (4 * hidden, 4), "weight_hh": (4 * hidden, hidden), "bias_ih": (4 * hidden,),
-              "bias_hh": (4 * hidden,), "gate_weight": (2, hidden + 2), "gate_bias": (2,), "theta0": (P,)}  # fmt: skip
+    shapes = {
+        "weight_ih": (4 * hidden, 4),
+        "weight_hh": (4 * hidden, hidden),
+        "bias_ih": (4 * hidden,),
+        "bias_hh": (4 * hidden,),
+        "gate_weight": (2, hidden + 2),
+        "gate_bias": (2,),
+        "theta0": (P,),
+    }
     return {name: 0.4 * randn(*shape, seed=seed + k) for k, (name, shape) in enumerate(shapes.items())}
 
 
@@ -249,8 +270,9 @@ def probe_train(support, labels, N, inner, second_order=False, tracked=True):
     seen = []
     watch = lambda losses, state: seen.append([losses.detach().clone(), state])
     with torch.set_grad_enabled(tracked):
-        theta, statistics = meta_lstm.adapt(rule, learner, support, labels, meta_lstm.Inner(**inner), second_order,
-                                            torch.float64, watch)  # fmt: skip
+        theta, statistics = meta_lstm.adapt(
+            rule, learner, support, labels, meta_lstm.Inner(**inner), second_order, torch.float64, watch
+        )
     result = {"theta0": rule.theta0, "theta": theta, "statistics": list(statistics), "seen": seen}
     if tracked:
         gradients = torch.autograd.grad(theta.square().sum(), [rule.theta0, rule.rate])
@@ -304,8 +326,9 @@ def oracle_train(theta0, rate, support, labels, N, inner, second_order):
 
 def check_training(student, B, N, K, inner, second_order, tracked=True):
     support, labels, _, _ = episodes(B, N, K, 1, seed=100)
-    found = student.run(probe_train, support=support, labels=labels, N=N, inner=inner, second_order=second_order,
-                        tracked=tracked)  # fmt: skip
+    found = student.run(
+        probe_train, support=support, labels=labels, N=N, inner=inner, second_order=second_order, tracked=tracked
+    )
     theta0 = found["theta0"].double().requires_grad_()
     rate = torch.tensor(0.3).double().requires_grad_()
     theta, averages, losses = oracle_train(theta0, rate, support, labels, N, inner, second_order)
@@ -362,10 +385,15 @@ def probe_meta_gradient(episodes, N, inner, at_once, query_norm, calls=1, second
     learner = meta_lstm.Learner(1, 28, N)
     rule = make_rule(learner, 0.3)
     for _ in range(calls):
-        loss, accuracy = meta_lstm.meta_gradient(rule, learner, episodes, meta_lstm.Inner(**inner), torch.float64,
-                                                 at_once, query_norm, second_order)  # fmt: skip
-    return {"loss": float(loss), "accuracy": float(accuracy), "theta0": rule.theta0,
-            "gradients": [rule.theta0.grad, rule.rate.grad]}  # fmt: skip
+        loss, accuracy = meta_lstm.meta_gradient(
+            rule, learner, episodes, meta_lstm.Inner(**inner), torch.float64, at_once, query_norm, second_order
+        )
+    return {
+        "loss": float(loss),
+        "accuracy": float(accuracy),
+        "theta0": rule.theta0,
+        "gradients": [rule.theta0.grad, rule.rate.grad],
+    }
 
 
 def check_meta_gradient(student, at_once, query_norm, calls=1, second_order=False):
@@ -374,8 +402,16 @@ def check_meta_gradient(student, at_once, query_norm, calls=1, second_order=Fals
     turn = torch.randperm(N * 4, generator=torch.Generator().manual_seed(1))
     tasks[2], tasks[3] = tasks[2][:, turn], tasks[3][:, turn]
     tasks[3][0, :5] = 1 - tasks[3][0, :5]  # so that not all queries are right
-    found = student.run(probe_meta_gradient, episodes=tasks, N=N, inner=inner, at_once=at_once, query_norm=query_norm,
-                        calls=calls, second_order=second_order)  # fmt: skip
+    found = student.run(
+        probe_meta_gradient,
+        episodes=tasks,
+        N=N,
+        inner=inner,
+        at_once=at_once,
+        query_norm=query_norm,
+        calls=calls,
+        second_order=second_order,
+    )
     theta0, rate = found["theta0"].double().requires_grad_(), torch.tensor(0.3).double().requires_grad_()
     theta, _, _ = oracle_train(theta0, rate, tasks[0], tasks[1], N, inner, second_order)
     losses, right = [], []
@@ -399,8 +435,10 @@ def check_meta_gradient(student, at_once, query_norm, calls=1, second_order=Fals
 def test_meta_gradient_in_parts(student):
     """However many tasks are handled at once, the loss is the same; and it gives a gradient."""
     tasks, inner = episodes(4, 2, 1, 3, seed=111), {"epochs": 1, "batch": 2, "momentum": 0.9}
-    found = [student.run(probe_meta_gradient, episodes=tasks, N=2, inner=inner, at_once=n, query_norm="batch")
-             for n in (4, 1)]  # fmt: skip
+    found = [
+        student.run(probe_meta_gradient, episodes=tasks, N=2, inner=inner, at_once=n, query_norm="batch")
+        for n in (4, 1)
+    ]
     expect(abs(found[0]["loss"] - found[1]["loss"]) < 1e-6, "the loss depends on tasks_at_once")
     expect(found[0]["gradients"][1] is not None, "the rule has no gradient")
     close(found[1]["gradients"][0], found[0]["gradients"][0].double(), "the gradient with one task at once", 1e-5)

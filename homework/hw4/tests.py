@@ -77,8 +77,10 @@ def network(sizes, G, seed):
     """Layers (W, b) of an MLP: shared [i, o] and [1, o], or with G of their own for each task; float64."""
     lead = (G,) if G else ()
     pairs = list(zip(sizes, sizes[1:], strict=False))
-    return [[0.7 * randn(*lead, i, o, seed=seed + n), 0.3 * randn(*lead, 1, o, seed=seed + 50 + n)]
-            for n, (i, o) in enumerate(pairs)]  # fmt: skip
+    return [
+        [0.7 * randn(*lead, i, o, seed=seed + n), 0.3 * randn(*lead, 1, o, seed=seed + 50 + n)]
+        for n, (i, o) in enumerate(pairs)
+    ]
 
 
 def probe_inner_step(layers, x, y, rate, second_order, direction, tracked=True):
@@ -122,8 +124,9 @@ def oracle_step(layers, x, y, rate, second_order, own):
 def check_step(student, sizes, G, own, second_order):
     layers, x, y = network(sizes, G if own else 0, seed=1), randn(G, 6, 1, seed=2), randn(G, 6, 1, seed=3)
     direction = network(sizes, G, seed=200)
-    found = student.run(probe_inner_step, layers=layers, x=x, y=y, rate=0.2, second_order=second_order,
-                        direction=direction)  # fmt: skip
+    found = student.run(
+        probe_inner_step, layers=layers, x=x, y=y, rate=0.2, second_order=second_order, direction=direction
+    )
     expect(found["untouched"] is True, "the layers that were handed in have been changed")
     layers = [(W.requires_grad_(), b.requires_grad_()) for W, b in layers]
     expected = oracle_step(layers, x, y, 0.2, second_order, own)
@@ -143,8 +146,9 @@ def test_a_step_by_hand(student):
     """y = w x + b with w = 1, b = 0 at the point (2, 5): dL/dw = -12, dL/db = -6."""
     layers = [[torch.ones(1, 1).double(), torch.zeros(1, 1).double()]]
     x, y = torch.tensor([[[2.0]]]).double(), torch.tensor([[[5.0]]]).double()
-    found = student.run(probe_inner_step, layers=layers, x=x, y=y, rate=0.1, second_order=True, direction=[],
-                        tracked=False)["new"]  # fmt: skip
+    found = student.run(
+        probe_inner_step, layers=layers, x=x, y=y, rate=0.1, second_order=True, direction=[], tracked=False
+    )["new"]
     close(found[0][0], torch.tensor([[[2.2]]]), "the weight", 1e-6)
     close(found[0][1], torch.tensor([[[0.6]]]), "the bias", 1e-6)
 
@@ -166,8 +170,9 @@ def test_inner_step_of_first_order(student):
 def test_inner_step_without_graph(student):
     """It also steps under torch.no_grad, where the evaluation calls it."""
     layers, x, y = network([1, 4, 4, 1], 0, seed=4), randn(2, 5, 1, seed=5), randn(2, 5, 1, seed=6)
-    found = student.run(probe_inner_step, layers=layers, x=x, y=y, rate=0.3, second_order=True, direction=[],
-                        tracked=False)["new"]  # fmt: skip
+    found = student.run(
+        probe_inner_step, layers=layers, x=x, y=y, rate=0.3, second_order=True, direction=[], tracked=False
+    )["new"]
     layers = [(W.requires_grad_(), b.requires_grad_()) for W, b in layers]
     for got, layer in zip(found, oracle_step(layers, x, y, 0.3, False, False), strict=True):
         for p, q in zip(got, layer, strict=True):
@@ -229,8 +234,18 @@ def is_unbiased(found, exact, pairs, what):
 def test_estimate_goes_uphill(student):
     """With one pair the estimate never points down the exact gradient, and theta itself stays where it is."""
     theta, tasks = es_problem(1, seed=1)
-    found = student.run(probe_es, theta=theta, hidden=3, tasks=tasks, rate=0.05, steps=0, at_once=2, perturbations=2,
-                        sigma=1e-4, repeats=100)  # fmt: skip
+    found = student.run(
+        probe_es,
+        theta=theta,
+        hidden=3,
+        tasks=tasks,
+        rate=0.05,
+        steps=0,
+        at_once=2,
+        perturbations=2,
+        sigma=1e-4,
+        repeats=100,
+    )
     close(found["theta"], theta, "theta afterwards", 1e-12)
     # Without inner steps the exact gradient is that of the query loss, by differences.
     exact = torch.zeros(10, dtype=torch.float64)
@@ -253,8 +268,17 @@ def test_estimate_is_unbiased(student):
     for steps, B, seed in ((2, 2, 3), (0, 3, 5)):
         theta, tasks = es_problem(B, seed)
         exact, losses = oracle_gradient(theta, 3, tasks, 0.1, steps)
-        found = student.run(probe_es, theta=theta, hidden=3, tasks=tasks, rate=0.1, steps=steps, at_once=12000,
-                            perturbations=24000, sigma=1e-4)  # fmt: skip
+        found = student.run(
+            probe_es,
+            theta=theta,
+            hidden=3,
+            tasks=tasks,
+            rate=0.1,
+            steps=steps,
+            at_once=12000,
+            perturbations=24000,
+            sigma=1e-4,
+        )
         shaped(found["gradients"], (1, 10), "theta.grad")
         is_unbiased(found["gradients"][0], exact, 12000, f"the estimate is biased ({steps} inner steps)")
         expect(abs(found["losses"][0] - losses.mean()) < 0.01 * losses.mean(), "the returned loss: wrong value")
@@ -266,8 +290,18 @@ def test_estimate_in_parts(student):
     theta, tasks = es_problem(2, seed=7)
     exact, losses = oracle_gradient(theta, 3, tasks, 0.1, 1)
     for at_once, perturbations, repeats in ((10, 400, 10), (2, 40, 40)):
-        found = student.run(probe_es, theta=theta, hidden=3, tasks=tasks, rate=0.1, steps=1, at_once=at_once,
-                            perturbations=perturbations, sigma=1e-4, repeats=repeats)  # fmt: skip
+        found = student.run(
+            probe_es,
+            theta=theta,
+            hidden=3,
+            tasks=tasks,
+            rate=0.1,
+            steps=1,
+            at_once=at_once,
+            perturbations=perturbations,
+            sigma=1e-4,
+            repeats=repeats,
+        )
         gradients = shaped(found["gradients"], (repeats, 10), "theta.grad")
         is_unbiased(gradients.mean(0), exact, repeats * perturbations // 2, f"biased with at_once={at_once}")
         expect(abs(found["losses"][0] - losses.mean()) < 0.01 * losses.mean(), "the returned loss: wrong value")
@@ -278,8 +312,18 @@ def test_variance_of_the_estimate(student):
     """Its noise is that of independent antithetic pairs, neither more nor less."""
     theta, tasks = es_problem(1, seed=9)
     exact, _ = oracle_gradient(theta, 3, tasks, 0.1, 1)
-    found = student.run(probe_es, theta=theta, hidden=3, tasks=tasks, rate=0.1, steps=1, at_once=20, perturbations=20,
-                        sigma=1e-4, repeats=400)  # fmt: skip
+    found = student.run(
+        probe_es,
+        theta=theta,
+        hidden=3,
+        tasks=tasks,
+        rate=0.1,
+        steps=1,
+        at_once=20,
+        perturbations=20,
+        sigma=1e-4,
+        repeats=400,
+    )
     error = shaped(found["gradients"], (400, 10), "theta.grad") - exact.mean(0)
     expected = 11 * exact.square().sum() / 10  # |g|^2 (D + 1) / pairs
     ratio = error.square().sum(dim=1).mean() / expected
@@ -338,12 +382,24 @@ def panel_rows():
             for m, method in enumerate(("maml", "es")):
                 for k, value in enumerate(values):
                     seconds = 0.011 + 0.1 * s + 0.013 * m + 0.007 * k**2 + 0.05 * e
-                    rows.append({
-                        "sweep": sweep, "method": method, "engine": engine, "inner_steps": 5, "layers": 2,
-                        "hidden_dim": 128, "seconds": seconds, "seconds_p10": 0.9 * seconds,
-                        "seconds_p90": 1.2 * seconds, "peak_bytes": 1e6 * (3 + 5 * s + 2 * m + k**2 + 40 * e),
-                        "meta_batch_size": 32, "num_perturbations": 32, "device": "cpu", sweep: value,
-                    })  # fmt: skip
+                    rows.append(
+                        {
+                            "sweep": sweep,
+                            "method": method,
+                            "engine": engine,
+                            "inner_steps": 5,
+                            "layers": 2,
+                            "hidden_dim": 128,
+                            "seconds": seconds,
+                            "seconds_p10": 0.9 * seconds,
+                            "seconds_p90": 1.2 * seconds,
+                            "peak_bytes": 1e6 * (3 + 5 * s + 2 * m + k**2 + 40 * e),
+                            "meta_batch_size": 32,
+                            "num_perturbations": 32,
+                            "device": "cpu",
+                            sweep: value,
+                        }
+                    )
     return rows
 
 
@@ -359,8 +415,16 @@ def probe_panels(rows):
             line = handle if hasattr(handle, "get_xydata") else handle[0]
             curves[label] = [[float(v) for v in point] for point in line.get_xydata()]
         box = ax.get_position()
-        panels.append({"x0": float(box.x0), "y0": float(box.y0), "xlabel": ax.get_xlabel(), "ylabel": ax.get_ylabel(),
-                       "scales": [ax.get_xscale(), ax.get_yscale()], "curves": curves})  # fmt: skip
+        panels.append(
+            {
+                "x0": float(box.x0),
+                "y0": float(box.y0),
+                "xlabel": ax.get_xlabel(),
+                "ylabel": ax.get_ylabel(),
+                "scales": [ax.get_xscale(), ax.get_yscale()],
+                "curves": curves,
+            }
+        )
     return {"panels": panels, "labels": pictures.COST_TITLES, "axes": pictures.SWEEPS}
 
 

@@ -221,8 +221,9 @@ def oracle_meta_loss(p, c):
     return float(np.mean(losses))
 
 
-PROBLEMS = [(part, kind) for part in ("closed_form", "gradient", "classification", "logistic")
-            for kind in ("grid", "random")]  # fmt: skip
+PROBLEMS = [
+    (part, kind) for part in ("closed_form", "gradient", "classification", "logistic") for kind in ("grid", "random")
+]
 
 
 @graded("3", public=True)
