@@ -379,7 +379,7 @@ torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double
 script = importlib.import_module({script!r})
 if {script!r} == "meta_lstm":
-    script.fast_dtype = lambda *flags: torch.float64
+    experiment.precision = lambda *flags: torch.float64
 experiment.run_script(lambda: script.main(sys.argv[1:]))
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
