@@ -43,12 +43,12 @@ def test_lakes_runs_are_the_official_ones():
     for i, run in enumerate(RUNS):
         characters = [int(c) for c in run["characters_in_class_order"].split()]
         answers = [int(a) for a in list(run.values())[-1].split()]
-        assert said(support[i, :, 0])[:, 0].tolist() == characters
-        assert said(query[i, :, 0])[:, 0].tolist() == [characters[a - 1] for a in answers]
+        assert said(support[i])[:, 0].tolist() == characters
+        assert said(query[i])[:, 0].tolist() == [characters[a - 1] for a in answers]
         assert labels[i].tolist() == [a - 1 for a in answers] and support_labels[i].tolist() == list(range(20))
-        assert set(said(support[i, :, 0])[:, 1].tolist()) == {int(run["train_drawer"])}
-        assert set(said(query[i, :, 0])[:, 1].tolist()) == {int(run["test_drawer"])}
-        assert set(said(support[i, :, 0])[:, 2].tolist()) == {alphabets.index(run["alphabet"])}
+        assert set(said(support[i])[:, 1].tolist()) == {int(run["train_drawer"])}
+        assert set(said(query[i])[:, 1].tolist()) == {int(run["test_drawer"])}
+        assert set(said(support[i])[:, 2].tolist()) == {alphabets.index(run["alphabet"])}
     assert len(next(LakeRuns(data).first(7))[0]) == 7
 
 

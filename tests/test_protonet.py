@@ -221,7 +221,7 @@ def test_evaluation_at_other_n_and_k(trained_protonet):
     five = protonet.main([*base, "--num_classes", "20", "--num_shot", "5"])
     assert one["N"] == 20 and one["test_accuracy"] < metrics["test_accuracy"] < 1
     assert five["K"] == 5 and five["test_accuracy"] > one["test_accuracy"]
-    assert protonet.main([*base, "--within_alphabet", "--split", "lake"])["within_alphabet"]
+    assert protonet.main([*base, "--within_alphabet"])["within_alphabet"]
 
 
 def test_float32_and_bfloat16_agree(trained_protonet):
