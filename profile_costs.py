@@ -513,6 +513,7 @@ def summarise(args, rows: list[dict], device: torch.device) -> dict:
         "seed": args.random_seed,
         "device": experiment.device_name(device),
         "torch": torch.__version__,
+        "processor": experiment.processor(),
         "fits": fits,
         "es_dearer": dearer,
         "es_cosine": [] if args.method not in ("all", "es") else es_cosines(args, device),
