@@ -7,6 +7,8 @@
     python benchmark.py costs --hidden_dim 128       one outer step of MAML and of Evolution Strategies on sinusoids
     python benchmark.py maml --repeats 5             one meta-gradient of MAML
     python benchmark.py meta_lstm --repeats 10       one training step of the LSTM meta-learner
+    python benchmark.py processes                    whole trainings: one thread, two threads, two processes of torchrun
+    python benchmark.py NAME --out results           also into results/speed.json, in place of older figures of NAME
 
 The references are written the way papers and course code do it. Both contestants take turns within one
 run, after a warm-up; the figures are medians, with the 10th to 90th percentile.
@@ -19,6 +21,7 @@ import io
 import json
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +39,7 @@ import meta_lstm
 import profile_costs
 import protonet
 from backbone import Conv4
+from experiment import UserError
 from hw1 import MANN, learn_a_little
 from load_data import Dataset, EpisodeSampler, load_dataset
 from maml import MAML, Setting, embed, meta_gradient, task_loss
@@ -123,7 +127,7 @@ class ListSampler:
         return images, torch.stack([torch.from_numpy(labels) for _, labels in tasks])
 
 
-def bench_episodes(args, device: torch.device, dataset: Dataset) -> dict:
+def bench_episodes(args, device: torch.device, dataset: Dataset) -> list[dict]:
     B, K, N = args.meta_batch_size, args.num_shot, args.num_classes
     sampler = EpisodeSampler(dataset, "train", N, K, 1, B, args.random_seed, device)
 
@@ -139,7 +143,7 @@ def bench_episodes(args, device: torch.device, dataset: Dataset) -> dict:
             "the same with folders listed once": lambda: course(False),
             "EpisodeSampler": sampler.sample_rows,
         }
-        return print_race(f"episodes, B {B}, K {K}, N {N}", race(contestants, args.repeats), device)
+        return [print_race(f"episodes, B {B}, K {K}, N {N}", race(contestants, args.repeats), device)]
 
 
 # --------------------------------------------------------------------------------------- mann
@@ -221,7 +225,7 @@ def kept_for_backward(call) -> float:
     return round(sum(storages.values()) / 1e6, 2)
 
 
-def bench_mann(args, device: torch.device, dataset: Dataset) -> dict:
+def bench_mann(args, device: torch.device, dataset: Dataset) -> list[dict]:
     sampler = EpisodeSampler(
         dataset, "train", args.num_classes, args.num_shot, 1, args.meta_batch_size, args.random_seed, device
     )
@@ -248,7 +252,7 @@ def bench_mann(args, device: torch.device, dataset: Dataset) -> dict:
     )
     title = f"mann, B {args.meta_batch_size}, K {args.num_shot}, N {args.num_classes}, hidden {args.hidden_dim}"
     print("  megabytes kept for the backward pass:", kept)
-    return print_race(title, race(contestants, args.repeats), device, megabytes_kept=kept)
+    return [print_race(title, race(contestants, args.repeats), device, megabytes_kept=kept)]
 
 
 # ----------------------------------------------------------------------------------- protonet
@@ -281,7 +285,7 @@ def plain_protonet_step(encoder: nn.Module, optimizer, tasks: list) -> float:
     return loss.item()
 
 
-def bench_protonet(args, device: torch.device, dataset: Dataset) -> dict:
+def bench_protonet(args, device: torch.device, dataset: Dataset) -> list[dict]:
     """16 tasks of 5-way 1-shot 15-query: sampling and one training step, at the same network."""
     B, K, N, Q = args.meta_batch_size, args.num_shot, args.num_classes, args.num_query
     plain = PlainConv4().to(device)
@@ -315,7 +319,7 @@ def bench_protonet(args, device: torch.device, dataset: Dataset) -> dict:
     if args.seeds:
         recipes = ["", "--image_size 32 --train_steps 1500"]
         result["to_accuracy"] = [seconds_to_accuracy(args, 0.988, recipe) for recipe in recipes]
-    return result
+    return [result]
 
 
 def seconds_to_accuracy(args, target: float, recipe: str = "") -> dict:
@@ -423,7 +427,7 @@ def course_es_step(net: nn.Sequential, optimizer, tasks, steps: int, rate: float
     return total
 
 
-def bench_costs(args, device: torch.device, dataset: Dataset | None) -> dict:
+def bench_costs(args, device: torch.device, dataset: Dataset | None) -> list[dict]:
     """32 sinusoids, 5 inner steps, MAML and ES (two perturbations a task): one after another, together, and `auto`."""
     B = 4 if args.smoke else 32
     flags = Namespace(
@@ -438,7 +442,7 @@ def bench_costs(args, device: torch.device, dataset: Dataset | None) -> dict:
         hidden_dim=args.hidden_dim,
         learning_rate=1e-3,
     )
-    results = {}
+    results = []
     for method in ("maml", "es"):
         net = plain_mlp(flags.layers, flags.hidden_dim).to(device)
         adam = torch.optim.Adam(net.parameters(), 1e-3)
@@ -458,7 +462,7 @@ def bench_costs(args, device: torch.device, dataset: Dataset | None) -> dict:
                 m, o, flags, k, e, n
             )
         title = f"costs, {profile_costs.LABELS[method]}, B {B}, hidden 2 x {flags.hidden_dim}, 5 inner steps"
-        results[method] = print_race(title, race(contestants, args.repeats, warmup=2), device)
+        results.append(print_race(title, race(contestants, args.repeats, warmup=2), device))
     return results
 
 
@@ -491,7 +495,7 @@ def plain_maml_step(theta: dict, tasks, inner_lr: float, steps: int, first_order
     (total / len(tasks[0])).backward()
 
 
-def bench_maml(args, device: torch.device, dataset: Dataset) -> dict:
+def bench_maml(args, device: torch.device, dataset: Dataset) -> list[dict]:
     """One meta-gradient of the same tasks at the same network.
 
     Beside them the same images forward and backward through one network in one call, without any inner loop: what is
@@ -500,7 +504,7 @@ def bench_maml(args, device: torch.device, dataset: Dataset) -> dict:
     B, K, N, Q = args.meta_batch_size, args.num_shot, args.num_classes, args.num_query
     tasks = EpisodeSampler(dataset, "train", N, K, Q, B, args.random_seed, device).sample()
     images = torch.cat([tasks[0], tasks[2]], dim=1).flatten(0, 1)  # support and query of all tasks
-    result = {}
+    results = []
     for strided in (True, False):
         shared_encoder = Conv4(strided=strided).to(device, memory_format=torch.channels_last)
         for steps in (1, 5):
@@ -530,8 +534,8 @@ def bench_maml(args, device: torch.device, dataset: Dataset) -> dict:
                     contestants[f"all images through one network, {name}"] = shared
                 network, order = "strided" if strided else "pooled", "first" if first_order else "second"
                 title = f"maml, {network}, {steps} steps, {order} order, B {B}, N {N}, K {K}, Q {Q}"
-                result[title] = print_race(title, race(contestants, args.repeats, warmup=1), device)
-    return result
+                results.append(print_race(title, race(contestants, args.repeats, warmup=1), device))
+    return results
 
 
 # ---------------------------------------------------------------------------------- meta-LSTM
@@ -618,7 +622,7 @@ def plain_episode_loss(meta: PlainMetaLSTM, learner: PlainLearner, copy: PlainLe
     return F.cross_entropy(copy(query), query_labels)
 
 
-def bench_meta_lstm(args, device: torch.device, dataset: Dataset) -> dict:
+def bench_meta_lstm(args, device: torch.device, dataset: Dataset) -> list[dict]:
     """B episodes of training: one at a time, as the re-implementations do, against all together."""
     B, K, N, Q = args.meta_batch_size, args.num_shot, args.num_classes, args.num_query
     updates, momentum = (12, 0.9) if K == 1 else (8, 0.95)
@@ -651,7 +655,44 @@ def bench_meta_lstm(args, device: torch.device, dataset: Dataset) -> dict:
             name = str(dtype).removeprefix("torch.")
             contestants[f"together, {name}" + (f", trained share {share}" if share < 1 else "")] = together
     title = f"meta_lstm, {B} episodes, N {N}, K {K}, Q {Q}, {updates} updates"
-    return print_race(title, race(contestants, args.repeats, warmup=1), device)
+    return [print_race(title, race(contestants, args.repeats, warmup=1), device)]
+
+
+# ---------------------------------------------------------------------------------- processes
+
+TRAININGS = (
+    "hw1.py --num_shot 1 --num_classes 5 --train_steps 300 --eval_freq 300 --num_test_tasks 8",
+    "maml.py --warmup_steps 0 --train_steps 60 --eval_freq 60 --num_val_tasks 4 --num_test_tasks 8",
+    "protonet.py --meta_batch_size 2 --train_steps 100 --eval_freq 100 --num_test_tasks 8",
+)
+
+
+def bench_processes(args, device: torch.device, dataset: Dataset) -> list[dict]:
+    """Training tasks a second of whole runs: in one process with one and two threads, and in two by torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    ways = {
+        "one process, one thread": ([sys.executable], "1"),
+        "one process, two threads": ([sys.executable], "2"),
+        "two processes of torchrun": (torchrun, "1"),
+    }
+    results = []
+    for training in TRAININGS:
+        script, *flags = training.split()
+        result = {"title": training, "device": "cuda" if device.type == "cuda" else "cpu"}
+        print(training)
+        for name, (start, threads) in ways.items():
+            with tempfile.TemporaryDirectory() as root:
+                where = ["--log_dir", root, "--run_name", "run", "--device", args.device, "--dataset", args.dataset]
+                where += ["--data_folder", args.data_folder] if args.data_folder else []
+                where += ["--smoke"] if args.smoke else []
+                command = [*start, str(Path(__file__).with_name(script)), *flags, *where]
+                subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": threads})
+                rate = experiment.read_json(Path(root) / "run" / "metrics.json", "log_dir")["tasks_per_second"]
+            print(f"  {name:34s} {rate:8.1f} tasks a second")
+            result[name] = {"tasks_per_second": rate}
+        print(json.dumps(result))
+        results.append(result)
+    return results
 
 
 BENCHMARKS = {
@@ -661,10 +702,20 @@ BENCHMARKS = {
     "maml": bench_maml,
     "meta_lstm": bench_meta_lstm,
     "costs": bench_costs,
+    "processes": bench_processes,
 }
 
 
-def main(argv=None) -> dict:
+def keep(results: list[dict], args, path: Path) -> None:
+    """Write `results` into the JSON file `path`, each in place of an older one of this title and processor."""
+    come_from = {"command": args.command, "git_commit": args.git_commit, "processor": experiment.processor()}
+    come_from["versions"] = experiment.versions()
+    races = json.loads(path.read_text()) if path.exists() else []
+    kept = {(race["title"], race["processor"]): race for race in races + [race | come_from for race in results]}
+    experiment.write_json(path, [kept[name] for name in sorted(kept)])
+
+
+def main(argv=None) -> list[dict]:
     parser, groups = experiment.make_parser(__doc__)
     parser.prog = "benchmark.py"
     parser.add_argument("benchmark", choices=list(BENCHMARKS), help="what to measure")
@@ -674,13 +725,19 @@ def main(argv=None) -> dict:
     groups["run"].add_argument("--tasks_at_once", type=experiment.whole(1), default=4, help=once)
     seeds = "for protonet: trainings that are timed until validation passes 98.8 %"
     groups["run"].add_argument("--seeds", type=experiment.whole(0), default=0, help=seeds)
+    groups["run"].add_argument("--out", metavar="DIR", help="keep the figures in DIR/speed.json, as results/ does")
     named = argv or sys.argv
     parser.set_defaults(meta_batch_size=128 if {"episodes", "mann"} & set(named) else 4 if "meta_lstm" in named else 16)
     args = experiment.parse(parser, argv, smoke={"repeats": 3})
+    if args.out and not Path(args.out).is_dir():
+        raise UserError(f"--out {args.out} is not a folder; name one that exists")
     device = experiment.setup(args)
     # Sinusoids need no images.
     dataset = None if args.benchmark == "costs" else load_dataset(args.dataset, args.data_folder, args.split)
-    return BENCHMARKS[args.benchmark](args, device, dataset)
+    results = BENCHMARKS[args.benchmark](args, device, dataset)
+    if args.out:
+        keep(results, args, Path(args.out) / "speed.json")
+    return results
 
 
 if __name__ == "__main__":

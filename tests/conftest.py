@@ -1,5 +1,6 @@
 """Shared by all tests: a scratch working directory with a warm data cache, and data whose answer is known."""
 
+import json
 import os
 import subprocess
 import sys
@@ -20,26 +21,45 @@ import omniglot  # noqa: E402
 has_omniglot = pytest.mark.skipif(not os.environ.get("OMNIGLOT_DIR"), reason="needs OMNIGLOT_DIR")
 
 
-outcomes: dict[str, str] = {}  # of test_field.py, test -> passed, failed or skipped
+# What RECORD=1 writes to results/: of test_field.py which cases were right, of test_faults.py what its tests counted
+# (record_property("group/name", value)), and of a run of all tests what this Python and torch gave.
+outcomes: dict[str, str] = {}
+counted: dict[str, dict] = {}
 
 
 def pytest_runtest_logreport(report):
     if "test_field.py" in report.nodeid and (report.when == "call" or report.outcome != "passed"):
         outcomes[report.nodeid.split("::")[1]] = report.outcome
+    if "test_faults.py" in report.nodeid and report.when == "call" and report.passed:
+        for name, value in report.user_properties:
+            group, _, name = name.partition("/")
+            counted.setdefault(group, {})[name] = value
 
 
-def pytest_sessionfinish(session):
-    """RECORD=1 pytest tests/test_field.py writes the table of kinds, cases tried and cases right."""
-    if not os.environ.get("RECORD") or not outcomes or hasattr(session.config, "workerinput"):
+def pytest_terminal_summary(terminalreporter, config):
+    if not os.environ.get("RECORD"):
         return
-    kinds: dict[str, dict] = {}
-    for test, outcome in sorted(outcomes.items()):
-        kind, _, case = test.removeprefix("test_").partition("[")
-        if outcome != "skipped":
-            row = kinds.setdefault(kind.replace("_", " "), {"tried": 0, "right": 0, "cases": []})
-            row["tried"], row["right"] = row["tried"] + 1, row["right"] + (outcome == "passed")
-            row["cases"] += [case.removesuffix("]")] if case else []
-    experiment.write_json(REPO / "results" / "field.json", {"command": "pytest tests/test_field.py", "kinds": kinds})
+    results = REPO / "results"
+    if outcomes:
+        kinds: dict[str, dict] = {}
+        for test, outcome in sorted(outcomes.items()):
+            kind, _, case = test.removeprefix("test_").partition("[")
+            if outcome != "skipped":
+                row = kinds.setdefault(kind.replace("_", " "), {"tried": 0, "right": 0, "cases": []})
+                row["tried"], row["right"] = row["tried"] + 1, row["right"] + (outcome == "passed")
+                row["cases"] += [case.removesuffix("]")] if case else []
+        experiment.write_json(results / "field.json", {"command": "pytest tests/test_field.py", "kinds": kinds})
+    path = results / "faults.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for group, values in counted.items():
+        found[group] = dict(sorted((found.get(group, {}) | values).items()))
+    if not config.option.keyword and config.args == ["tests"]:  # all of them
+        ended = ((kind, len(terminalreporter.stats.get(kind, []))) for kind in ("passed", "skipped", "failed", "error"))
+        versions = experiment.versions()
+        row = {"result": ", ".join(f"{n} {kind}" for kind, n in ended if n), "processor": experiment.processor()}
+        found.setdefault("versions", {})[f"{versions['python']}, torch {versions['torch']}"] = row
+    if found:
+        experiment.write_json(path, found)
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,21 @@
 """The plain references of benchmark.py compute what the fast paths compute."""
 
+import json
 from argparse import Namespace
 
 import pytest
 import torch
 from conftest import known_dataset
 
+import benchmark
+import experiment
 from backbone import Conv4
 from benchmark import (
     CourseMANN,
     ListSampler,
     PlainConv4,
     course_step,
+    keep,
     our_step,
     plain_protonet_step,
     seconds_to_accuracy,
@@ -69,3 +73,25 @@ def test_list_sampler_draws_proper_episodes(tmp_path):
     assert torch.equal(labels[:, :2], torch.eye(4).expand(50, 2, 4, 4))
     assert torch.equal(classes[:, 0].gather(1, labels[:, 2].argmax(-1)), classes[:, 2])
     assert (labels[:, 2].argmax(-1) != torch.arange(4)).any()  # queries are shuffled
+
+
+def test_races_are_kept_by_title_and_processor(tmp_path, monkeypatch):
+    args = Namespace(command="python benchmark.py mann", git_commit="abc")
+    race = {"title": "mann, N 2", "device": "cpu, 1 threads", "course step": {"ms": 2.0, "ratio": 1.0}}
+    for processor, ms in (("AMD", 2.0), ("Intel", 3.0), ("Intel", 4.0)):
+        monkeypatch.setattr(experiment, "processor", lambda processor=processor: processor)
+        keep([race | {"course step": {"ms": ms, "ratio": 1.0}}], args, tmp_path / "speed.json")
+    kept = json.loads((tmp_path / "speed.json").read_text())
+    assert [(r["processor"], r["course step"]["ms"]) for r in kept] == [("AMD", 2.0), ("Intel", 4.0)]
+    assert all(r["command"] == args.command and r["git_commit"] == "abc" and "torch" in r["versions"] for r in kept)
+
+
+@pytest.mark.slow
+def test_processes_are_raced(tmp_path, monkeypatch):
+    """A whole training in one process with one and two threads and in two processes, each as it says."""
+    monkeypatch.setattr(benchmark, "TRAININGS", ("hw1.py --num_test_tasks 8",))
+    flags = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--out", str(tmp_path)]
+    [result] = benchmark.main(["processes", *flags])
+    rates = [value["tasks_per_second"] for value in result.values() if isinstance(value, dict)]
+    assert len(rates) == 3 and min(rates) > 0
+    assert json.loads((tmp_path / "speed.json").read_text())[0]["title"] == "hw1.py --num_test_tasks 8"

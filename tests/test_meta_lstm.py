@@ -646,7 +646,7 @@ def test_every_command_of_the_readme_parses(command, trained):
 
 def test_benchmark_runs(capsys):
     flags = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_query", "2", "--meta_batch_size", "1"]
-    result = benchmark.main(["meta_lstm", *flags])
+    [result] = benchmark.main(["meta_lstm", *flags])
     assert sum(isinstance(v, dict) for v in result.values()) == 5
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == result
 
