@@ -383,7 +383,7 @@ def main(argv=None) -> dict:
         for p in {"none": [], "encoder": learner.encoder.parameters(), "all": learner.parameters()}[args.fresh_adam]:
             optimizer.state.pop(p, None)
         optimizer.step()
-        run.record(error + 0 * cost)
+        run.record(error)
         if run.time_to_evaluate():
             with run.clock_stopped():
                 scalars = {"Regulariser/nats": cost.item()}
@@ -429,7 +429,7 @@ def conditions_figure(metrics: dict):
     ax = figure.subplots()
     for shift, part in ((-0.2, "train"), (0.2, "test")):
         values, errors = ([metrics[f"{part}_{c}{end}"] for c in CONDITIONS] for end in ("", "_ci95"))
-        ax.bar([i + shift for i in range(3)], values, 0.38, yerr=errors, label=f"{part}ing tasks".replace("tt", "t"))
+        ax.bar([i + shift for i in range(3)], values, 0.38, yerr=errors, label=f"{part}ing tasks")
     ax.set_xticks(range(3), ["own", "emptied", "another task's"])
     ax.set_xlabel("support set")
     ax.set_ylabel(metrics["figure"])

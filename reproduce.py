@@ -4,7 +4,7 @@
     python reproduce.py all --scale smoke          everything in its smallest form, to see that it works
     python reproduce.py all --scale cpu --jobs 2   what is due of what two CPU cores can do in some hours
     python reproduce.py all --scale full           the papers' lengths, for a GPU
-    python reproduce.py comparison                 one part: mann, meta_lstm, comparison, costs, features
+    python reproduce.py comparison                 one part: mann, meta_lstm, comparison, memorization, ...
 
 Each run is a script of this package in a process of its own, `--jobs` at a time; what was interrupted is resumed; what
 fails is named and makes the exit code 1. Results go to `--out` (results/, or a folder of runs/ for smoke), a JSON file
@@ -44,7 +44,7 @@ from omniglot import ARCHIVES
 
 HERE = Path(__file__).resolve().parent
 OWN_OUTPUT = ("costs", "features")  # parts whose script writes several files itself, to --out
-PARTS = ("mann", "meta_lstm", "comparison", "costs", "features")
+PARTS = ("mann", "meta_lstm", "comparison", "memorization", "bayes", "costs", "features")
 WHERE = {"device", "data_folder", "dataset", "log_dir", "run_name", "out"}  # flags that change no figure
 TOLERANCE = 1e-3  # relative, of pulses taken on two machines whose old code is not at hand
 COURSE = "--head recurrent --logit_scale 1 --forget_bias 0 --no-rotations --schedule constant --clip 0"
@@ -118,6 +118,16 @@ CASES = [
       for N, steps, minutes in ((5, "", 15), (20, "--warmup_steps 12000 --train_steps 12500 --eval_freq 6250", 40))],
     Case("comparison", "maml_plain", "maml.py", "--features plain", "", "--train_steps 60000 --eval_freq 1000", 1, 8,
          beyond=True),
+    *[Case("memorization", f"{task}_{learner}_{regulariser}", "memorization.py",
+           f"--task {task} --learner {learner} --regulariser {regulariser}", seeds=3, minutes=2, beyond=True)
+      for task in ("sinusoid", "basis", "diseased", "grasping") for learner in ("maml", "blackbox")
+      for regulariser in ("none", "weights", "activations")],
+    *[Case("memorization", f"characters_maml_{regulariser}", "memorization.py",
+           f"--task characters --regulariser {regulariser}", minutes=12, beyond=True)
+      for regulariser in ("none", "weights", "activations")],
+    *[Case("bayes", name, "bayes.py", recipe, seeds=3, minutes=minutes, beyond=True)
+      for name, recipe, minutes in (("phase", "", 3), ("amplitude", "--metadata amplitude", 3),
+                                    ("phase_without_phi1", "--drop_phi1", 3), ("omniglot", "--world omniglot", 8))],
     Case("costs", "costs", "profile_costs.py", "--sweep all --engine auto", "", "", 1, 5),
     Case("features", "features", "feature_weights.py", "--part all", "", "", 1, 2),
 ]  # fmt: skip
