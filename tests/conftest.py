@@ -64,8 +64,13 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory):
-    """A working directory whose ./data caches what the first test that needs it packs."""
-    return tmp_path_factory.mktemp("work")
+    """A working directory whose ./data caches, for all test processes, what the first test that needs it packs."""
+    base = tmp_path_factory.getbasetemp()
+    data = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "data"
+    data.mkdir(exist_ok=True)
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "data").symlink_to(data, target_is_directory=True)
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -62,7 +62,7 @@ def test_seconds_to_an_accuracy(target, reached, work, monkeypatch):
     flags = Namespace(seeds=2, device="cpu", dtype="float32", dataset="glyphs", data_folder=None, smoke=True)
     found = seconds_to_accuracy(flags, target)
     assert len(found["seconds"]) == 2
-    assert all(0 < seconds < 60 for seconds in found["seconds"]) if reached else found["seconds"] == [None, None]
+    assert all(seconds > 0 for seconds in found["seconds"]) if reached else found["seconds"] == [None, None]
 
 
 def test_list_sampler_draws_proper_episodes(tmp_path):

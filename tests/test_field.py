@@ -878,7 +878,7 @@ def test_the_resume_line_can_be_typed(work, tmp_path):
     other = subprocess.run([*command[:2], "--resume", str(folder / "a b")], cwd=work, capture_output=True, text=True)
     one_line_error(other, "--resume", "another process")  # a lock against two trainings of one run
     run.send_signal(signal.SIGINT)
-    err = run.communicate(timeout=120)[1]
+    err = run.communicate(timeout=3600)[1]
     line = err.strip().splitlines()[-1]
     typed = line.split("continue with: ")[1]
     assert str(REPO / "hw1.py") in typed and "'" in typed
@@ -892,7 +892,7 @@ def test_the_resume_line_can_be_typed(work, tmp_path):
     while saved.stat().st_mtime_ns == before and again.poll() is None:
         time.sleep(0.1)
     again.send_signal(signal.SIGINT)
-    assert "interrupted at step" in again.communicate(timeout=120)[1]
+    assert "interrupted at step" in again.communicate(timeout=3600)[1]
 
 
 def test_a_run_with_a_constant_rate_can_be_made_longer(work, tmp_path):

@@ -377,7 +377,7 @@ def built(a, tmp_path_factory):
 
 def run(command, folder, **kwargs):
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, **kwargs)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=3600, **kwargs)
 
 
 def test_the_students_folder(a, built):
