@@ -260,7 +260,8 @@ def test_report(args, encoder: nn.Module, dataset: Dataset, dtype: torch.dtype, 
     test = fixed_tasks(dataset, "test", args, device, within_alphabet=args.within_alphabet)
     features = embed_split(encoder, test, dtype, args.views, (args.jitter, args.shift))
     accuracies = evaluate(features, test, args.num_test_tasks)[0]
-    alone = evaluate(embed_split(encoder, test, dtype), test, args.num_test_tasks)[0]
+    one_view = features if args.views == 1 else embed_split(encoder, test, dtype)
+    alone = evaluate(one_view, test, args.num_test_tasks)[0]
     some = min(args.num_test_tasks, 600)
     metrics = {"num_test_tasks": args.num_test_tasks, "accuracies": [round(a, 4) for a in accuracies.tolist()]}
     named = {"": accuracies, "_one_view": alone, "_transductive": evaluate_transductive(encoder, test, some, dtype)}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 
@@ -124,6 +125,15 @@ def trained_protonet(work, tmp_path_factory):
             ]
         )
     return folder / "small", metrics
+
+
+def draw_folder(folder, names, size):
+    """Two noise images of size x size in a folder for each name."""
+    bits = np.random.default_rng(0)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for i in range(2):
+            iio.imwrite(folder / name / f"{i}.png", bits.integers(0, 256, (size, size), np.uint8))
 
 
 def known_dataset(num_classes=30, drawings=20, split=None):

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import REPO
+from conftest import REPO, draw_folder
 
 import experiment
 import predict
@@ -138,15 +138,6 @@ def test_huge_values_get_one_line(flags, work, tmp_path, capsys, record_property
 # ------------------------------------------------------------------------------ strange images
 
 NAMES = ["two words", "emoji \U0001f98a", "slash\u2215like", "x" * 200, "why?", "per%cent", "日本", "$math$", "-dash"]
-
-
-def draw_folder(folder, names, size):
-    """Two noise images of size x size in a folder for each name."""
-    bits = np.random.default_rng(0)
-    for name in names:
-        (folder / name).mkdir(parents=True)
-        for i in range(2):
-            iio.imwrite(folder / name / f"{i}.png", bits.integers(0, 256, (size, size), np.uint8))
 
 
 @pytest.mark.parametrize("size", [1, 5000])
@@ -367,12 +358,12 @@ def test_batch_norm_over_two_processes_is_that_of_one(kind, tmp_path):
         assert torch.allclose(found[name], statistic, rtol=0, atol=1e-12), name
 
 
-# Runs a training script in float64, where rounding hides nothing.
-IN_FLOAT64 = """
-import sys, torch, importlib
-sys.path.insert(0, {repo!r})
+# Runs the training scripts, with the flags that JSON gives for each, in float64, where rounding hides nothing.
+IN_FLOAT64 = f"""
+import sys, json, torch, importlib
+sys.path.insert(0, {str(REPO)!r})
 import load_data, experiment
-gather = load_data.EpisodeSampler.gather
+gather, precision = load_data.EpisodeSampler.gather, experiment.precision
 def gather_wide(self, rows):
     torch.set_default_dtype(torch.float32)
     images = gather(self, rows).double()
@@ -381,25 +372,31 @@ def gather_wide(self, rows):
 load_data.EpisodeSampler.gather = gather_wide
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double
-script = importlib.import_module({script!r})
-if {script!r} == "meta_lstm":
-    experiment.precision = lambda *flags: torch.float64
-experiment.run_script(lambda: script.main(sys.argv[1:]))
+for script, flags in json.loads(sys.argv[1]).items():
+    experiment.precision = (lambda *flags: torch.float64) if script == "meta_lstm" else precision
+    experiment.run_script(lambda: importlib.import_module(script).main([*flags, "--run_name", script + sys.argv[2]]))
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-@pytest.mark.parametrize("script", TRAINING)
-def test_two_processes_have_the_meta_gradient_of_one(script, work, tmp_path, record_property):
-    """torchrun, after one step in float64: the mean gradient is that of one process, and only rank 0 reports."""
-    steps = ["2", "--finetune_steps", "1"] if script == "transfer" else ["1"]  # Adam's first step amplifies rounding
-    steps += ["--warmup_steps", "0"] if script == "maml" else []
-    steps += ["--trained_share", "1"] if script == "meta_lstm" else []  # with fewer each process draws its own share
-    flags = flags_of(script, "--dtype", "float32", "--log_dir", tmp_path, "--eval_freq", "1", "--train_steps", *steps)
-    (tmp_path / "run.py").write_text(IN_FLOAT64.format(repo=str(REPO), script=script))
+@pytest.fixture(scope="module")
+def in_one_and_two_processes(work, tmp_path_factory):
+    """A folder of runs: every script's first step in one process, and in two by torchrun."""
+    folder, flags = tmp_path_factory.mktemp("processes"), {}
+    for script in TRAINING:
+        steps = (
+            ["2", "--finetune_steps", "1"] if script == "transfer" else ["1"]
+        )  # Adam's first step amplifies rounding
+        steps += ["--warmup_steps", "0"] if script == "maml" else []
+        steps += (
+            ["--trained_share", "1"] if script == "meta_lstm" else []
+        )  # with fewer each process draws its own share
+        fixed = ["--dtype", "float32", "--log_dir", str(folder), "--eval_freq", "1", "--train_steps"]
+        flags[script] = flags_of(script, *fixed, *steps)
+    (folder / "run.py").write_text(IN_FLOAT64)
     for name, start in (("one", [sys.executable]), ("two", TORCHRUN)):
         result = subprocess.run(
-            [*start, tmp_path / "run.py", *flags, "--run_name", name],
+            [*start, folder / "run.py", json.dumps(flags), name],
             cwd=work,
             timeout=3600,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -407,8 +404,15 @@ def test_two_processes_have_the_meta_gradient_of_one(script, work, tmp_path, rec
             text=True,
         )
         assert result.returncode == 0, result.stderr
-        assert result.stdout.count('"test_accuracy"') == 1
-    one, two = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["objects"] for n in ("one", "two"))
+        assert result.stdout.count('"test_accuracy"') == len(TRAINING)  # only rank 0 reports
+    return folder
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_two_processes_have_the_meta_gradient_of_one(script, in_one_and_two_processes, record_property):
+    """torchrun, after one step in float64: the mean gradient is that of one process."""
+    runs = (in_one_and_two_processes / f"{script}{name}" / "checkpoint.pt" for name in ("one", "two"))
+    one, two = (torch.load(run, weights_only=True)["objects"] for run in runs)
     largest = 0.0
     for name in one:
         if name.startswith("optimizer"):

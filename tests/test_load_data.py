@@ -14,7 +14,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, has_omniglot, known_dataset, one_line_error
+from conftest import REPO, draw_folder, has_omniglot, known_dataset, one_line_error
 
 import glyphs
 import load_data
@@ -522,14 +522,17 @@ def test_resize_keeps_the_mean_and_smooths():
 
 
 def test_concurrent_first_runs_share_one_cache(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(REPO)!r})\n"
-    code += "import load_data; print(load_data.load_dataset('glyphs').images.sum())"
+    """Two processes that begin to pack the same pictures at the same moment."""
+    draw_folder(tmp_path / "pictures", [f"class{c}" for c in range(10)], 40)
+    code = f"import sys, pathlib; sys.path.insert(0, {str(REPO)!r}); import load_data\n"
+    code += "pathlib.Path(sys.argv[1]).touch()\n"
+    code += "while not (pathlib.Path('0').exists() and pathlib.Path('1').exists()): pass\n"
+    code += "print(load_data.load_dataset('folder', 'pictures').images.sum())"
     runs = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for _ in range(2)
+        subprocess.Popen([sys.executable, "-c", code, str(i)], cwd=tmp_path, stdout=subprocess.PIPE) for i in range(2)
     ]
-    outs = [run.communicate(timeout=3600) for run in runs]
-    assert [err for _, err in outs] == [b"", b""] and outs[0] == outs[1]
+    outs = [run.communicate(timeout=3600)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0] and outs[0] == outs[1] and int(outs[0]) > 0
     assert len(list((tmp_path / "data").iterdir())) == 1
 
 

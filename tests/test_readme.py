@@ -23,7 +23,7 @@ GLYPHS = "--dataset glyphs --device cpu"
 SMALLEST = {
     "hw1.py": f"--train_steps 2 --eval_freq 1 --num_val_tasks 4 --num_test_tasks 4 --meta_batch_size 2 {GLYPHS}",
     "protonet.py": "--train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --meta_batch_size 1 --width 8 "
-    f"--num_query 1 --views 2 --train_classes 5 {GLYPHS}",
+    f"--num_query 1 --views 1 --train_classes 5 {GLYPHS}",
     "transfer.py": "--train_steps 4 --finetune_steps 2 --eval_freq 2 --num_test_tasks 2 --width 4 --meta_batch_size 32 "
     f"--head_steps 2 {GLYPHS}",
     "maml.py": "--train_steps 2 --warmup_steps 1 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --width 4 "
@@ -93,7 +93,9 @@ def different_commands() -> list[str]:
         script, *flags = shlex.split(command.removesuffix(" --random_seed 1"))
         if script in SMALLEST:
             found.setdefault((script, *smallest(script, flags)), command)
-    return list(found.values())
+    # The transformer's commands with few characters take long and differ in nothing else: test_mae.py has one of them.
+    slow = lambda command: [pytest.mark.slow] if "--encoder vit" in command and "--train_characters" in command else []
+    return [pytest.param(command, marks=slow(command)) for command in found.values()]
 
 
 @pytest.mark.parametrize("command", different_commands())
