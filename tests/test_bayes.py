@@ -2,14 +2,11 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, known_dataset, one_line_error
+from conftest import known_dataset, one_line_error
 from torch import distributions
 
 import bayes
@@ -299,19 +296,6 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch):
     resumed = bayes.main(["--resume", str(tmp_path / "stopped")])
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
     assert all(torch.equal(a[k], b[k]) for k in a) and resumed["nll_with"] == whole["nll_with"]
-
-
-def test_two_processes_average_to_the_one_process_gradient(work, tmp_path):
-    flags = ["--smoke", "--train_steps", "4", "--eval_freq", "4"]
-    bayes.main([*flags, "--log_dir", str(tmp_path), "--run_name", "one"])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", REPO / "bayes.py"]
-    command = [*map(str, command), *flags, "--log_dir", str(tmp_path), "--run_name", "two"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=3600)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count('"nll_with"') == 1
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
 
 
 def test_bad_input(run_script):

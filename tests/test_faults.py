@@ -358,8 +358,9 @@ def test_batch_norm_over_two_processes_is_that_of_one(kind, tmp_path):
         assert torch.allclose(found[name], statistic, rtol=0, atol=1e-12), name
 
 
-# Runs the training scripts, with the flags that JSON gives for each, in float64, where rounding hides nothing.
-IN_FLOAT64 = f"""
+# Runs training scripts with the flags that JSON gives for each; then more of them in float64, where rounding hides
+# nothing.
+RUN_ALL = f"""
 import sys, json, torch, importlib
 sys.path.insert(0, {str(REPO)!r})
 import load_data, experiment
@@ -369,19 +370,32 @@ def gather_wide(self, rows):
     images = gather(self, rows).double()
     torch.set_default_dtype(torch.float64)
     return images
+def run(script, flags, name):
+    experiment.run_script(lambda: importlib.import_module(script).main([*flags, "--run_name", name + sys.argv[2]]))
+plain, wide = json.loads(sys.argv[1])
+for script, flags in plain.items():
+    run(script, flags, script + "_plain_")
 load_data.EpisodeSampler.gather = gather_wide
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double
-for script, flags in json.loads(sys.argv[1]).items():
+for script, flags in wide.items():
     experiment.precision = (lambda *flags: torch.float64) if script == "meta_lstm" else precision
-    experiment.run_script(lambda: importlib.import_module(script).main([*flags, "--run_name", script + sys.argv[2]]))
+    run(script, flags, script + "_")
 """
+PLAIN = {  # in float32, of more than one step
+    "hw1": [*COMMON, *TRAINING["hw1"], "--train_steps", "10", "--eval_freq", "5", "--clip", "0", "--dtype", "float32"],
+    # With the agreement of views, whose negatives are the images of both processes.
+    "mae": [*COMMON, "--meta_batch_size", "8", "--num_val_tasks", "4", "--num_query", "2", "--contrast", "0.5",
+            "--train_steps", "2", "--eval_freq", "2", "--width", "8", "--views", "1", "--whitening_images", "20"],
+    "memorization": ["--smoke", "--task", "basis", "--regulariser", "activations", "--train_steps", "4"],
+    "bayes": ["--smoke", "--train_steps", "4", "--eval_freq", "4"],
+}  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 @pytest.fixture(scope="module")
 def in_one_and_two_processes(work, tmp_path_factory):
-    """A folder of runs: every script's first step in one process, and in two by torchrun."""
+    """A folder of runs of every script, in one process and in two by torchrun."""
     folder, flags = tmp_path_factory.mktemp("processes"), {}
     for script in TRAINING:
         steps = (
@@ -393,10 +407,11 @@ def in_one_and_two_processes(work, tmp_path_factory):
         )  # with fewer each process draws its own share
         fixed = ["--dtype", "float32", "--log_dir", str(folder), "--eval_freq", "1", "--train_steps"]
         flags[script] = flags_of(script, *fixed, *steps)
-    (folder / "run.py").write_text(IN_FLOAT64)
+    plain = {script: [*of_script, "--log_dir", str(folder)] for script, of_script in PLAIN.items()}
+    (folder / "run.py").write_text(RUN_ALL)
     for name, start in (("one", [sys.executable]), ("two", TORCHRUN)):
         result = subprocess.run(
-            [*start, folder / "run.py", json.dumps(flags), name],
+            [*start, folder / "run.py", json.dumps([plain, flags]), name],
             cwd=work,
             timeout=3600,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -404,14 +419,14 @@ def in_one_and_two_processes(work, tmp_path_factory):
             text=True,
         )
         assert result.returncode == 0, result.stderr
-        assert result.stdout.count('"test_accuracy"') == len(TRAINING)  # only rank 0 reports
+        assert result.stdout.count('"git_commit"') == len(plain) + len(flags)  # only rank 0 reports
     return folder
 
 
 @pytest.mark.parametrize("script", TRAINING)
 def test_two_processes_have_the_meta_gradient_of_one(script, in_one_and_two_processes, record_property):
     """torchrun, after one step in float64: the mean gradient is that of one process."""
-    runs = (in_one_and_two_processes / f"{script}{name}" / "checkpoint.pt" for name in ("one", "two"))
+    runs = (in_one_and_two_processes / f"{script}_{name}" / "checkpoint.pt" for name in ("one", "two"))
     one, two = (torch.load(run, weights_only=True)["objects"] for run in runs)
     largest = 0.0
     for name in one:
@@ -423,6 +438,19 @@ def test_two_processes_have_the_meta_gradient_of_one(script, in_one_and_two_proc
             assert difference < 1e-6, name
             largest = max(largest, difference)
     record_property(f"two_processes/{script}", largest)
+
+
+@pytest.mark.parametrize("script", PLAIN)
+def test_two_processes_train_the_network_of_one(script, in_one_and_two_processes):
+    """In float32: weights and mean gradients equal but for rounding, and the sampler where it would be."""
+    runs = (in_one_and_two_processes / f"{script}_plain_{name}" / "checkpoint.pt" for name in ("one", "two"))
+    one, two = (torch.load(run, weights_only=True)["objects"] for run in runs)
+    for name, weight in one["model"].items():
+        assert torch.allclose(weight, two["model"][name], atol=2e-5), name
+    mean = "momentum" if script == "mae" else "exp_avg"
+    a, b = (torch.cat([s[mean].flatten() for s in x["optimizer"]["state"].values()]) for x in (one, two))
+    assert a.norm() > 0 and (a - b).norm() < 1e-3 * a.norm()
+    assert torch.equal(one["sampler"]["generator"], two["sampler"]["generator"])
 
 
 def test_a_killed_worker_ends_the_whole_run_and_it_resumes(work, tmp_path):

@@ -1,14 +1,10 @@
 """Tasks that say what they hide, meta-gradients by finite differences, costs by quadrature, whole runs."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPO, known_dataset, one_line_error
+from conftest import known_dataset, one_line_error
 from torch import distributions
 
 import experiment
@@ -359,19 +355,6 @@ def test_resume_is_bit_exact(flags, tmp_path, monkeypatch):
     resumed = memorization.main(["--resume", str(tmp_path / "stopped")])
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
     assert all(torch.equal(a[k], b[k]) for k in a) and resumed["test_own"] == whole["test_own"]
-
-
-def test_two_processes_average_to_the_one_process_gradient(work, tmp_path):
-    flags = ["--smoke", "--task", "basis", "--regulariser", "activations", "--train_steps", "4", "--eval_freq", "4"]
-    memorization.main([*flags, "--log_dir", str(tmp_path), "--run_name", "one"])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(REPO / "memorization.py"), *flags, "--log_dir", str(tmp_path), "--run_name", "two"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=3600)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count('"test_own"') == 1
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
 
 
 def test_bad_input(run_script):
