@@ -461,6 +461,8 @@ VIT = [
     "cpu",
     "--dtype",
     "float32",
+    "--views",
+    "1",
     "--encoder",
     "vit",
     "--width",
