@@ -213,7 +213,7 @@ HOSTILE_BODIES = {
     "hard exit": ("import os\nos._exit(0)", "ended without an answer"),
     "crash": ("import ctypes\nctypes.string_at(0)", "ended without an answer"),
     "10 GB": ("x = bytearray(10 * 2**30)\nreturn x", "memory"),
-    "10 GB of tensors": ("x = [torch.ones(2**27) for _ in range(20)]\nreturn x", "memory"),
+    "10 GB of tensors": ("x = [torch.empty(2**27) for _ in range(20)]\nreturn x", "memory"),
     "ten million lines": ("for _ in range(10**7):\n    print('spam')", "printed more"),
     "recursion": ("return logistic_steps(A, y, n, steps, lr)", "RecursionError"),
     "not a tensor": ("return {1, 2}", "AttributeError"),
