@@ -128,7 +128,8 @@ def test_status_tells_the_four_states_apart(tmp_path, monkeypatch, capsys):
         reproduce.Case("mann", name, "hw1.py", f"--num_classes {n}")
         for n, name in enumerate(("same", "confirmed", "drifted", "flag", "missing"), start=2)
     ]
-    monkeypatch.setattr(reproduce, "CASES", cases)
+    long = reproduce.Case("mann", "long", "hw1.py", "--num_classes 9", beyond=True)
+    monkeypatch.setattr(reproduce, "CASES", [*cases, long])
     pulses = {case.name: PULSE for case in cases} | {"drifted": PULSE | {"losses": [0.7, 0.5]}}
     monkeypatch.setattr(reproduce, "known_pulse", lambda case: pulses[case.name])
     ledger = reproduce.Ledger(tmp_path)
@@ -152,8 +153,9 @@ def test_status_tells_the_four_states_apart(tmp_path, monkeypatch, capsys):
         "missing": "missing",
     }
     out = capsys.readouterr().out.splitlines()
-    assert "mann_drifted_seed1: loss of step 2: 0.6 -> 0.5" in out[2]
-    assert "mann_flag_seed1: --learning_rate 0.5 -> 0.004" in out[3]
+    assert out[0] == "waiting to be named by --only: mann_long_seed1"
+    assert "mann_drifted_seed1: loss of step 2: 0.6 -> 0.5" in out[3]
+    assert "mann_flag_seed1: --learning_rate 0.5 -> 0.004" in out[4]
     assert out[-1] == "1 measured, 1 confirmed, 2 drifted, 1 missing"
 
 
