@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -262,6 +263,36 @@ def test_before_adaptation_the_linear_head_scores_one_in_n(head_is_zero):
         assert before.tolist() == pytest.approx([0.2] * 600)
     else:
         assert abs(before.mean() - 0.2) < 5 * before.std() / 600**0.5 and before.std() > 0
+
+
+@pytest.mark.parametrize("head, freeze_body", [("linear", False), ("linear", True), ("proto", False)])
+def test_how_far_each_layer_moves_is_the_norm_of_its_update(head, freeze_body):
+    """Against a direct computation with numpy in float64, task by task; the body of ANIL stays where it is."""
+    s, model = Setting(N, head=head, freeze_body=freeze_body, dtype=torch.float64), learner(head, steps=2)
+    sampler = EpisodeSampler(known_dataset(), "test", N, K, Q, 4, seed=2)
+    sampler.gather = lambda rows: EpisodeSampler.gather(sampler, rows).double()
+    found = evaluate(model, sampler, 6, s, 2)["moved"]
+    assert found.shape == (6, 5) and not found.requires_grad
+    tasks = [task for batch in sampler.first(6) for task in zip(*batch, strict=True)]
+    for task, mine in zip(tasks, found.tolist(), strict=True):
+        path = adapt(model.theta(), model.step_sizes(2), task[0], task[1], s)
+        before, after = ({k: p.detach().numpy() for k, p in path[i].items()} for i in (0, -1))
+        for layer, value in zip(maml.LAYERS, mine, strict=True):
+            names = ["head_weight", "head_bias"]
+            if layer != "head":
+                names = [f"{part}{maml.LAYERS.index(layer)}" for part in ("weight", "gamma", "beta")]
+            old, new = (np.concatenate([tensors[k].ravel() for k in names]) for tensors in (before, after))
+            assert value == pytest.approx(np.linalg.norm(new - old) / np.linalg.norm(old), rel=1e-12), layer
+            assert (value > 0) == (layer == "head" or not freeze_body)
+
+
+def test_a_head_of_zeros_has_no_relative_update(tmp_path):
+    flags = ["--zero_head", "--first_order", "--train_steps", "2", "--warmup_steps", "1", "--eval_freq", "2"]
+    flags += ["--num_test_tasks", "2", "--num_val_tasks", "2", "--num_query", "2", "--log_dir", str(tmp_path)]
+    metrics = maml.main([*SMOKE, *flags])
+    moved = metrics["update_norm_per_layer"]
+    assert list(moved) == list(maml.LAYERS) and moved["head"] is None
+    json.dumps(metrics, allow_nan=False)
 
 
 def test_evaluation_keeps_no_graph_and_later_steps_repeat_the_last_rate():
