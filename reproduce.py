@@ -116,6 +116,13 @@ CASES = [
     *[Case("comparison", f"maml_{N}way5shot_32_pixels", "maml.py", f"--num_classes {N} --num_shot 5 --image_size 32",
            f"--num_val_tasks 100 {steps}", "--train_steps 60000 --eval_freq 1000", 1, minutes, beyond=True)
       for N, steps, minutes in ((5, "", 15), (20, "--warmup_steps 12000 --train_steps 12500 --eval_freq 6250", 40))],
+    # All four N and K are tested with one network.
+    Case("comparison", "protonet_vinyals", "protonet.py", "--split vinyals",
+         f"{TASKS} --train_steps 15000 --eval_freq 1500", f"{TASKS} --train_steps 60000 --eval_freq 2000", 3, 20,
+         beyond=True),
+    *[Case("comparison", f"maml_vinyals_{N}way{K}shot", "maml.py", f"--split vinyals --num_classes {N} --num_shot {K}",
+           "--num_val_tasks 100", "--train_steps 60000 --eval_freq 1000", 3, minutes, beyond=True)
+      for N, K, minutes in ((5, 1, 8), (5, 5, 10), (20, 1, 20), (20, 5, 25))],
     Case("comparison", "maml_plain", "maml.py", "--features plain", "", "--train_steps 60000 --eval_freq 1000", 1, 8,
          beyond=True),
     Case("costs", "costs", "profile_costs.py", "--sweep all --engine auto", "", "", 1, 5),
