@@ -55,7 +55,9 @@ LAYERS = ("conv1", "conv2", "conv3", "conv4", "head")
 class MAML(nn.Module):
     """What the outer loop learns: theta (a Conv4 and a linear head) and the inner learning rates.
 
-    With head="proto" there is no head to learn. `rates` [inner steps, tensors of theta] has the order of `names`.
+    With head="proto" there is no head to learn. `rates` [inner steps, tensors of theta] has the order of `names`. With
+    per_step_norm each inner step also adds its learned `shifts` [inner steps, 8, filters] to the scales and shifts of
+    batch norm: every step has its own (MAML++).
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class MAML(nn.Module):
         learn=False,
         head_lr: float | None = None,
         zero_head: bool = False,
+        per_step_norm: bool = False,
     ):
         super().__init__()
         self.encoder = encoder
@@ -81,15 +84,24 @@ class MAML(nn.Module):
         self.names = [name for name, _ in encoder.named_parameters()] + ["head_weight", "head_bias"]
         of_tensors = [head_lr if head_lr and name == "head_weight" else inner_lr for name in self.names]
         self.rates = nn.Parameter(torch.tensor(of_tensors).repeat(max(1, inner_steps), 1), requires_grad=learn)
+        self.of_norms = [name for name in self.names if name.startswith(("gamma", "beta"))]
+        zeros = torch.zeros(inner_steps, len(self.of_norms), len(encoder.gamma0))
+        self.shifts = nn.Parameter(zeros) if per_step_norm else None
 
     def theta(self) -> Parameters:
-        own = {name: p for name, p in self.named_parameters(recurse=False) if name != "rates"}
+        own = {name: p for name, p in self.named_parameters(recurse=False) if name not in ("rates", "shifts")}
         return dict(self.encoder.named_parameters()) | own
 
     def step_sizes(self, steps: int) -> list[Parameters]:
-        """The learning rate of each tensor in each of `steps` inner steps; beyond the trained ones the last repeats."""
+        """The learning rate of each tensor in each of `steps` inner steps; beyond the trained ones the last repeats.
+
+        With per_step_norm also what a trained step adds to a tensor NAME, as "NAME+"; later steps add nothing.
+        """
         rows = [self.rates[min(i, len(self.rates) - 1)] for i in range(steps)]  # [tensors] each
-        return [dict(zip(self.names, row, strict=True)) for row in rows]
+        sizes = [dict(zip(self.names, row, strict=True)) for row in rows]
+        for step, shift in zip(sizes, () if self.shifts is None else self.shifts, strict=False):
+            step |= {f"{name}+": of_tensor for name, of_tensor in zip(self.of_norms, shift, strict=True)}
+        return sizes
 
 
 class Setting(NamedTuple):
@@ -167,6 +179,7 @@ def adapt(theta: Parameters, step_sizes: list[Parameters], support, labels, s: S
             at = tuple({name: p.detach() for name, p in part.items()} for part in at)
         gradient = grad(support_loss)(*at)
         fast = {name: p - step_size[name] * gradient[name] for name, p in fast.items()}
+        fast |= {name: p + step_size[f"{name}+"] for name, p in fast.items() if f"{name}+" in step_size}
         path.append(slow | fast)
     return path
 
@@ -285,6 +298,8 @@ def parse_args(argv=None):
     add("--inner_lr", type=number(), default=0.4, help="rate of the inner steps, or where the learned rates start")
     add("--head_lr", type=number(), default=0.0, help="the same for a linear head; 0: N / sqrt(features)")
     add("--learn_inner_lrs", action="store_true", help="learn a rate per tensor and step")
+    own = "learn scales and shifts of batch norm of their own for every inner step (MAML++)"
+    add("--per_step_norm", action="store_true", help=own)
     add(
         "--warmup_steps",
         type=whole(0),
@@ -316,8 +331,11 @@ def parse_args(argv=None):
         raise UserError("--inner_steps 0 with --head linear: a shared head cannot know a task's labels; use 1 or more")
     if args.learn_inner_lrs and args.inner_steps == 0:
         raise UserError("--learn_inner_lrs needs --inner_steps 1 or more")
-    if args.learn_inner_lrs and args.optimizer == "muon":
-        raise UserError("--learn_inner_lrs with --optimizer muon: rates are no matrix to make orthogonal; drop one")
+    for flag in ("learn_inner_lrs", "per_step_norm"):
+        if getattr(args, flag) and args.optimizer == "muon":
+            raise UserError(f"--{flag} with --optimizer muon: what it learns is no matrix to make orthogonal; drop one")
+    if args.per_step_norm and (args.inner_steps == 0 or args.freeze_body):
+        raise UserError("--per_step_norm needs --inner_steps 1 or more, and a body that they adapt (no --freeze_body)")
     if args.test_inner_steps is None:
         args.test_inner_steps = args.inner_steps
     if args.fixed_labels and args.head == "proto":
@@ -350,6 +368,7 @@ def main(argv=None) -> dict:
         args.learn_inner_lrs,
         head_lr,
         args.zero_head,
+        args.per_step_norm,
     ).to(device)
     dtype = experiment.precision(args, device)
     s = Setting(
