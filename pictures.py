@@ -269,7 +269,7 @@ def draw_inner_loop(out: Path) -> None:
     layers = list(next(iter(found.values())))
     ax.set_xticks(range(len(layers)), layers)
     ax.set_xlim(-0.3, len(layers) - 0.7)
-    ax.set(title="How far the inner loop moves each layer", ylabel="||theta' - theta|| / ||theta||")
+    ax.set(title="How far the inner loop moves each layer", ylabel=r"$\|\theta' - \theta\| / \|\theta\|$")
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     if any(INNER_LOOPS[name][2] == "-" for name in found):
         figure.supxlabel("* after a prototype warm-up", fontsize=9, x=1, ha="right")
