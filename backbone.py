@@ -285,6 +285,8 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
+                if p.grad is None:  # of a head that is not yet used
+                    continue
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 momentum = self.state[p]["momentum"].mul_(group["momentum"]).add_(p.grad)

@@ -99,6 +99,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 DEVICES = ["auto", "cpu", "cuda", "mps"]
+SPLITS = ["course", "lake", "vinyals"]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -129,7 +130,8 @@ def make_parser(doc: str, without: tuple[str, ...] = (), **defaults) -> tuple[ar
     sets = ["auto", "omniglot", "glyphs", "folder", "mnist"]
     add("--dataset", choices=sets, default="auto", help="auto: Omniglot or glyphs; mnist: only with --test")
     add("--data_folder", help="where the images are (default: $OMNIGLOT_DIR, then ./data, then a download; $MNIST_DIR)")
-    add("--split", choices=["course", "lake"], default="course", help="1100/100/423 characters, or Lake's by alphabet")
+    splits = "1100/100/423 characters; Lake's by alphabet; or 1028/172/423 with their turns as classes, in tests too"
+    add("--split", choices=SPLITS, default="course", help=splits)
     add("--image_size", type=whole(28, 1024), default=28, help="pixels a side")
     add("--num_classes", type=whole(2), default=5, metavar="N", help="classes in a task (way)")
     add("--num_shot", type=whole(1), default=1, metavar="K", help="support images of each class (shot)")
@@ -192,6 +194,10 @@ def parse(
             flags["data_folder"] = None  # that of the run is of its own dataset
         parser.set_defaults(**flags)
     args = parser.parse_args(argv)
+    if getattr(args, "split", None) == "vinyals" and hasattr(args, "rotations"):
+        if "--no-rotations" in words:
+            raise UserError("--no-rotations with --split vinyals: the turns of a character are classes there; drop one")
+        args.rotations = True
     if getattr(args, "dataset", None) == "mnist" and not args.test:
         raise UserError("--dataset mnist is for --test --checkpoint RUN_DIR, of a run that trained on other classes")
     args.git_commit = git_commit()  # of the code that runs, whatever happens to the files meanwhile
@@ -492,8 +498,9 @@ class Run:
     def _new_folder(self) -> Path:
         a = self.args
         task = f"_{a.num_classes}way_{a.num_shot}shot" if hasattr(a, "num_shot") else ""
+        split = f"_{a.split}" if getattr(a, "split", "course") != "course" else ""
         name = a.run_name or (
-            f"{self.script}_{self.dataset}{task}_seed{a.random_seed}_{time.strftime('%Y%m%d-%H%M%S')}"
+            f"{self.script}_{self.dataset}{split}{task}_seed{a.random_seed}_{time.strftime('%Y%m%d-%H%M%S')}"
         )
         folder = Path(a.log_dir) / name
         if self.writes:

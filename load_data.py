@@ -63,6 +63,7 @@ class Dataset(NamedTuple):
     digest: str  # of the images and names, whatever form they were read from
     cache_file: Path
     inverted: bool = False  # a grey folder of dark strokes on bright paper, turned to 255 is ink
+    turned: bool = False  # the turns of a class are classes too, in each part (--split vinyals)
 
     @property
     def starts(self) -> np.ndarray:
@@ -76,11 +77,16 @@ def make_splits(name: str, names: list[str], split: str) -> dict[str, np.ndarray
     """Class indices of train, val and test; the same on every machine (sorted names, seeded shuffle).
 
     A folder that is divided stays so; without a val/ a fifth of its training classes are for validation. Other folders
-    are divided 64:16:20, with `lake` by alphabets. MNIST is all test.
+    are divided 64:16:20, with `lake` by alphabets. MNIST is all test. `vinyals` is the published division of Omniglot
+    (Vinyals et al. 2016, as Snell et al. 2017 list it); glyphs are divided at random into parts of the same sizes.
     """
     if name == "mnist":
         none = np.array([], int)
         return {"train": none, "val": none, "test": np.arange(len(names))}
+    if split == "vinyals" and name == "folder":
+        raise UserError("--split vinyals lists the characters of Omniglot; use --split course for --dataset folder")
+    if split == "vinyals" and name == "omniglot":
+        return vinyals_split(names)
     order = sorted(range(len(names)), key=names.__getitem__)
     groups = [n.split("/")[0] for n in names]
     shuffle = random.Random(1).shuffle
@@ -103,8 +109,8 @@ def make_splits(name: str, names: list[str], split: str) -> dict[str, np.ndarray
         return dict(zip(("train", "val", "test"), chosen, strict=True))
     if name == "folder":
         sizes = [round(0.64 * len(names)), round(0.16 * len(names))]
-    elif split == "course":
-        sizes = [1100, 100]
+    elif split in ("course", "vinyals"):
+        sizes = [1100, 100] if split == "course" else [1028, 172]
     else:  # lake: train and validate on the 964 background characters, test on the 659 of evaluation
         order = [i for i in order if i < ARCHIVES["images_background"][0]]
         sizes = [len(order) - 100, 100]
@@ -113,6 +119,15 @@ def make_splits(name: str, names: list[str], split: str) -> dict[str, np.ndarray
         order += range(ARCHIVES["images_background"][0], len(names))
     train, val, test = np.split(np.array(order), np.cumsum(sizes))
     return {"train": train, "val": val, "test": test}
+
+
+def vinyals_split(names: list[str]) -> dict[str, np.ndarray]:
+    """Indices of the 1028, 172 and 423 characters of the published split; a line of vinyals_split.csv is a range."""
+    place, parts = {name: i for i, name in enumerate(names)}, {"train": [], "val": [], "test": []}
+    with open(Path(__file__).with_name("vinyals_split.csv"), newline="") as file:
+        for part, alphabet, first, last in list(csv.reader(file))[1:]:
+            parts[part] += [place[f"{alphabet}/character{c:02d}"] for c in range(int(first), int(last) + 1)]
+    return {part: np.array(chosen) for part, chosen in parts.items()}
 
 
 def load_dataset(
@@ -171,8 +186,13 @@ def load_dataset(
         print(f"note: {source}: {note}", file=sys.stderr)
     digest = hashlib.sha256(json.dumps([images.shape, counts.tolist(), names]).encode())
     digest.update(np.ascontiguousarray(images))
-    inverted = remarks.get("inverted", False)
-    return Dataset(name, images, counts, names, splits, source, digest.hexdigest(), cache_file, inverted)
+    inverted, turned = remarks.get("inverted", False), split == "vinyals" and name != "mnist"
+    return Dataset(name, images, counts, names, splits, source, digest.hexdigest(), cache_file, inverted, turned)
+
+
+def turns(images: torch.Tensor) -> torch.Tensor:
+    """Images [n, C, H, W] as they are, then all turned by 90, 180 and 270 degrees: [4 * n, C, H, W]."""
+    return torch.cat([images.rot90(turn, (2, 3)) for turn in range(4)])
 
 
 # --------------------------------------------------------------------------------------- episodes
@@ -221,7 +241,8 @@ class EpisodeSampler:
     tasks, classes or images. The generator is the sampler's own: `state_dict` and `load_state_dict`
     continue a stream exactly, `reset` starts it again.
 
-    rotations: adds every class turned by 90, 180 and 270 degrees as three more classes.
+    rotations: adds every class turned by 90, 180 and 270 degrees as three more classes. Where the dataset is `turned`
+        they are there in any case, in validation and test too.
     within_alphabet: all N classes of a task come from one alphabet, drawn uniformly from those
         that have N classes (Lake et al. 2015).
     one_drawer: the K support images of every class of a task are by the same K people, the queries by others, as in
@@ -266,8 +287,8 @@ class EpisodeSampler:
         rows = np.concatenate([np.arange(s, s + c) for s, c in zip(starts, counts, strict=True)])
         images = torch.from_numpy(dataset.images[rows])
         alphabets = [dataset.names[c].rsplit("/", 1)[0] for c in chosen]
-        if rotations:
-            images = torch.cat([images.rot90(turn, (2, 3)) for turn in range(4)])
+        if rotations or dataset.turned:
+            images = turns(images)
             counts = np.tile(counts, 4)
             alphabets = [f"{a} turned {turn}" for turn in range(4) for a in alphabets]
         self.num_available = len(counts)
@@ -634,7 +655,7 @@ def main(argv=None) -> Dataset:
     parser = experiment._Parser(prog="load_data.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--dataset", choices=["auto", "omniglot", "glyphs", "folder", "mnist"], default="auto")
     parser.add_argument("--data_folder", help="where the images are")
-    parser.add_argument("--split", choices=["course", "lake"], default="course")
+    parser.add_argument("--split", choices=experiment.SPLITS, default="course")
     parser.add_argument("--image_size", type=int, default=28, help="pixels a side")
     args = parser.parse_args(argv)
     begin = time.perf_counter()
@@ -642,7 +663,8 @@ def main(argv=None) -> Dataset:
     seconds = time.perf_counter() - begin
     print(f"dataset     {data.name}, {data.source}")
     for part, classes in data.splits.items():
-        print(f"{part:11s} {len(classes)} classes, {data.counts[classes].sum()} images")
+        copies = ", and each turned by 90, 180 and 270 degrees" if data.turned else ""
+        print(f"{part:11s} {len(classes)} classes, {data.counts[classes].sum()} images{copies}")
     print(f"images      uint8 {list(data.images.shape)}, {data.images.mean() / 255:.3f} ink on average")
     print(f"digest      {data.digest}\ncache file  {data.cache_file}\nloaded in   {seconds:.2f} s")
     part = "train" if len(data.splits["train"]) else "test"

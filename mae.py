@@ -24,7 +24,7 @@ from torch import nn
 import experiment
 from backbone import Block, Muon, SumOfAll, ViT, patchify, prototypes, sines_and_cosines, unpatchify
 from experiment import VAL_SEED, Run, UserError, number, whole
-from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_dataset
+from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_dataset, turns
 
 PATCH = 4  # pixels a side
 GRID = 4, 4  # points that `bend` moves
@@ -282,7 +282,8 @@ def pictures(dataset: Dataset, part: str, device) -> torch.Tensor:
     """All images uint8 [total, C, H, W] of a split, in the order of `EpisodeSampler.images`."""
     starts, counts = dataset.starts, dataset.counts
     rows = [row for c in dataset.splits[part] for row in range(starts[c], starts[c] + counts[c])]
-    return torch.from_numpy(dataset.images[rows]).to(device)
+    images = torch.from_numpy(dataset.images[rows]).to(device)
+    return turns(images) if dataset.turned else images
 
 
 def make_model(args, channels: int) -> MAE:
@@ -354,8 +355,8 @@ def main(argv=None) -> dict:
     if args.meta_batch_size % experiment.shard()[1]:
         raise UserError(f"--meta_batch_size {args.meta_batch_size} does not divide over the processes of torchrun")
     images = pictures(dataset, "train", device)
-    if args.rotations:
-        images = torch.cat([images.rot90(turn, (2, 3)) for turn in range(4)])
+    if args.rotations and not dataset.turned:
+        images = turns(images)
     train = Drawings(images, args.random_seed, args.jitter, args.shift, args.bend, experiment.shard())
     val = fixed_tasks(dataset, "val", args, device)
     optimizer = Muon(model.parameters(), args.learning_rate)

@@ -42,11 +42,12 @@ from torch._C._functorch import is_batchedtensor
 from torch.func import grad, vmap
 
 import experiment
-from backbone import EPS, Conv4, conv4, prototypes
+from backbone import EPS, Conv4, Muon, conv4, prototypes
 from experiment import Run, UserError, number, whole
 from load_data import EpisodeSampler, fixed_tasks, load_dataset, log_episode
 
 Parameters = dict[str, torch.Tensor]
+LAYERS = ("conv1", "conv2", "conv3", "conv4", "head")
 
 # ---------------------------------------------------------------------------------- the method
 
@@ -54,7 +55,9 @@ Parameters = dict[str, torch.Tensor]
 class MAML(nn.Module):
     """What the outer loop learns: theta (a Conv4 and a linear head) and the inner learning rates.
 
-    With head="proto" there is no head to learn. `rates` [inner steps, tensors of theta] has the order of `names`.
+    With head="proto" there is no head to learn. `rates` [inner steps, tensors of theta] has the order of `names`. With
+    per_step_norm each inner step also adds its learned `shifts` [inner steps, 8, filters] to the scales and shifts of
+    batch norm: every step has its own (MAML++).
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class MAML(nn.Module):
         learn=False,
         head_lr: float | None = None,
         zero_head: bool = False,
+        per_step_norm: bool = False,
     ):
         super().__init__()
         self.encoder = encoder
@@ -80,15 +84,24 @@ class MAML(nn.Module):
         self.names = [name for name, _ in encoder.named_parameters()] + ["head_weight", "head_bias"]
         of_tensors = [head_lr if head_lr and name == "head_weight" else inner_lr for name in self.names]
         self.rates = nn.Parameter(torch.tensor(of_tensors).repeat(max(1, inner_steps), 1), requires_grad=learn)
+        self.of_norms = [name for name in self.names if name.startswith(("gamma", "beta"))]
+        zeros = torch.zeros(inner_steps, len(self.of_norms), len(encoder.gamma0))
+        self.shifts = nn.Parameter(zeros) if per_step_norm else None
 
     def theta(self) -> Parameters:
-        own = {name: p for name, p in self.named_parameters(recurse=False) if name != "rates"}
+        own = {name: p for name, p in self.named_parameters(recurse=False) if name not in ("rates", "shifts")}
         return dict(self.encoder.named_parameters()) | own
 
     def step_sizes(self, steps: int) -> list[Parameters]:
-        """The learning rate of each tensor in each of `steps` inner steps; beyond the trained ones the last repeats."""
+        """The learning rate of each tensor in each of `steps` inner steps; beyond the trained ones the last repeats.
+
+        With per_step_norm also what a trained step adds to a tensor NAME, as "NAME+"; later steps add nothing.
+        """
         rows = [self.rates[min(i, len(self.rates) - 1)] for i in range(steps)]  # [tensors] each
-        return [dict(zip(self.names, row, strict=True)) for row in rows]
+        sizes = [dict(zip(self.names, row, strict=True)) for row in rows]
+        for step, shift in zip(sizes, () if self.shifts is None else self.shifts, strict=False):
+            step |= {f"{name}+": of_tensor for name, of_tensor in zip(self.of_norms, shift, strict=True)}
+        return sizes
 
 
 class Setting(NamedTuple):
@@ -166,6 +179,7 @@ def adapt(theta: Parameters, step_sizes: list[Parameters], support, labels, s: S
             at = tuple({name: p.detach() for name, p in part.items()} for part in at)
         gradient = grad(support_loss)(*at)
         fast = {name: p - step_size[name] * gradient[name] for name, p in fast.items()}
+        fast |= {name: p + step_size[f"{name}+"] for name, p in fast.items() if f"{name}+" in step_size}
         path.append(slow | fast)
     return path
 
@@ -202,28 +216,44 @@ def warmup_loss(theta: Parameters, support, support_labels, query, query_labels,
 def evaluate(learner: MAML, sampler: EpisodeSampler, num_tasks: int, s: Setting, steps: int) -> dict:
     """Accuracy after 0 to `steps` inner steps of the first `num_tasks` tasks of the sampler's stream.
 
-    Returns query and support [num_tasks, steps + 1], and the mean query loss. No graph is kept.
+    Returns query and support [num_tasks, steps + 1], moved [num_tasks, layers] as `update_norms` gives it, and the mean
+    query loss. No graph is kept.
     """
     s = s._replace(first_order=True)  # the same steps; nothing is differentiated through them
     theta, step_sizes = learner.theta(), learner.step_sizes(steps)
 
     def learn(support, support_labels, query, query_labels):
-        right, loss = [], None
-        for p in adapt(theta, step_sizes, support, support_labels, s):
+        right, loss, path = [], None, adapt(theta, step_sizes, support, support_labels, s)
+        for p in path:
             logits = query_logits(p, support, query, s)
             loss = F.cross_entropy(logits, query_labels)
             known = classify(p, support, s, len(support))
             right.append(torch.stack([accuracy_of(logits, query_labels), accuracy_of(known, support_labels)]))
-        return torch.stack(right, dim=1), loss  # [2, steps + 1]
+        return torch.stack(right, dim=1), loss, update_norms(path[0], path[-1])  # [2, steps + 1], [], [layers]
 
-    accuracies, losses = [], []
+    accuracies, losses, moved = [], [], []
     for batch in sampler.first(num_tasks):
         together = vmap(learn)(*batch) if batch[0].is_cuda else zip(*each_task(learn, *batch), strict=True)
-        accuracy, loss = (x if isinstance(x, torch.Tensor) else torch.stack(x) for x in together)
+        accuracy, loss, norms = (x if isinstance(x, torch.Tensor) else torch.stack(x) for x in together)
         accuracies.append(accuracy.cpu())
         losses.append(loss.sum().item())
-    accuracy = torch.cat(accuracies)
-    return {"query": accuracy[:, 0], "support": accuracy[:, 1], "loss": sum(losses) / num_tasks}
+        moved.append(norms.cpu())
+    accuracy, loss = torch.cat(accuracies), sum(losses) / num_tasks
+    return {"query": accuracy[:, 0], "support": accuracy[:, 1], "moved": torch.cat(moved), "loss": loss}
+
+
+def update_norms(before: Parameters, after: Parameters) -> torch.Tensor:
+    """How far the inner loop moves each of LAYERS: ||theta' - theta|| / ||theta||, all tensors of a layer together.
+
+    Not finite for a layer of zeros, such as the head with --zero_head.
+    """
+    of_layer: dict[str, list[str]] = {layer: [] for layer in LAYERS}
+    for name in before:
+        of_layer["head" if name.startswith("head") else f"conv{int(name[-1]) + 1}"].append(name)
+    length = lambda tensors: sum(t.square().sum() for t in tensors).sqrt()
+    return torch.stack(
+        [length(after[k] - before[k] for k in names) / length(before[k] for k in names) for names in of_layer.values()]
+    )
 
 
 def accuracy_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -268,6 +298,8 @@ def parse_args(argv=None):
     add("--inner_lr", type=number(), default=0.4, help="rate of the inner steps, or where the learned rates start")
     add("--head_lr", type=number(), default=0.0, help="the same for a linear head; 0: N / sqrt(features)")
     add("--learn_inner_lrs", action="store_true", help="learn a rate per tensor and step")
+    own = "learn scales and shifts of batch norm of their own for every inner step (MAML++)"
+    add("--per_step_norm", action="store_true", help=own)
     add(
         "--warmup_steps",
         type=whole(0),
@@ -276,7 +308,8 @@ def parse_args(argv=None):
     )
     add("--first_order", action="store_true", help="drop the second derivative")
     add("--multi_step_loss", action="store_true", help="early in training count the loss after every inner step")
-    add("--learning_rate", type=number(above=True), default=2e-3, help="of Adam, at its start")
+    add("--optimizer", choices=["adam", "muon"], default="adam", help="of the outer loop; muon: orthogonal steps")
+    add("--learning_rate", type=number(above=True), default=2e-3, help="of the outer loop at its start; muon: say 0.05")
     add("--schedule", choices=["cosine", "constant"], default="cosine", help="cosine: the rate falls to 1 %% of it")
     add("--clip", type=number(), default=1.0, help="largest norm of the meta-gradient; 0: no limit")
     steps = "gradient steps at validation and test (default: as many as --inner_steps)"
@@ -298,6 +331,11 @@ def parse_args(argv=None):
         raise UserError("--inner_steps 0 with --head linear: a shared head cannot know a task's labels; use 1 or more")
     if args.learn_inner_lrs and args.inner_steps == 0:
         raise UserError("--learn_inner_lrs needs --inner_steps 1 or more")
+    for flag in ("learn_inner_lrs", "per_step_norm"):
+        if getattr(args, flag) and args.optimizer == "muon":
+            raise UserError(f"--{flag} with --optimizer muon: what it learns is no matrix to make orthogonal; drop one")
+    if args.per_step_norm and (args.inner_steps == 0 or args.freeze_body):
+        raise UserError("--per_step_norm needs --inner_steps 1 or more, and a body that they adapt (no --freeze_body)")
     if args.test_inner_steps is None:
         args.test_inner_steps = args.inner_steps
     if args.fixed_labels and args.head == "proto":
@@ -330,6 +368,7 @@ def main(argv=None) -> dict:
         args.learn_inner_lrs,
         head_lr,
         args.zero_head,
+        args.per_step_norm,
     ).to(device)
     dtype = experiment.precision(args, device)
     s = Setting(
@@ -388,7 +427,8 @@ def main(argv=None) -> dict:
     s_warmup = s._replace(head="proto" if args.head == "proto" else "one_step", num_classes=warmup.N)
     s_train = s._replace(num_classes=train.N)
     trained = [p for p in learner.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, args.learning_rate, fused=True)
+    muon = args.optimizer == "muon"
+    optimizer = (Muon if muon else partial(torch.optim.Adam, fused=True))(trained, args.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: rate_factor(done, args.warmup_steps, args.train_steps, args.schedule)
     )
@@ -463,6 +503,10 @@ def test_report(args, learner: MAML, test: EpisodeSampler, s: Setting, device: t
                 "accuracy_before_adaptation": experiment.mean_and_ci95(found["query"][:, 0])[0],
                 "query_accuracy_per_step": found["query"].mean(0).tolist(),
                 "support_accuracy_per_step": found["support"].mean(0).tolist(),
+                "update_norm_per_layer": {
+                    layer: value if math.isfinite(value) else None
+                    for layer, value in zip(LAYERS, found["moved"].mean(0).tolist(), strict=True)
+                },
                 "accuracies": [round(a, 4) for a in found["query"][:, -1].tolist()],
             }
     return metrics | {

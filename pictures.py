@@ -228,6 +228,54 @@ def draw_comparison(out: Path) -> None:
         save(figure, out / "adaptation.png")
 
 
+INNER_LOOPS = {  # rows of MAML whose inner loops are drawn; a broken line: from scratch
+    "maml": ("MAML", RED, "-"),
+    "fomaml": ("first-order MAML", YELLOW, "-"),
+    "protomaml": ("Proto-MAML (f.o.)", GREEN, "-"),
+    "anil": ("ANIL", SKY, "-"),
+    "maml_scratch": ("MAML", RED, "--"),
+    "fomaml_scratch": ("first-order MAML", YELLOW, "--"),
+    "protomaml_scratch": ("Proto-MAML (f.o.)", GREEN, "--"),
+    "mamlpp_scratch": ("MAML++", PINK, "--"),
+}
+
+
+def inner_loops(out: Path) -> dict[str, dict[str, float | None]]:
+    """{row: {layer: its relative update in the inner loop, mean over tasks and seeds}} of the rows that tell it."""
+    found = {}
+    for name in INNER_LOOPS:
+        moved = [
+            run["update_norm_per_layer"] for run in load(out, f"comparison/{name}") if "update_norm_per_layer" in run
+        ]
+        if moved:
+            known = {layer: [m[layer] for m in moved if m[layer] is not None] for layer in moved[0]}
+            found[name] = {layer: statistics.fmean(some) if some else None for layer, some in known.items()}
+    return found
+
+
+def draw_inner_loop(out: Path) -> None:
+    """How far the inner loop moves each layer: one line for each row of MAML that tells it; nothing where none does."""
+    if not (found := inner_loops(out)):
+        return
+    figure, ((ax,),) = new_figure(1, 1, (7, 3.6))
+    for name, moved in found.items():
+        title, colour, line = INNER_LOOPS[name]
+        some = {layer: value for layer, value in moved.items() if value}
+        still = [layer for layer, value in moved.items() if value == 0]
+        label = title + (", from scratch" if line == "--" else " *") + (" (body: 0)" if still else "")
+        places = [list(moved).index(layer) for layer in some]
+        ax.plot(places, list(some.values()), f"o{line}", color=colour, label=label)
+    ax.set_yscale("log")
+    layers = list(next(iter(found.values())))
+    ax.set_xticks(range(len(layers)), layers)
+    ax.set_xlim(-0.3, len(layers) - 0.7)
+    ax.set(title="How far the inner loop moves each layer", ylabel=r"$\|\theta' - \theta\| / \|\theta\|$")
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    if any(INNER_LOOPS[name][2] == "-" for name in found):
+        figure.supxlabel("* after a prototype warm-up", fontsize=9, x=1, ha="right")
+    save(figure, out / "inner_loop.png")
+
+
 def draw_protonet(out: Path) -> None:
     """Accuracy while ProtoNet trains, and one embedded test task."""
     runs = [found[0] for name in ("protonet", "protonet_long") if (found := load(out, f"comparison/{name}"))]
@@ -622,6 +670,7 @@ def draw_run(folder: Path) -> Path:
 def draw_everything(out: Path) -> None:
     draw_mann(out)
     draw_comparison(out)
+    draw_inner_loop(out)
     draw_protonet(out)
     draw_meta_lstm(out)
     draw_costs(out)

@@ -52,6 +52,7 @@ LAKE = "--split lake --num_classes 20 --within_alphabet"
 RESIDUAL = "--encoder residual --image_size 32"
 LONG = "--jitter 0.1 --train_steps 12000 --eval_freq 500"
 TASKS = "--num_test_tasks 2000"
+SCRATCH = "--warmup_steps 0 --encoder strided"  # by the inner loop from the first step
 
 
 class Case(NamedTuple):
@@ -116,6 +117,21 @@ CASES = [
     *[Case("comparison", f"maml_{N}way5shot_32_pixels", "maml.py", f"--num_classes {N} --num_shot 5 --image_size 32",
            f"--num_val_tasks 100 {steps}", "--train_steps 60000 --eval_freq 1000", 1, minutes, beyond=True)
       for N, steps, minutes in ((5, "", 15), (20, "--warmup_steps 12000 --train_steps 12500 --eval_freq 6250", 40))],
+    # All four N and K are tested with one network.
+    Case("comparison", "protonet_vinyals", "protonet.py", "--split vinyals",
+         f"{TASKS} --train_steps 15000 --eval_freq 1500", f"{TASKS} --train_steps 60000 --eval_freq 2000", 3, 20,
+         beyond=True),
+    *[Case("comparison", f"maml_vinyals_{N}way{K}shot", "maml.py", f"--split vinyals --num_classes {N} --num_shot {K}",
+           "--num_val_tasks 100", "--train_steps 60000 --eval_freq 1000", 3, minutes, beyond=True)
+      for N, K, minutes in ((5, 1, 8), (5, 5, 10), (20, 1, 20), (20, 5, 25))],
+    *[Case("comparison", f"{name}_scratch", "maml.py", f"{SCRATCH} {recipe}", f"--train_steps {steps} --eval_freq 500",
+           "--train_steps 60000 --eval_freq 1000", 3, 30, beyond=True)
+      for name, steps, recipe in (
+          ("maml", 8000, "--meta_batch_size 16"),
+          ("fomaml", 10000, "--meta_batch_size 16 --first_order --zero_head"),
+          ("protomaml", 8000, "--head proto --first_order --inner_lr 0.01"),
+          ("mamlpp", 3000,
+           "--meta_batch_size 16 --inner_steps 3 --learn_inner_lrs --multi_step_loss --per_step_norm"))],
     Case("comparison", "maml_plain", "maml.py", "--features plain", "", "--train_steps 60000 --eval_freq 1000", 1, 8,
          beyond=True),
     *[Case("memorization", f"{task}_{learner}_{regulariser}", "memorization.py",
@@ -255,7 +271,8 @@ class Ledger:
 
 def take_pulse(case: Case, code: Path = HERE) -> dict:
     """The pulse of a case's recipe with the code in folder `code`: on glyphs, in float32, one thread."""
-    flags = shlex.split(f"{case.recipe} {PULSES[case.script]}") + ["--random_seed", "1", "--device", "cpu"]
+    # The recipe comes last: one without a warm-up stays without.
+    flags = shlex.split(f"{PULSES[case.script]} {case.recipe}") + ["--random_seed", "1", "--device", "cpu"]
     with tempfile.TemporaryDirectory() as folder:
         flags += ["--log_dir", folder]
         if case.part in OWN_OUTPUT:

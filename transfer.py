@@ -17,6 +17,7 @@ Everything else: docs/transfer.md.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,7 +25,7 @@ from torch import nn
 import experiment
 from backbone import Conv4
 from experiment import Run, UserError, number, whole
-from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_dataset
+from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_dataset, turns
 
 
 class Drawings:
@@ -36,10 +37,16 @@ class Drawings:
     def __init__(self, dataset: Dataset, classes, held_out: int, seed: int, device, jitter: float, shard=(0, 1)):
         if held_out >= dataset.counts[classes].min():
             raise UserError(f"--held_out {held_out} leaves no drawing of a class with {dataset.counts[classes].min()}")
-        rows = [range(dataset.starts[c], dataset.starts[c] + dataset.counts[c]) for c in classes]
+        images, starts = torch.from_numpy(dataset.images), dataset.starts[classes]
+        if dataset.turned:  # each turn of a class is a class
+            starts = np.concatenate([starts + turn * len(images) for turn in range(4)])
+            images = turns(images)
+        counts = np.resize(dataset.counts[classes], len(starts))
+        rows = [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+        self.num_classes = len(rows)
         train = [(row, y) for y, drawings in enumerate(rows) for row in drawings[:-held_out]]
         test = [(row, y) for y, drawings in enumerate(rows) for row in drawings[-held_out:]]
-        self.images = torch.from_numpy(dataset.images).to(device)
+        self.images = images.to(device)
         self.train, self.test = (torch.tensor(pairs, device=device).T for pairs in (train, test))  # [2, n]
         self.shard = shard  # (rank, world): all draw the same minibatch, each keeps its part
         self.jitter, self.generator = jitter, torch.Generator(device).manual_seed(seed)
@@ -206,8 +213,8 @@ def main(argv=None) -> dict:
         raise UserError(f"--meta_batch_size {args.meta_batch_size} does not divide over {processes} processes")
     model = nn.ModuleDict(
         {
-            "pretrained": Classifier(Conv4(channels, args.width, args.image_size), len(known)),
-            "finetuned": Classifier(Conv4(channels, args.width, args.image_size), len(splits["test"])),
+            "pretrained": Classifier(Conv4(channels, args.width, args.image_size), first.num_classes),
+            "finetuned": Classifier(Conv4(channels, args.width, args.image_size), second.num_classes),
         }
     ).to(device, memory_format=torch.channels_last)
     tasks = fixed_tasks(dataset, "test", args, device)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,10 @@ SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]
 N, K, Q = 3, 2, 2
 
 
-def learner(head="linear", steps=1, lr=0.05, strided=True, learn=True):
+def learner(head="linear", steps=1, lr=0.05, strided=True, learn=True, per_step_norm=False):
     """A small float64 learner with a head that is not zero, so that every tensor has a gradient."""
     torch.manual_seed(1)
-    learner = MAML(Conv4(width=4, strided=strided), N, steps, lr, head, learn).double()
+    learner = MAML(Conv4(width=4, strided=strided), N, steps, lr, head, learn, per_step_norm=per_step_norm).double()
     with torch.no_grad():
         for p in learner.theta().values():
             p += 0.3 * torch.randn_like(p)
@@ -66,14 +67,20 @@ CASES = [
     (2, "linear", {"strided": False}),
     (2, "linear", {"sphere": True}),
     (2, "linear", {"sphere": True, "batch_norm": "support"}),
+    (3, "linear", {"per_step_norm": True}),
+    (2, "linear", {"per_step_norm": True, "sphere": True, "strided": False, "batch_norm": "support"}),
 ]
 
 
 @pytest.mark.parametrize("steps, head, options", CASES)
 def test_the_meta_gradient_equals_finite_differences(steps, head, options):
     """Central differences of the outer loss along random directions, inner rates included; relative error < 1e-6."""
+    options, per_step_norm = dict(options), options.get("per_step_norm", False)
+    options.pop("per_step_norm", None)
     s = Setting(N, head=head, dtype=torch.float64, **options)
-    model, tasks = learner(head, steps, strided=s.strided), batch()
+    model, tasks = learner(head, steps, strided=s.strided, per_step_norm=per_step_norm), batch()
+    if per_step_norm:
+        torch.nn.init.normal_(model.shifts, std=0.1)
     weights = maml.multi_step_weights(steps, 0.1)
     assert sum(weights) == pytest.approx(1) and len(weights) == steps
     gradient = gradients(model, tasks, s, weights)
@@ -135,6 +142,65 @@ def test_threads_change_nothing():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
+@pytest.mark.parametrize("what", ["rates", "shifts"])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_what_is_learned_per_step_has_the_gradient_of_finite_differences(what, first_order):
+    """Entry by entry for rates; for scales and shifts of some filters. First order too, where the rates' is exact.
+
+    With first order the gradients of the inner steps are constants: the derivative by the last step's rate, and by the
+    last step's shift, is then still exact, which is compared.
+    """
+    s = Setting(N, dtype=torch.float64, first_order=first_order)
+    model, tasks = learner(steps=3, per_step_norm=True), batch()
+    torch.nn.init.normal_(model.shifts, std=0.1)
+    found, tensor = gradients(model, tasks, s)[what], getattr(model, what)
+    assert found.shape == tensor.shape and found.abs().max() > 1e-6
+    steps = [2] if first_order else [0, 1, 2]
+    places = [
+        (i, *rest) for i in steps for rest in ([(j,) for j in range(14)] if what == "rates" else [(0, 1), (5, 3)])
+    ]
+    for place in places:
+        values = []
+        with torch.no_grad():
+            for sign in (1, -1):
+                tensor[place] += sign * 1e-6
+                values.append(outer_loss(model, tasks, s))
+                tensor[place] -= sign * 1e-6
+        assert found[place].item() == pytest.approx(((values[0] - values[1]) / 2e-6).item(), rel=1e-4, abs=1e-8), place
+
+
+def test_per_step_norms_of_zero_change_nothing_and_others_do():
+    """Bit for bit: the adapted parameters and the gradient of all that is learned without the flag."""
+    s, tasks = Setting(N, dtype=torch.float64), batch()
+    plain, own = learner(steps=2), learner(steps=2, per_step_norm=True)
+    assert "shifts" not in plain.state_dict() and own.shifts.shape == (2, 8, 4)
+    a, b = (gradients(model, tasks, s) for model in (plain, own))
+    assert b.pop("shifts").abs().max() > 1e-6 and a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    torch.nn.init.constant_(own.shifts, 0.5)
+    path, moved = (adapt(m.theta(), m.step_sizes(3), tasks[0][0], tasks[1][0], s) for m in (plain, own))
+    assert torch.equal(path[0]["gamma1"], moved[0]["gamma1"]) and set(path[0]) == set(moved[0])
+    # The first step starts from the same parameters: it differs by the shift; the third, untrained, adds none.
+    assert torch.allclose(moved[1]["beta3"] - path[1]["beta3"], torch.full((4,), 0.5, dtype=torch.float64), atol=1e-12)
+    assert "gamma0+" not in own.step_sizes(3)[2] and "gamma0+" in own.step_sizes(3)[1]
+
+
+def test_muon_steps_are_orthogonal_and_leave_the_unused_head_of_the_warm_up(tmp_path):
+    flags = ["--optimizer", "muon", "--learning_rate", "0.05", "--train_steps", "4", "--eval_freq", "2", "--width", "8"]
+    flags += ["--num_test_tasks", "4", "--num_val_tasks", "4", "--num_query", "2", "--schedule", "constant"]
+    small = [*SMOKE, *flags, "--log_dir", str(tmp_path)]
+    maml.main([*small, "--run_name", "whole", "--warmup_steps", "2"])
+    warm = torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True)["objects"]
+    assert warm["model"]["head_weight"].abs().max() > 0  # two steps of MAML have moved it
+    first = [*small, "--warmup_steps", "0", "--train_steps", "1", "--eval_freq", "1"]
+    maml.main([*first, "--run_name", "one"])
+    torch.manual_seed(1)
+    begin = Conv4(width=8, strided=True).weight2
+    after = torch.load(tmp_path / "one" / "checkpoint.pt", weights_only=True)["objects"]["model"]["encoder.weight2"]
+    lengths = torch.linalg.svdvals((after - begin.detach()).flatten(1)) / 0.05
+    assert lengths.min() > 0.5 and lengths.max() < 1.3  # Adam's step has one large singular value
 
 
 def test_first_order_is_the_gradient_at_the_adapted_parameters():
@@ -264,6 +330,36 @@ def test_before_adaptation_the_linear_head_scores_one_in_n(head_is_zero):
         assert abs(before.mean() - 0.2) < 5 * before.std() / 600**0.5 and before.std() > 0
 
 
+@pytest.mark.parametrize("head, freeze_body", [("linear", False), ("linear", True), ("proto", False)])
+def test_how_far_each_layer_moves_is_the_norm_of_its_update(head, freeze_body):
+    """Against a direct computation with numpy in float64, task by task; the body of ANIL stays where it is."""
+    s, model = Setting(N, head=head, freeze_body=freeze_body, dtype=torch.float64), learner(head, steps=2)
+    sampler = EpisodeSampler(known_dataset(), "test", N, K, Q, 4, seed=2)
+    sampler.gather = lambda rows: EpisodeSampler.gather(sampler, rows).double()
+    found = evaluate(model, sampler, 6, s, 2)["moved"]
+    assert found.shape == (6, 5) and not found.requires_grad
+    tasks = [task for batch in sampler.first(6) for task in zip(*batch, strict=True)]
+    for task, mine in zip(tasks, found.tolist(), strict=True):
+        path = adapt(model.theta(), model.step_sizes(2), task[0], task[1], s)
+        before, after = ({k: p.detach().numpy() for k, p in path[i].items()} for i in (0, -1))
+        for layer, value in zip(maml.LAYERS, mine, strict=True):
+            names = ["head_weight", "head_bias"]
+            if layer != "head":
+                names = [f"{part}{maml.LAYERS.index(layer)}" for part in ("weight", "gamma", "beta")]
+            old, new = (np.concatenate([tensors[k].ravel() for k in names]) for tensors in (before, after))
+            assert value == pytest.approx(np.linalg.norm(new - old) / np.linalg.norm(old), rel=1e-12), layer
+            assert (value > 0) == (layer == "head" or not freeze_body)
+
+
+def test_a_head_of_zeros_has_no_relative_update(tmp_path):
+    flags = ["--zero_head", "--first_order", "--train_steps", "2", "--warmup_steps", "1", "--eval_freq", "2"]
+    flags += ["--num_test_tasks", "2", "--num_val_tasks", "2", "--num_query", "2", "--log_dir", str(tmp_path)]
+    metrics = maml.main([*SMOKE, *flags])
+    moved = metrics["update_norm_per_layer"]
+    assert list(moved) == list(maml.LAYERS) and moved["head"] is None
+    json.dumps(metrics, allow_nan=False)
+
+
 def test_evaluation_keeps_no_graph_and_later_steps_repeat_the_last_rate():
     model = learner(steps=2)
     with torch.no_grad():
@@ -307,6 +403,8 @@ def test_evaluation_keeps_no_graph_and_later_steps_repeat_the_last_rate():
             "--features",
             "plain",
         ],
+        ["--per_step_norm", "--learn_inner_lrs", "--inner_steps", "2", "--multi_step_loss", "--test_inner_steps", "3"],
+        ["--optimizer", "muon", "--learning_rate", "0.05", "--warmup_steps", "0"],
         ["--batch_norm", "support", "--encoder", "conv4", "--clip", "0", "--num_shot", "2", "--dtype", "float32"],
         ["--inner_lr", "0.1", "--learning_rate", "1e-2", "--train_query", "1", "--num_query", "4", "--no-rotations"],
         [
@@ -467,6 +565,9 @@ def test_contradictory_flags():
         (["--warmup_steps", "20"], "--warmup_steps 20 must be less than --train_steps 20"),
         (["--inner_lr", "nan"], "--inner_lr"),
         (["--fixed_labels", "--head", "proto"], "--fixed_labels with --head proto"),
+        (["--optimizer", "muon", "--learn_inner_lrs"], "--learn_inner_lrs with --optimizer muon"),
+        (["--optimizer", "muon", "--per_step_norm"], "--per_step_norm with --optimizer muon"),
+        (["--freeze_body", "--per_step_norm"], "--per_step_norm needs"),
     ):
         with pytest.raises(UserError, match=message):
             maml.parse_args([*SMOKE, *flags])

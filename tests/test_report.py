@@ -144,8 +144,11 @@ def test_rows_say_what_they_are():
     fine = rows["Fine-tuning, 423-way"]
     assert fine["over"] == "2,115 drawings"  # five held-out drawings of each of 423 characters, not 600 tasks
     assert rows["MANN, 1-shot 4-way"]["over"] == "3 seeds"
-    warm = {what for what in rows if "MAML" in what or what.startswith("ANIL")}
-    assert len(warm) > 5 and all("after a prototype warm-up" in what for what in warm)
+    of_maml = {what: row for what, row in rows.items() if "MAML" in what or what.startswith("ANIL")}
+    assert len(of_maml) > 5
+    for what, row in of_maml.items():
+        assert ("after a prototype warm-up" in what) == pictures.warmed_up(pictures.load(RESULTS, row["name"])[0])
+        assert ("from scratch" in what) == row["name"].endswith("_scratch")
     assert all(
         "Vinyals" in row["published"]
         for what, row in rows.items()
@@ -159,6 +162,56 @@ def test_rows_say_what_they_are():
 def test_what_is_not_measured_is_said(tmp_path):
     page = report.page(tmp_path)
     assert page.count("| not measured |") == len(report.CLAIMS)
+
+
+def made_up(folder: Path, name: str, **figures) -> None:
+    """A result file of a row, with figures that no run has."""
+    common = json.loads((RESULTS / "comparison" / "maml_seed1.json").read_text())
+    (folder / "comparison").mkdir(exist_ok=True)
+    (folder / "comparison" / f"{name}_seed1.json").write_text(json.dumps(common | figures))
+
+
+def test_rows_of_the_published_protocol_and_from_scratch_appear_when_they_are_measured(tmp_path):
+    assert report.vinyals_table(tmp_path) == "" and report.inner_loop_text(tmp_path) == ""
+    before = report.page(tmp_path)
+    assert "scratch" not in before and "published protocol" not in before
+    made_up(tmp_path, "maml_vinyals_20way1shot", test_accuracy_transductive=0.9571, test_accuracy_support=0.9432)
+    of_protonet = {"script": "protonet", "num_test_tasks": 2000}
+    for N, K, value in ((5, 1, 0.981), (5, 5, 0.991), (20, 1, 0.951), (20, 5, 0.981)):
+        for mode, more in (("", 0), ("_transductive", 0.004)):
+            of_protonet[f"test_accuracy_{N}way{K}shot{mode}"] = value + more
+            of_protonet[f"ci95_{N}way{K}shot{mode}"] = 0.002
+    made_up(tmp_path, "protonet_vinyals", **of_protonet)
+    text = report.vinyals_table(tmp_path)
+    assert text.count("| ProtoNet, ") == 4 and text.count("MAML after a prototype warm-up, ") == 1
+    assert "| ProtoNet, 20-way 1-shot | 96.0 (non-transductive) | 95.5 ± 0.2 | 95.1 ± 0.2 | 1 |" in text
+    assert re.search(r"20-way 1-shot \| 95.8 \(transductive\) \| 95.7 ± \S+ \| 94.3 ± ", text)
+    assert text in report.page(tmp_path) and "not measured" not in text
+    made_up(tmp_path, "maml_scratch", flags={"warmup_steps": 0})
+    assert "| MAML, 5-way 1-shot, from scratch |" in report.page(tmp_path)
+
+
+def test_the_inner_loop_is_drawn_of_the_rows_that_tell_it(tmp_path):
+    made_up(tmp_path, "fomaml")  # an older result, which does not tell it
+    pictures.draw_inner_loop(tmp_path)
+    assert not (tmp_path / "inner_loop.png").exists() and report.inner_loop_text(tmp_path) == ""
+    layers = ("conv1", "conv2", "conv3", "conv4", "head")
+    moved = {name: dict(zip(layers, values, strict=True)) for name, values in {
+        "maml": (1e-4, 2e-4, 3e-4, 4e-3, 0.5), "anil": (0.0, 0.0, 0.0, 0.0, 0.5),
+        "fomaml_scratch": (0.03, 0.04, 0.05, 0.06, None)}.items()}  # fmt: skip
+    for name, values in moved.items():
+        flags = {"flags": {"warmup_steps": 0}} if name.endswith("scratch") else {}
+        made_up(tmp_path, name, update_norm_per_layer=values, **flags)
+    assert list(pictures.inner_loops(tmp_path)) == list(moved)
+    pictures.draw_inner_loop(tmp_path)
+    first = (tmp_path / "inner_loop.png").read_bytes()
+    assert len(first) > 8_000
+    pictures.draw_inner_loop(tmp_path)
+    assert (tmp_path / "inner_loop.png").read_bytes() == first
+    text = report.inner_loop_text(tmp_path)
+    assert "| MAML after a prototype warm-up | 2" in text and "| 1.0e-04 | 2.0e-04 | 3.0e-04 | 4.0e-03 |" in text
+    assert "| 0 | 0 | 0 | 0 | 5.0e-01 |" in text and "| First-order MAML from scratch |" in text
+    assert text.count("| - |") == 1
 
 
 def test_the_processor_is_named_shortly():
