@@ -99,7 +99,7 @@ def test_bad_folders_get_one_line(trained_protonet, pictures, tmp_path, run_scri
     refused("has 1 class folders")
     (pictures / "support").rename(pictures / "elsewhere")
     refused("support is missing")
-    one_line_error(run_script("predict.py", pictures), "--checkpoint")
+    one_line_error(run_script("predict.py"), "DIR")
     one_line_error(run_script("predict.py", pictures, "--checkpoint", tmp_path), "not a run folder")
 
 
