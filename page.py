@@ -97,7 +97,8 @@ def start(compare: Callable, port: int):
     try:
         _, address, _ = blocks.launch(
             server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True, theme=theme,
-            footer_links=[], ssr_mode=False, app_kwargs={"middleware": [Middleware(OnlyHere)]},
+            css=".gradio-container .fillable {padding: 12px !important}", footer_links=[], ssr_mode=False,
+            app_kwargs={"middleware": [Middleware(OnlyHere)]},
         )  # fmt: skip
     except OSError:
         raise UserError(f"--port {port} is taken; use another, or 0 for any that is free") from None
@@ -142,6 +143,7 @@ BOARD = """
   <h1>Which character is it?</h1>
   <p class="lead">Draw one character in each box, then draw one of them again.</p>
   <section class="examples" aria-label="examples"></section>
+  <button class="add" type="button">+ class</button>
   <section class="question">
     <div class="query"></div>
     <div class="answer" aria-live="polite">
@@ -159,10 +161,10 @@ BOARD = """
 """
 
 STYLE = """
-main { max-width: 860px; margin: 0 auto; padding: 8px 12px 24px; font: 16px/1.4 system-ui, sans-serif; color: #1d2733; }
+main { max-width: 860px; margin: 0 auto; padding: 4px 0 20px; font: 16px/1.4 system-ui, sans-serif; color: #1d2733; }
 h1 { font-size: 26px; font-weight: 650; margin: 4px 0 0; color: #1d2733; }
 .lead { margin: 2px 0 14px; color: #55606c; }
-.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 12px; max-width: 720px; }
+.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)); gap: 12px; max-width: 720px; }
 .pad { display: flex; flex-direction: column; gap: 4px; }
 canvas { width: 100%; aspect-ratio: 1; background: #fff; border: 1.5px solid #b8c1cb; border-radius: 8px;
   touch-action: none; cursor: crosshair; display: block; box-sizing: border-box; }
@@ -170,14 +172,12 @@ canvas { width: 100%; aspect-ratio: 1; background: #fff; border: 1.5px solid #b8
   font: 600 15px system-ui, sans-serif; color: #1d2733; text-align: center; }
 .pad input[type=text]:focus { outline: 2px solid #0072B2; border-radius: 4px; }
 .tools { display: flex; justify-content: space-between; }
-.tools button, .tools label { font-size: 13px; color: #55606c; background: none; border: none; padding: 4px 2px;
-  cursor: pointer; text-decoration: underline; text-underline-offset: 2px; }
+.tools button, .tools label { font-size: 13px; font-weight: 400; color: #55606c; background: none; border: none;
+  padding: 4px 2px; cursor: pointer; text-decoration: underline; text-underline-offset: 2px; }
 .tools button:hover, .tools label:hover { color: #0072B2; }
 .tools input { position: absolute; width: 1px; height: 1px; opacity: 0; }
 .tools label:focus-within { outline: 2px solid #0072B2; border-radius: 4px; }
-.add { aspect-ratio: 1; width: 100%; border: 1.5px dashed #b8c1cb; border-radius: 8px; background: none;
-  color: #55606c; font-size: 15px; cursor: pointer; align-self: start; }
-.add:hover { border-color: #0072B2; color: #0072B2; }
+.add { margin-top: 10px; }
 .question { display: grid; grid-template-columns: 240px minmax(150px, 1fr) 320px; gap: 24px; margin-top: 22px;
   padding-top: 20px; border-top: 1px solid #dde2e7; align-items: start; }
 .query canvas { border: 2px solid #0072B2; }
@@ -195,12 +195,13 @@ figure { margin: 0; }
 svg { width: 100%; display: block; }
 figcaption { font-size: 13px; color: #55606c; }
 .foot { margin: 22px 0 0; font-size: 14px; color: #55606c; }
-.over { font-size: 14px; padding: 5px 12px; margin-right: 10px; border: 1.5px solid #b8c1cb; border-radius: 8px;
+.add, .over { font-size: 14px; font-weight: 400; padding: 5px 12px; border: 1.5px solid #b8c1cb; border-radius: 8px;
   background: #fff; color: #1d2733; cursor: pointer; }
-.over:hover { border-color: #0072B2; color: #0072B2; }
+.over { margin-right: 10px; }
+.add:hover, .over:hover { border-color: #0072B2; color: #0072B2; }
 @media (max-width: 800px) {
   .question { grid-template-columns: minmax(0, 1fr); gap: 16px; }
-  .query { max-width: 280px; }
+  .query { max-width: 230px; }
   .plane { max-width: 400px; }
 }
 """
@@ -284,12 +285,11 @@ function add() {
   self.name.setAttribute('aria-label', 'name of class ' + letter);
   box.prepend(self.name);
   pads.push(self);
-  more.before(box);
-  more.hidden = pads.length === props.most;
+  find('.examples').append(box);
+  find('.add').hidden = pads.length === props.most;
 }
 
-const more = make('button', {type: 'button', className: 'add', textContent: '+ class', onclick: add});
-find('.examples').append(more);
+find('.add').onclick = add;
 for (let i = 0; i < 3; i++) add();
 const [query, queryBox] = pad('your drawing');
 find('.query').append(queryBox);
@@ -331,9 +331,9 @@ function draw(plane, seen, names, best) {
     return made;
   };
   const xs = plane.map(p => p[0]), ys = plane.map(p => p[1]), middle = v => (Math.min(...v) + Math.max(...v)) / 2;
-  const span = Math.max((Math.max(...xs) - Math.min(...xs)) / (W - 66), (Math.max(...ys) - Math.min(...ys)) / (H - 80));
+  const span = Math.max((Math.max(...xs) - Math.min(...xs)) / (W - 66), (Math.max(...ys) - Math.min(...ys)) / (H - 84));
   const scale = 1 / Math.max(span, 1e-9);  // one for both: distances are those of the plane
-  const spots = plane.map(([x, y]) => [W / 2 + (x - middle(xs)) * scale, H / 2 - 8 + (y - middle(ys)) * scale]);
+  const spots = plane.map(([x, y]) => [W / 2 + (x - middle(xs)) * scale, H / 2 + (y - middle(ys)) * scale]);
   svg.replaceChildren(part('rect', {x: 0.75, y: 0.75, width: W - 1.5, height: H - 1.5, rx: 8, fill: '#fff',
     stroke: '#dde2e7', 'stroke-width': 1.5}));
   if (best >= 0) svg.append(part('line', {x1: spots[best][0], y1: spots[best][1], x2: spots[last][0],
@@ -341,10 +341,12 @@ function draw(plane, seen, names, best) {
   spots.forEach(([x, y], i) => {
     svg.append(part('image', {href: seen[i], x: x - size / 2, y: y - size / 2, width: size, height: size}),
       part('rect', {x: x - size / 2, y: y - size / 2, width: size, height: size, rx: 4, fill: 'none',
-        stroke: i === last ? '#0072B2' : '#b8c1cb', 'stroke-width': i === last ? 2.5 : 1}),
-      part('text', {x, y: y + size / 2 + 13, 'text-anchor': 'middle', 'font-size': 12, fill: '#55606c'},
-        names[i].length > 12 ? names[i].slice(0, 11) + '…' : names[i]));
+        stroke: i === last ? '#0072B2' : '#b8c1cb', 'stroke-width': i === last ? 2.5 : 1}));
   });
+  const away = i => spots[last][1] > spots[i][1] ? -size / 2 - 5 : size / 2 + 13;  // not under your drawing
+  names.forEach((name, i) => svg.append(part('text', {x: spots[i][0], y: spots[i][1] + away(i), 'text-anchor': 'middle',
+    'font-size': 12, fill: '#1d2733', stroke: '#fff', 'stroke-width': 3, 'paint-order': 'stroke'},
+    name.length > 12 ? name.slice(0, 11) + '…' : name)));
   find('.plane').hidden = false;
 }
 """

@@ -4,8 +4,8 @@ A picture is of none of the classes when it is farther from every prototype than
 (`predict.strangeness`). How far that is follows from tasks of validation classes, half of which the support set does
 not show: the threshold keeps nine of ten queries of known classes. Test classes then tell once how well it does.
 
-    python ship.py RUN_DIR             writes RUN_DIR/unknown.json, which `predict.py --checkpoint RUN_DIR --unknown` needs
-    python ship.py RUN_DIR --ship      also makes it the network that ships: pretrained/protonet.pt, results/shipped.json
+    python ship.py RUN_DIR             writes RUN_DIR/unknown.json, for `predict.py --checkpoint RUN_DIR --unknown`
+    python ship.py RUN_DIR --ship      makes it the network that ships: pretrained/protonet.pt, results/shipped.json
 
 Characters are read as predict.py reads drawings: at full size, then cut out around their ink.
 Everything else: docs/predict.md.
@@ -22,13 +22,14 @@ import torch
 import experiment
 import predict
 from experiment import TEST_SEED, VAL_SEED, UserError
-from load_data import Dataset, EpisodeSampler, load_dataset, refuse_trained_classes
+from load_data import Dataset, EpisodeSampler, load_dataset
 from predict import Network, strangeness
 from protonet import embed, squared_distances
 
-HERE = Path(__file__).resolve().parent
+RESULT = Path(__file__).resolve().parent / "results" / "shipped.json"
 KEPT = 0.9  # of the queries of known classes
 FULL_SIZE = 105  # pixels a side of Omniglot's drawings
+QUERIES = 5  # of each class
 SETTINGS = [(5, 1), (5, 5), (20, 1), (20, 5)]  # known classes (and as many unknown ones) and shots of the tasks
 FLAGS = ("dataset", "inverted", "encoder", "width", "image_size")  # what predict.py needs to know
 
@@ -47,12 +48,12 @@ def prepared(network: Network, dataset: Dataset, part: str) -> Dataset:
 
 @torch.no_grad()
 def known_and_unknown(network: Network, dataset: Dataset, part: str, N: int, K: int, num_tasks: int):
-    """Strangeness of queries of known and of unknown classes [num_tasks, N * Q] each, and accuracy of the known [tasks].
+    """Strangeness of queries of known and of unknown classes, [tasks, N * Q] each; accuracy of the known ones [tasks].
 
-    A task has 2N classes with Q = 5 queries; the support set shows K pictures of the first N alone.
+    A task has 2N classes with Q queries each; the support set shows K pictures of the first N alone.
     """
     seed = {"val": VAL_SEED, "test": TEST_SEED}[part]
-    sampler = EpisodeSampler(dataset, part, 2 * N, K, 5, 20, seed)
+    sampler = EpisodeSampler(dataset, part, 2 * N, K, QUERIES, 20, seed)
     parts = sampler.images.split(500)
     features = [embed(network.encoder, (images / 255).to(network.device)[None], network.dtype)[0] for images in parts]
     known, unknown, right = [], [], []
@@ -62,9 +63,9 @@ def known_and_unknown(network: Network, dataset: Dataset, part: str, N: int, K: 
         order = labels.argsort(dim=1, stable=True)  # the known classes first
         strange = strangeness(distances, torch.full((N,), K)).gather(1, order)
         hit = (distances.argmin(dim=-1) == labels).float().gather(1, order)
-        known.append(strange[:, : 5 * N])
-        unknown.append(strange[:, 5 * N :])
-        right.append(hit[:, : 5 * N].mean(dim=1))
+        known.append(strange[:, : QUERIES * N])
+        unknown.append(strange[:, QUERIES * N :])
+        right.append(hit[:, : QUERIES * N].mean(dim=1))
     return torch.cat(known), torch.cat(unknown), torch.cat(right)
 
 
@@ -85,3 +86,76 @@ def rates(known: torch.Tensor, unknown: torch.Tensor, right: torch.Tensor, thres
     for name, per_task in found.items():
         figures[name], figures[f"{name}_ci95"] = experiment.mean_and_ci95(per_task)
     return {name: round(value, 4) for name, value in figures.items()}
+
+
+def settings_for(dataset: Dataset, part: str) -> list[tuple[int, int]]:
+    """Those of SETTINGS for which a split has enough classes and pictures."""
+    counts = dataset.counts[dataset.splits[part]]
+    return [(N, K) for N, K in SETTINGS if 2 * N <= len(counts) and K + QUERIES <= counts.min()]
+
+
+def measure(network: Network, dataset: Dataset, num_tasks: int) -> dict:
+    """The threshold, set on validation classes, and what it does there and on test classes."""
+    found, threshold = {}, None
+    for part in ("val", "test"):
+        images, settings = prepared(network, dataset, part), settings_for(dataset, part)
+        if not settings:
+            need = f"{2 * SETTINGS[0][0]} classes of split '{part}' with {SETTINGS[0][1] + QUERIES} pictures each"
+            raise UserError(f"--data_folder: a threshold takes {need}; {dataset.source} has fewer")
+        tasks = {f"{N}way{K}shot": known_and_unknown(network, images, part, N, K, num_tasks) for N, K in settings}
+        if threshold is None:  # of the validation classes: every setting counts the same
+            known = torch.cat([known.flatten()[: num_tasks * QUERIES * 5] for known, _, _ in tasks.values()])
+            threshold = float(known.quantile(KEPT))
+        found[part] = {name: rates(*task, threshold) for name, task in tasks.items()}
+    return {"threshold": round(threshold, 4), "kept": KEPT, "num_tasks": num_tasks} | found
+
+
+# ------------------------------------------------------------------------------------ the script
+
+
+def parse_args(argv=None):
+    parser = experiment._Parser(
+        prog="ship.py", description=__doc__, formatter_class=experiment._Formatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("checkpoint", metavar="RUN_DIR", help="a run of protonet.py")
+    add("--ship", action="store_true", help="make it the network that predict.py takes without --checkpoint")
+    add("--data_folder", help="where the run's images are (default: where the run found them)")
+    add("--num_tasks", type=experiment.whole(2), default=600, help="fixed tasks of each setting, of both splits")
+    add("--device", choices=experiment.DEVICES, default="auto", help="auto: cuda if there is one")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> dict:
+    args = parse_args(argv)
+    network = predict.load_network(Namespace(checkpoint=args.checkpoint, device=args.device, dtype="float32"))
+    run, flags = Path(args.checkpoint), network.flags
+    saved = experiment.read_json(run / "flags.json", "checkpoint")
+    size = flags["image_size"] if flags["dataset"] == "folder" else FULL_SIZE
+    dataset = load_dataset(flags["dataset"], args.data_folder or flags["data_folder"], flags["split"], size)
+    result = measure(network, dataset, args.num_tasks) | {
+        "command": f"python ship.py RUN_DIR{' --ship' * args.ship}",
+        "trained_by": saved["command"],
+        "dataset": dataset.name,
+        "dataset_digest": dataset.digest,
+        "seed": flags["random_seed"],
+        "git_commit": experiment.git_commit(),
+        "versions": experiment.versions(),
+        "processor": experiment.processor(),
+    }
+    experiment.write_json(run / "unknown.json", result)
+    written = [run / "unknown.json"]
+    if args.ship:
+        model = {name: value.float().contiguous() for name, value in network.encoder.cpu().state_dict().items()}
+        content = {"flags": {name: flags[name] for name in FLAGS}, "model": model, "unknown": result}
+        predict.SHIPPED.parent.mkdir(exist_ok=True)
+        experiment.write_atomically(predict.SHIPPED, lambda out: torch.save(content, out))
+        result |= {"bytes": predict.SHIPPED.stat().st_size}
+        experiment.write_json(RESULT, result)
+        written += [predict.SHIPPED, RESULT]
+    print(f"written: {', '.join(map(str, written))}")
+    return result
+
+
+if __name__ == "__main__":
+    experiment.run_script(main)
