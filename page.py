@@ -97,7 +97,7 @@ def start(compare: Callable, port: int):
     try:
         _, address, _ = blocks.launch(
             server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True, theme=theme,
-            css=".gradio-container .fillable {padding: 12px !important}", footer_links=[], ssr_mode=False,
+            css=CONTAINER, footer_links=[], ssr_mode=False,
             app_kwargs={"middleware": [Middleware(OnlyHere)]},
         )  # fmt: skip
     except OSError:
@@ -158,6 +158,12 @@ BOARD = """
   </section>
   <p class="foot"><button class="over" type="button">Start over</button> Nothing leaves this computer or is stored.</p>
 </main>
+"""
+
+# Gradio's own frame: white also where the system prefers dark windows, and with narrow margins for phones.
+CONTAINER = """
+body, .gradio-container { background: #fff !important; }
+.gradio-container .fillable { padding: 12px !important; }
 """
 
 STYLE = """

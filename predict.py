@@ -62,8 +62,10 @@ def paper_of(grey: torch.Tensor, degree: int = 4, side: int = 64) -> torch.Tenso
         kept = basis * used[:, None]
         weights = torch.linalg.solve(basis.T @ kept + 1e-6 * torch.eye(basis.shape[1]), kept.T @ small)
         paper = basis @ weights
+        if ((small - paper).abs() * used).max() < 0.01:  # grey levels: nothing is left for more bends, as in a drawing
+            break
     surface = torch.zeros(degree + 1, degree + 1, dtype=torch.float64)
-    for (a, b), weight in zip(order, weights, strict=True):
+    for (a, b), weight in zip(order, weights, strict=False):
         surface[a, b] = weight
     return (powers(grey.shape[0]) @ surface @ powers(grey.shape[1]).T).float()
 
