@@ -131,7 +131,7 @@ def main(argv=None) -> dict:
     network = predict.load_network(Namespace(checkpoint=args.checkpoint, device=args.device, dtype="float32"))
     run, flags = Path(args.checkpoint), network.flags
     saved = experiment.read_json(run / "flags.json", "checkpoint")
-    size = flags["image_size"] if flags["dataset"] == "folder" else FULL_SIZE
+    size = FULL_SIZE if flags["dataset"] == "omniglot" else flags["image_size"]
     dataset = load_dataset(flags["dataset"], args.data_folder or flags["data_folder"], flags["split"], size)
     result = measure(network, dataset, args.num_tasks) | {
         "command": f"python ship.py RUN_DIR{' --ship' * args.ship}",
