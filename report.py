@@ -727,10 +727,10 @@ def page_text(out: Path) -> str:
     if not (out / "page.json").exists():
         return "(not measured yet)"
     found = read(out / "page.json")
+    where = processor(found) + ", busy with other work" * found["busy"]
     return (
         f"An answer takes {found['median_ms']:g} ms on the server, median of {found['answers']} with "
-        f"{found['classes']} classes, at most {found['most_ms']:g} ({processor(found)}{', busy with other work' * found['busy']}).\n"
-        f"Command: `{found['command']}`."
+        f"{found['classes']} classes, at most {found['most_ms']:g} ({where}).\nCommand: `{found['command']}`."
     )
 
 
