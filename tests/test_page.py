@@ -26,7 +26,7 @@ from experiment import UserError
 # Invented strokes in a unit square, x to the right and y down.
 SIGMA = [[(0.8, 0.2), (0.2, 0.2), (0.55, 0.5), (0.2, 0.8), (0.8, 0.8)]]
 PHI = [
-    [(0.5 + 0.3 * math.cos(a / 10 * math.pi), 0.5 + 0.25 * math.sin(a / 10 * math.pi)) for a in range(21)],
+    [(0.5 + 0.3 * math.cos(a / 7 * math.pi), 0.5 + 0.25 * math.sin(a / 7 * math.pi)) for a in range(15)],
     [(0.5, 0.1), (0.5, 0.9)],
 ]
 CHAIR = [[(0.25, 0.15), (0.25, 0.85)], [(0.25, 0.5), (0.7, 0.5), (0.7, 0.85)]]
@@ -186,7 +186,7 @@ class Sheet:
             self.page.mouse.move(*points[0])
             self.page.mouse.down()
             for point in points[1:]:
-                self.page.mouse.move(*point, steps=4)
+                self.page.mouse.move(*point)
             self.page.mouse.up()
 
     def wait(self, name, words):
@@ -232,7 +232,7 @@ def test_draw_classify_clear(sheet, served):
     sheet.page.get_by_label("name of class C").fill("chair")
     sheet.page.keyboard.press("Enter")
     sheet.wait("verdict", "chair")
-    sheet.page.locator(".pad").nth(1).get_by_role("button").click()  # a class less
+    sheet.page.locator(".pad").nth(1).get_by_text("clear").click()  # a class less
     sheet.page.wait_for_function("document.querySelectorAll('.bar').length === 2")
     sheet.page.get_by_text("Start over").click()
     sheet.wait("message", "at least two")
