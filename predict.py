@@ -24,6 +24,7 @@ import csv
 import io
 import math
 import sys
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
@@ -110,7 +111,6 @@ def prepare_as_trained(image: np.ndarray, channels: int, inverted: bool, size: i
 
 NONE = "none of these"
 SHIPPED = Path(__file__).with_name("pretrained") / "protonet.pt"  # made by ship.py
-MOST_CLASSES = 1000  # of a file; more is a mistake or malice
 
 
 class Network(NamedTuple):
@@ -185,7 +185,7 @@ def strangeness(distances: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     by 1/K of the variance of one picture, so a query of the class is on average off by 1 + 1/K of it.
     """
     nearest, place = distances.min(dim=-1)
-    return nearest / (1 + 1 / counts[place])
+    return nearest.clamp(min=0) / (1 + 1 / counts[place])  # rounding may bring it below zero
 
 
 # ------------------------------------------------------------------------------------- reading
@@ -239,20 +239,23 @@ def kind_of(network: Network) -> str:
     """What pictures a network takes, in words: those prepared for one network suit every other of the same kind."""
     how = "as a folder's" if network.flags["dataset"] == "folder" else "as ink"
     turned = ", turned to white ink" if network.flags["inverted"] else ""
-    size = network.flags["image_size"]
-    return f"{network.channels} x {size} x {size}, {how}{turned}"
+    return "{0} x {1} x {1}, ".format(network.channels, network.flags["image_size"]) + how + turned
 
 
 def save_classes(path: Path, classes: Classes, network: Network) -> None:
     """Keep a support set as a .npz of plain arrays."""
     arrays = {"names": np.array(classes.names), "images": classes.images.numpy(), "labels": classes.labels.numpy()}
     arrays["kind"] = np.array(kind_of(network))
+    if not path.parent.is_dir():
+        raise UserError(f"--save_classes {path}: there is no folder {path.parent}; make it or name another FILE")
     experiment.write_atomically(path, lambda out: np.savez_compressed(out, **arrays))
 
 
 def load_classes(path: Path, network: Network) -> Classes:
     """The support set of a file by --save_classes; UserError where it is damaged or for another kind of network."""
     try:
+        if path.exists() and not zipfile.is_zipfile(path):
+            raise ValueError("it is no .npz")
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
             names, images, labels, kind = (saved[name] for name in ("names", "images", "labels", "kind"))
         names, kind = [str(name) for name in names], str(kind)
@@ -262,7 +265,7 @@ def load_classes(path: Path, network: Network) -> Classes:
             and np.issubdtype(labels.dtype, np.integer)
             and images.ndim == 4
             and labels.shape == images.shape[:1]
-            and 2 <= len(names) <= MOST_CLASSES
+            and len(names) >= 2
             and set(labels.tolist()) == set(range(len(names)))
             and images.min() >= 0
             and images.max() <= 1
@@ -378,11 +381,11 @@ def comparer(network: Network, ink: str):
     prepare = preparer(network, ink)
 
     def compare_pictures(examples: list[np.ndarray], query: np.ndarray) -> dict:
-        names = [str(i) for i in range(len(examples))]
-        classes = Classes(names, torch.stack([prepare(image) for image in examples]), torch.arange(len(examples)))
+        images = torch.stack([prepare(image) for image in examples])
+        classes = Classes(["?"] * len(images), images, torch.arange(len(images)))
         drawing = prepare(query)[None]
         centres, features, distances = compare(network, classes, drawing)
-        strange = strangeness(distances, torch.ones(len(examples)))
+        strange = strangeness(distances, torch.ones(len(images)))
         points = torch.cat([centres, features])  # [N + 1, D], the query last
         centred = points - points.mean(dim=0)
         plane = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T  # its two principal components
