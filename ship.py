@@ -21,10 +21,11 @@ import torch
 
 import experiment
 import predict
+from backbone import prototypes
 from experiment import TEST_SEED, VAL_SEED, UserError
 from load_data import Dataset, EpisodeSampler, load_dataset
 from predict import Network, strangeness
-from protonet import embed, squared_distances
+from protonet import embed_split, squared_distances
 
 RESULT = Path(__file__).resolve().parent / "results" / "shipped.json"
 KEPT = 0.9  # of the queries of known classes
@@ -46,20 +47,19 @@ def prepared(network: Network, dataset: Dataset, part: str) -> Dataset:
     return dataset._replace(images=images)
 
 
-@torch.no_grad()
-def known_and_unknown(network: Network, dataset: Dataset, part: str, N: int, K: int, num_tasks: int):
+def tasks_of(dataset: Dataset, part: str, N: int, K: int) -> EpisodeSampler:
+    """Fixed tasks of 2N classes, of which the support set will show the first N."""
+    return EpisodeSampler(dataset, part, 2 * N, K, QUERIES, 20, {"val": VAL_SEED, "test": TEST_SEED}[part])
+
+
+def known_and_unknown(features: torch.Tensor, sampler: EpisodeSampler, num_tasks: int):
     """Strangeness of queries of known and of unknown classes, [tasks, N * Q] each; accuracy of the known ones [tasks].
 
-    A task has 2N classes with Q queries each; the support set shows K pictures of the first N alone.
+    features: those of all pictures of the sampler's split, as `embed_split` gives them.
     """
-    seed = {"val": VAL_SEED, "test": TEST_SEED}[part]
-    sampler = EpisodeSampler(dataset, part, 2 * N, K, QUERIES, 20, seed)
-    parts = sampler.images.split(500)
-    features = [embed(network.encoder, (images / 255).to(network.device)[None], network.dtype)[0] for images in parts]
-    known, unknown, right = [], [], []
-    for support, _, query, labels in sampler.first(num_tasks, features=torch.cat(features).cpu()):
-        centres = support[:, : N * K].unflatten(1, (N, K)).mean(dim=2)
-        distances = squared_distances(query, centres)
+    N, K, known, unknown, right = sampler.N // 2, sampler.K, [], [], []
+    for support, _, query, labels in sampler.first(num_tasks, features=features):
+        distances = squared_distances(query, prototypes(support[:, : N * K], N))
         order = labels.argsort(dim=1, stable=True)  # the known classes first
         strange = strangeness(distances, torch.full((N,), K)).gather(1, order)
         hit = (distances.argmin(dim=-1) == labels).float().gather(1, order)
@@ -102,12 +102,14 @@ def measure(network: Network, dataset: Dataset, num_tasks: int) -> dict:
         if not settings:
             need = f"{2 * SETTINGS[0][0]} classes of split '{part}' with {SETTINGS[0][1] + QUERIES} pictures each"
             raise UserError(f"--data_folder: a threshold takes {need}; {dataset.source} has fewer")
-        tasks = {f"{N}way{K}shot": known_and_unknown(network, images, part, N, K, num_tasks) for N, K in settings}
+        samplers = {f"{N}way{K}shot": tasks_of(images, part, N, K) for N, K in settings}
+        features = embed_split(network.encoder, next(iter(samplers.values())), network.dtype)  # once for all
+        tasks = {name: known_and_unknown(features, sampler, num_tasks) for name, sampler in samplers.items()}
         if threshold is None:  # of the validation classes: every setting counts the same
             known = torch.cat([known.flatten()[: num_tasks * QUERIES * 5] for known, _, _ in tasks.values()])
-            threshold = float(known.quantile(KEPT))
+            threshold = round(float(known.quantile(KEPT)), 4)
         found[part] = {name: rates(*task, threshold) for name, task in tasks.items()}
-    return {"threshold": round(threshold, 4), "kept": KEPT, "num_tasks": num_tasks} | found
+    return {"threshold": threshold, "kept": KEPT, "num_tasks": num_tasks} | found
 
 
 # ------------------------------------------------------------------------------------ the script
@@ -122,13 +124,12 @@ def parse_args(argv=None):
     add("--ship", action="store_true", help="make it the network that predict.py takes without --checkpoint")
     add("--data_folder", help="where the run's images are (default: where the run found them)")
     add("--num_tasks", type=experiment.whole(2), default=600, help="fixed tasks of each setting, of both splits")
-    add("--device", choices=experiment.DEVICES, default="auto", help="auto: cuda if there is one")
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> dict:
     args = parse_args(argv)
-    network = predict.load_network(Namespace(checkpoint=args.checkpoint, device=args.device, dtype="float32"))
+    network = predict.load_network(Namespace(checkpoint=args.checkpoint, device="cpu", dtype="float32"))
     run, flags = Path(args.checkpoint), network.flags
     saved = experiment.read_json(run / "flags.json", "checkpoint")
     size = FULL_SIZE if flags["dataset"] == "omniglot" else flags["image_size"]
@@ -146,7 +147,7 @@ def main(argv=None) -> dict:
     experiment.write_json(run / "unknown.json", result)
     written = [run / "unknown.json"]
     if args.ship:
-        model = {name: value.float().contiguous() for name, value in network.encoder.cpu().state_dict().items()}
+        model = {name: value.float().contiguous() for name, value in network.encoder.state_dict().items()}
         content = {"flags": {name: flags[name] for name in FLAGS}, "model": model, "unknown": result}
         predict.SHIPPED.parent.mkdir(exist_ok=True)
         experiment.write_atomically(predict.SHIPPED, lambda out: torch.save(content, out))

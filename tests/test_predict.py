@@ -323,7 +323,7 @@ def test_the_threshold_is_of_validation_classes_alone(trained_protonet, few_glyp
     monkeypatch.setattr(ship, "load_dataset", lambda *_: few_glyphs)
     monkeypatch.setattr(predict, "SHIPPED", tmp_path / "pretrained" / "protonet.pt")
     monkeypatch.setattr(ship, "RESULT", tmp_path / "shipped.json")
-    result = ship.main([str(run), "--num_tasks", "40", "--ship", "--device", "cpu"])
+    result = ship.main([str(run), "--num_tasks", "40", "--ship"])
     assert json.loads((tmp_path / "shipped.json").read_text()) == json.loads(json.dumps(result))
     assert set(result["val"]) == {"5way1shot", "5way5shot"} == set(result["test"])  # 40 classes are not there
     kept = [result["val"][name]["kept_of_known"] for name in result["val"]]
@@ -332,7 +332,7 @@ def test_the_threshold_is_of_validation_classes_alone(trained_protonet, few_glyp
     for c in few_glyphs.splits["test"]:  # other test pictures, the same threshold
         shuffled[few_glyphs.starts[c] : few_glyphs.starts[c] + 20] = few_glyphs.images[:20]
     monkeypatch.setattr(ship, "load_dataset", lambda *_: few_glyphs._replace(images=shuffled))
-    other = ship.main([str(run), "--num_tasks", "40", "--device", "cpu"])
+    other = ship.main([str(run), "--num_tasks", "40"])
     assert other["threshold"] == result["threshold"] and other["test"] != result["test"]
     rows = [predict.load_network(predict.parse_args(["x", *flags])) for flags in ([], ["--checkpoint", str(run)])]
     assert rows[0].threshold == rows[1].threshold == result["threshold"]
@@ -341,13 +341,13 @@ def test_the_threshold_is_of_validation_classes_alone(trained_protonet, few_glyp
 
 
 def test_known_queries_are_of_the_first_classes(few_glyphs):
-    """With an encoder that reads the class off the picture, known queries are not strange, unknown ones are."""
+    """With features that say which class a picture is of, known queries are not strange, unknown ones are."""
     images = np.zeros_like(few_glyphs.images)
     for c in range(len(few_glyphs.counts)):
         images[few_glyphs.starts[c] : few_glyphs.starts[c] + 20, 0, c % 28, c // 28 % 28] = 255
     data = few_glyphs._replace(images=images)
-    network = predict.Network(lambda x, **_: x.flatten(1), {}, 1, None, torch.float32, torch.device("cpu"))
-    known, unknown, right = ship.known_and_unknown(network, data, "val", 5, 2, 30)
+    tasks = ship.tasks_of(data, "val", 5, 2)
+    known, unknown, right = ship.known_and_unknown(tasks.images.flatten(1).float(), tasks, 30)
     assert known.shape == unknown.shape == (30, 25) and right.shape == (30,)
     assert known.abs().max() < 1e-6 and unknown.min() > 1e-3 and (right == 1).all()
 
