@@ -184,19 +184,21 @@ canvas { width: 100%; aspect-ratio: 1; background: #fff; border: 1.5px solid #b8
 .tools input { position: absolute; width: 1px; height: 1px; opacity: 0; }
 .tools label:focus-within { outline: 2px solid #0072B2; border-radius: 4px; }
 .add { margin-top: 10px; }
-.question { display: grid; grid-template-columns: 240px minmax(150px, 1fr) 320px; gap: 24px; margin-top: 22px;
-  padding-top: 20px; border-top: 1px solid #dde2e7; align-items: start; }
+.question { display: grid; grid-template-columns: 230px minmax(150px, 1fr) minmax(200px, 300px); gap: 20px;
+  margin-top: 22px; padding-top: 20px; border-top: 1px solid #dde2e7; align-items: start; }
 .query canvas { border: 2px solid #0072B2; }
 .message { margin: 0; color: #55606c; }
 .message:empty, .verdict:empty { display: none; }
 .verdict { margin: 0 0 10px; font-size: 24px; font-weight: 650; color: #1d2733; overflow-wrap: anywhere; }
 .verdict small { display: block; font-size: 14px; font-weight: 400; color: #55606c; }
-.bar { display: grid; grid-template-columns: minmax(28px, auto) 1fr 46px; gap: 8px; align-items: center;
+.bar { display: grid; grid-template-columns: minmax(28px, auto) 1fr 50px; gap: 8px; align-items: center;
   margin: 5px 0; font-size: 14px; }
-.bar b { font-weight: 600; max-width: 90px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.bar b { font-weight: 600; color: #1d2733; max-width: 90px; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
 .bar i { display: block; height: 10px; border-radius: 5px; background: #e8ecf0; overflow: hidden; }
 .bar i span { display: block; height: 100%; background: #0072B2; border-radius: 5px; }
-.bar em { font-style: normal; text-align: right; color: #55606c; font-variant-numeric: tabular-nums; }
+.bar em { font-style: normal; text-align: right; white-space: nowrap; color: #55606c;
+  font-variant-numeric: tabular-nums; }
 figure { margin: 0; }
 svg { width: 100%; display: block; }
 figcaption { font-size: 13px; color: #55606c; }
