@@ -319,11 +319,12 @@ function show({classes, probabilities, unknown, plane, seen}) {
   const percent = p => (p > 0.995 ? '> 99' : p < 0.005 ? '< 1' : Math.round(100 * p)) + ' %';
   find('.message').textContent = '';
   find('.verdict').replaceChildren(unknown ? 'None of these' : names[best],
-    make('small', {textContent: unknown ? 'It is like no example; the nearest is ' + names[best] + '.'
+    make('small', {textContent: unknown ? 'It is like no example. If it had to be one of them:'
       : percent(probabilities[best]) + ' among these classes'}));
   find('.bars').replaceChildren(...order.map(i => {
     const filled = make('span');
     filled.style.width = 100 * probabilities[i] + '%';
+    if (unknown) filled.style.background = '#9aa5b1';
     return make('div', {className: 'bar'}, make('b', {textContent: names[i]}), make('i', {}, filled),
       make('em', {textContent: percent(probabilities[i])}));
   }));
