@@ -79,9 +79,14 @@ def area_under_curve(known: torch.Tensor, unknown: torch.Tensor) -> float:
 
 
 def rates(known: torch.Tensor, unknown: torch.Tensor, right: torch.Tensor, threshold: float) -> dict:
-    """What the threshold does on tasks, each share with its 95 % interval over tasks."""
-    found = {"kept_of_known": (known <= threshold).float().mean(dim=1)}
-    found |= {"refused_of_unknown": (unknown > threshold).float().mean(dim=1), "accuracy_of_known": right}
+    """What the threshold does on tasks, each share with its 95 % interval over tasks.
+
+    refused_at_kept is beside it the share of unknown queries that is refused where exactly KEPT of these known ones
+    are kept: what the strangeness tells, apart from how well the threshold of other classes fits.
+    """
+    share = lambda which: which.float().mean(dim=1)
+    found = {"kept_of_known": share(known <= threshold), "refused_of_unknown": share(unknown > threshold)}
+    found |= {"refused_at_kept": share(unknown > known.quantile(KEPT)), "accuracy_of_known": right}
     figures = {"area_under_curve": area_under_curve(known, unknown)}
     for name, per_task in found.items():
         figures[name], figures[f"{name}_ci95"] = experiment.mean_and_ci95(per_task)
