@@ -704,8 +704,8 @@ def shipped_table(out: Path) -> str:
             cells = [with_interval(100 * row[key], 100 * row[f"{key}_ci95"]) for key in shares]
             setting = name.replace("way", "-way ").replace("shot", "-shot")
             rows.append([split, setting, f"{row['area_under_curve']:.3f}", *cells])
-    titles = "classes of | setting | area under the curve | known kept | unknown refused | refused at 90 % kept | accuracy "
-    titles += "without `--unknown`"
+    titles = "classes of | setting | area under the curve | known kept | unknown refused | refused at 90 % kept "
+    titles += "| accuracy without `--unknown`"
     notes = [
         f"In per cent ± 95 % interval over {found['num_tasks']} tasks with as many unknown classes as known ones, five",
         f"queries of each; one network of {found['bytes']:,} bytes, trained by `{found['trained_by']}`.",

@@ -13,6 +13,7 @@ Everything else: docs/predict.md.
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -153,7 +154,8 @@ def main(argv=None) -> dict:
     written = [run / "unknown.json"]
     if args.ship:
         model = {name: value.float().contiguous() for name, value in network.encoder.state_dict().items()}
-        content = {"flags": {name: flags[name] for name in FLAGS}, "model": model, "unknown": result}
+        content = {"flags": {name: flags[name] for name in FLAGS}, "model": model}
+        content["unknown"] = json.loads(json.dumps(result))  # torch's version is a class of its own, which is not data
         predict.SHIPPED.parent.mkdir(exist_ok=True)
         experiment.write_atomically(predict.SHIPPED, lambda out: torch.save(content, out))
         result |= {"bytes": predict.SHIPPED.stat().st_size}
