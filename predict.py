@@ -6,17 +6,28 @@ first: grey, ink on paper under even light, cut out around the strokes; for one 
 as that folder's were. Each query goes to the class whose mean embedding is nearest, with the softmax of the
 negative squared distances as its probability (Snell et al. 2017, eq. 2).
 
-    python predict.py DIR --checkpoint RUN_DIR                 prints a table; writes predictions.csv and .png
-    python predict.py DIR --checkpoint RUN_DIR --ink bright    chalk on a board; `auto` finds out for each picture
+    python predict.py DIR                             by the network that ships; prints a table, writes a picture of it
+    python predict.py DIR --checkpoint RUN_DIR        by a network of yours
+    python predict.py DIR --unknown                   a picture of no class is answered "none of these"
+    python predict.py DIR --ink bright                chalk on a board; `auto` finds out for each picture
+    python predict.py DIR --save_classes FILE         keeps the classes of DIR/support in one file
+    python predict.py DIR --classes FILE              takes them from there; DIR holds query/ alone
+    python predict.py --page                          a page to draw on, on this computer alone
+
+Where query/ holds folders named after the classes, the table of right and wrong answers is printed too.
+Everything else: docs/predict.md.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 import sys
+import zipfile
 from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,9 +35,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import experiment
+import page
 from experiment import UserError
 from omniglot import contents, read_image, resize, unread_note
 from protonet import embed, make_encoder, squared_distances
+
+# ------------------------------------------------------------------------------------ pictures
 
 
 def paper_of(grey: torch.Tensor, degree: int = 4, side: int = 64) -> torch.Tensor:
@@ -49,8 +63,10 @@ def paper_of(grey: torch.Tensor, degree: int = 4, side: int = 64) -> torch.Tenso
         kept = basis * used[:, None]
         weights = torch.linalg.solve(basis.T @ kept + 1e-6 * torch.eye(basis.shape[1]), kept.T @ small)
         paper = basis @ weights
+        if ((small - paper).abs() * used).max() < 0.01:  # grey levels: nothing is left for more bends, as in a drawing
+            break
     surface = torch.zeros(degree + 1, degree + 1, dtype=torch.float64)
-    for (a, b), weight in zip(order, weights, strict=True):
+    for (a, b), weight in zip(order, weights, strict=False):
         surface[a, b] = weight
     return (powers(grey.shape[0]) @ surface @ powers(grey.shape[1]).T).float()
 
@@ -91,14 +107,98 @@ def prepare_as_trained(image: np.ndarray, channels: int, inverted: bool, size: i
     return (255 - small if inverted else small).float() / 255
 
 
-def read_pictures(folder: Path, prepare) -> tuple[list[Path], list[torch.Tensor]]:
-    """The readable picture files of a folder, and what prepare(image) makes of each; the others are named."""
+# ------------------------------------------------------------------------- network and classes
+
+NONE = "none of these"
+SHIPPED = Path(__file__).with_name("pretrained") / "protonet.pt"  # made by ship.py
+
+
+class Network(NamedTuple):
+    """A trained encoder and what is known of it: `flags` holds dataset, image_size, inverted, encoder and width."""
+
+    encoder: nn.Module
+    flags: dict
+    channels: int
+    threshold: float | None  # of `strangeness`, above which a picture is of no class; None where none was set
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Classes(NamedTuple):
+    """A support set as data: prepared pictures [n, C, H, W] in [0, 1], their classes [n] int64 and the names."""
+
+    names: list[str]
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+def load_network(args) -> Network:
+    """The network of --checkpoint, or the one that ships; sets args.dtype's meaning and the device."""
+    if args.checkpoint:
+        folder = Path(args.checkpoint)
+        saved = experiment.read_json(folder / "flags.json", "checkpoint")
+        if saved.get("script") != "protonet":
+            raise UserError(f"--checkpoint {folder} is a run of {saved.get('script')}.py, not of protonet.py")
+        unknown = folder / "unknown.json"
+        content = {
+            "flags": saved["flags"] | {"dataset": saved["dataset"]},
+            "model": experiment.load_checkpoint(folder / "best.pt")["model"],
+            "unknown": experiment.read_json(unknown, "checkpoint") if unknown.exists() else None,
+        }
+    elif SHIPPED.exists():
+        content = experiment.load_checkpoint(SHIPPED)
+    else:
+        raise UserError(f"{SHIPPED} is missing; restore it (git checkout pretrained) or name a run by --checkpoint")
+    flags = {"inverted": False} | content["flags"]
+    weights = content["model"]
+    channels = weights["weight0"].shape[1] if "weight0" in weights else weights["embed.weight"].shape[1] // 16
+    device = experiment.setup(Namespace(device=args.device, random_seed=1))
+    encoder = make_encoder(Namespace(**flags), channels)
+    experiment.load_state(encoder, weights, Path(args.checkpoint or SHIPPED))
+    threshold = content["unknown"]["threshold"] if content["unknown"] else None
+    return Network(encoder.to(device), flags, channels, threshold, experiment.precision(args, device), device)
+
+
+def preparer(network: Network, ink: str):
+    """The function that brings a picture uint8 [C, H, W] into the form of the network's training images."""
+    flags = network.flags
+    if flags["dataset"] == "folder":
+        return lambda image: prepare_as_trained(image, network.channels, flags["inverted"], flags["image_size"])
+    return lambda image: prepare_drawing(torch.from_numpy(image), ink, flags["image_size"])
+
+
+@torch.no_grad()
+def compare(network: Network, classes: Classes, query: torch.Tensor):
+    """Prototypes [N, D] of the classes, features [M, D] of pictures [M, C, H, W], squared distances [M, N]."""
+    both = torch.cat([classes.images, query]).to(network.device)
+    features = embed(network.encoder, both[None], network.dtype)[0].cpu()
+    support, features = features[: len(classes.images)], features[len(classes.images) :]
+    one_hot = F.one_hot(classes.labels, len(classes.names)).float()
+    centres = (one_hot.T @ support) / one_hot.sum(dim=0)[:, None]  # classes may differ in size
+    return centres, features, squared_distances(features[None], centres[None])[0]
+
+
+def strangeness(distances: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """How unlike every class a query is [..., M], from squared distances [..., M, N] and pictures a class [N].
+
+    The distance to the nearest prototype, divided by 1 + 1/K: a prototype of K pictures is itself off the class's mean
+    by 1/K of the variance of one picture, so a query of the class is on average off by 1 + 1/K of it.
+    """
+    nearest, place = distances.min(dim=-1)
+    return nearest.clamp(min=0) / (1 + 1 / counts[place])  # rounding may bring it below zero
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def read_pictures(folder: Path, prepare, above: str = "") -> tuple[list[str], list[torch.Tensor]]:
+    """Names of the readable picture files of a folder, and what prepare(image) makes of each; the others are named."""
     found, unread = {}, []
     for file in contents(folder)[1]:
         try:
             if not file.is_file():
                 raise UserError(f"cannot read the image {file}")
-            found[file] = prepare(read_image(file, str(file)))
+            found[above + file.name] = prepare(read_image(file, str(file)))
         except UserError:
             unread.append(f"{folder.name}/{file.name}")
     if unread:
@@ -108,58 +208,156 @@ def read_pictures(folder: Path, prepare) -> tuple[list[Path], list[torch.Tensor]
     return list(found), list(found.values())
 
 
-def predict(args, encoder: nn.Module, channels: int, dtype: torch.dtype, device: torch.device) -> list[dict]:
-    """Label DIR/query/* by DIR/support/CLASS/*; prints a table, writes predictions.csv and .png into the run folder."""
-    root = Path(args.directory)
-    for part in ("support", "query"):
-        if not (root / part).is_dir():
-            raise UserError(f"{root / part} is missing; DIR holds support/CLASS/*.png and query/*.png")
-    classes = contents(root / "support")[0]
-    if len(classes) < 2:
-        raise UserError(f"{root / 'support'} has {len(classes)} class folders; it takes two or more")
+def read_support(root: Path, prepare) -> Classes:
+    """The classes of DIR/support/CLASS/*."""
+    folders = contents(need(root, "support"))[0]
+    if len(folders) < 2:
+        raise UserError(f"{root / 'support'} has {len(folders)} class folders; it takes two or more")
+    pictures = [read_pictures(folder, prepare)[1] for folder in folders]
+    labels = torch.repeat_interleave(torch.tensor([len(images) for images in pictures]))
+    images = torch.stack([image for of_class in pictures for image in of_class])
+    return Classes([folder.name for folder in folders], images, labels)
 
-    def prepare(image: np.ndarray) -> torch.Tensor:
-        if args.dataset == "folder":
-            return prepare_as_trained(image, channels, args.inverted, args.image_size)
-        return prepare_drawing(torch.from_numpy(image), args.ink, args.image_size)
 
-    support = [(i, image) for i, c in enumerate(classes) for image in read_pictures(c, prepare)[1]]
-    files, query = read_pictures(root / "query", prepare)
-    query = torch.stack(query).to(device)
-    labels = torch.tensor([i for i, _ in support], device=device)
-    with torch.no_grad():
-        features = embed(encoder, torch.stack([image for _, image in support]).to(device)[None], dtype)[0]
-        one_hot = F.one_hot(labels, len(classes)).float()
-        centres = (one_hot.T @ features) / one_hot.sum(dim=0)[:, None]  # classes may differ in size
-        logits = -squared_distances(embed(encoder, query[None], dtype), centres[None])[0]
-    probability, guess = logits.softmax(dim=-1).max(dim=-1)
-    rows = [
-        {"file": file.name, "predicted_class": classes[int(g)].name, "probability": round(float(p), 4)}
-        for file, g, p in zip(files, guess, probability, strict=True)
-    ]
-    folder = Path(args.checkpoint)
+def read_query(root: Path, prepare) -> tuple[list[str], torch.Tensor, list[str | None]]:
+    """Names, pictures and, where they lie in DIR/query/CLASS/, true classes of the pictures to label."""
+    folders, files = contents(need(root, "query"))
+    names, images, truth = [], [], []
+    for folder, true in [(root / "query", None)] * (bool(files) or not folders) + [(f, f.name) for f in folders]:
+        found, pictures = read_pictures(folder, prepare, f"{true}/" if true else "")
+        names, images, truth = names + found, images + pictures, truth + [true] * len(found)
+    return names, torch.stack(images), truth
+
+
+def need(root: Path, part: str) -> Path:
+    if not (root / part).is_dir():
+        raise UserError(f"{root / part} is missing; DIR holds support/CLASS/*.png and query/*.png")
+    return root / part
+
+
+def kind_of(network: Network) -> str:
+    """What pictures a network takes, in words: those prepared for one network suit every other of the same kind."""
+    how = "as a folder's" if network.flags["dataset"] == "folder" else "as ink"
+    turned = ", turned to white ink" if network.flags["inverted"] else ""
+    return "{0} x {1} x {1}, ".format(network.channels, network.flags["image_size"]) + how + turned
+
+
+def save_classes(path: Path, classes: Classes, network: Network) -> None:
+    """Keep a support set as a .npz of plain arrays."""
+    arrays = {"names": np.array(classes.names), "images": classes.images.numpy(), "labels": classes.labels.numpy()}
+    arrays["kind"] = np.array(kind_of(network))
+    if not path.parent.is_dir():
+        raise UserError(f"--save_classes {path}: there is no folder {path.parent}; make it or name another FILE")
+    experiment.write_atomically(path, lambda out: np.savez_compressed(out, **arrays))
+
+
+def load_classes(path: Path, network: Network) -> Classes:
+    """The support set of a file by --save_classes; UserError where it is damaged or for another kind of network."""
+    try:
+        if path.exists() and not zipfile.is_zipfile(path):
+            raise ValueError("it is no .npz")
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
+            names, images, labels, kind = (saved[name] for name in ("names", "images", "labels", "kind"))
+        names, kind = [str(name) for name in names], str(kind)
+        size = network.flags["image_size"]
+        sound = (
+            images.dtype == np.float32
+            and np.issubdtype(labels.dtype, np.integer)
+            and images.ndim == 4
+            and labels.shape == images.shape[:1]
+            and len(names) >= 2
+            and set(labels.tolist()) == set(range(len(names)))
+            and images.min() >= 0
+            and images.max() <= 1
+        )
+        if not sound:
+            raise ValueError("its arrays do not fit together")
+    except Exception as error:  # numpy and zipfile raise many kinds for a damaged or hostile file
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise UserError(f"--classes {path} is not a file of --save_classes ({reason}); make it anew") from None
+    if kind != kind_of(network) or images.shape[1:] != (network.channels, size, size):
+        raise UserError(
+            f"--classes {path} is for another network: its pictures are {kind}, this one takes {kind_of(network)}; "
+            "make it anew from the pictures, or name its network by --checkpoint"
+        )
+    return Classes(names, torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
+
+
+# ------------------------------------------------------------------------------------ labelling
+
+
+def predict(args, network: Network) -> list[dict]:
+    """Label DIR/query by DIR/support or --classes; prints tables, writes predictions.csv and .png into args.out."""
+    root, prepare = Path(args.directory), preparer(network, args.ink)
+    classes = load_classes(Path(args.classes), network) if args.classes else read_support(root, prepare)
+    if args.save_classes:
+        save_classes(Path(args.save_classes), classes, network)
+        print(f"written: {args.save_classes}, {len(classes.names)} classes, {len(classes.images)} pictures")
+        if not (root / "query").is_dir():
+            return []
+    names, query, truth = read_query(root, prepare)
+    _, _, distances = compare(network, classes, query)
+    probability, guess = (-distances).softmax(dim=-1).max(dim=-1)
+    strange = strangeness(distances, classes.labels.bincount()) / (network.threshold or math.nan)
+    rows = []
+    for i, name in enumerate(names):
+        answer = NONE if args.unknown and strange[i] > 1 else classes.names[int(guess[i])]
+        row = {"file": name, "predicted_class": answer, "probability": round(float(probability[i]), 4)}
+        row |= {"strangeness": round(float(strange[i]), 3)} if args.unknown else {}
+        rows.append(row | ({"true_class": truth[i] or ""} if any(truth) else {}))
+    write_predictions(Path(args.out), rows, classes, query)
+    print_rows(rows)
+    if any(truth):
+        print_confusion(rows, classes.names)
+    print(f"written: {Path(args.out) / 'predictions.csv'}, {Path(args.out) / 'predictions.png'}")
+    return rows
+
+
+def write_predictions(folder: Path, rows: list[dict], classes: Classes, query: torch.Tensor) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {folder} ({error}); choose another --out") from None
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
     experiment.write_atomically(folder / "predictions.csv", lambda out: out.write(text.getvalue().encode()))
-    figure = prediction_figure(support, classes, query.cpu(), rows)
+    figure = prediction_figure(classes, query, rows)
     experiment.write_atomically(folder / "predictions.png", lambda out: figure.savefig(out, dpi=120, format="png"))
+
+
+def print_rows(rows: list[dict]) -> None:
     width = max(len(row["file"]) for row in rows) + 2
     for row in rows:
-        print(f"{row['file']:{width}}{row['predicted_class']:24}{row['probability']:.3f}")
-    print(f"written: {folder / 'predictions.csv'}, {folder / 'predictions.png'}")
-    return rows
+        strange = f"{row['strangeness']:8.2f}" if "strangeness" in row else ""
+        print(f"{row['file']:{width}}{row['predicted_class']:24}{row['probability']:.3f}{strange}")
 
 
-def prediction_figure(support, classes, query, rows):
-    """One row a class: its first support image, then the queries it was chosen for."""
+def print_confusion(rows: list[dict], names: list[str]) -> None:
+    """The table of true against predicted classes; pictures of a folder that is no class are of none of these."""
+    true = lambda row: row["true_class"] if row["true_class"] in names else NONE
+    rows = [row for row in rows if row["true_class"]]
+    found = [(true(row), row["predicted_class"]) for row in rows]
+    titles = [*names, *([NONE] if any(NONE in pair for pair in found) else [])]
+    width = max(len(f"{title[:16]}") for title in titles) + 2
+    print("\n" + "true \\ predicted".ljust(18) + "".join(title[:16].rjust(width) for title in titles))
+    for title in titles:
+        print(title[:16].ljust(18) + "".join(str(found.count((title, other))).rjust(width) for other in titles))
+    right = sum(a == b for a, b in found)
+    print(f"right: {right} of {len(found)} ({100 * right / len(found):.1f} %)\n")
+
+
+def prediction_figure(classes: Classes, query: torch.Tensor, rows: list[dict]):
+    """One row a class: its first support image, then the queries it was chosen for; what is of none comes last."""
     from matplotlib.figure import Figure
 
-    members = [[j for j, row in enumerate(rows) if row["predicted_class"] == c.name][:8] for c in classes]
+    chosen = [row["predicted_class"] for row in rows]
+    names = [*classes.names, *([NONE] if NONE in chosen else [])]
+    members = [[j for j, answer in enumerate(chosen) if answer == name][:8] for name in names]
     columns = 1 + max(1, *map(len, members))
-    figure = Figure(figsize=(1.3 * columns, 1.45 * len(classes)), layout="constrained")
-    axes = figure.subplots(len(classes), columns, squeeze=False)
+    figure = Figure(figsize=(1.3 * columns, 1.45 * len(names)), layout="constrained")
+    axes = figure.subplots(len(names), columns, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
 
@@ -168,45 +366,84 @@ def prediction_figure(support, classes, query, rows):
         ax.imshow(1 - image if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
         ax.set_title(title, fontsize=8, parse_math=False)
 
-    for i, c in enumerate(classes):
-        show(axes[i, 0], next(image for label, image in support if label == i), f"class {c.name[:14]}")
+    for i, name in enumerate(names):
+        if i < len(classes.names):
+            show(axes[i, 0], classes.images[classes.labels == i][0], f"class {name[:14]}")
+        else:
+            axes[i, 0].set_title(NONE, fontsize=8)
         for column, j in enumerate(members[i], start=1):
-            show(axes[i, column], query[j], f"{rows[j]['file'][:14]} {rows[j]['probability']:.2f}")
+            show(axes[i, column], query[j], f"{rows[j]['file'][-14:]} {rows[j]['probability']:.2f}")
     return figure
 
 
+def comparer(network: Network, ink: str):
+    """What page.py asks: a drawing compared with one example of each class, uint8 pictures [C, H, W] all of them."""
+    prepare = preparer(network, ink)
+
+    def compare_pictures(examples: list[np.ndarray], query: np.ndarray) -> dict:
+        images = torch.stack([prepare(image) for image in examples])
+        classes = Classes(["?"] * len(images), images, torch.arange(len(images)))
+        drawing = prepare(query)[None]
+        centres, features, distances = compare(network, classes, drawing)
+        strange = strangeness(distances, torch.ones(len(images)))
+        points = torch.cat([centres, features])  # [N + 1, D], the query last
+        centred = points - points.mean(dim=0)
+        plane = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T  # its two principal components
+        return {
+            "probabilities": (-distances[0]).softmax(dim=-1).tolist(),
+            "unknown": network.threshold is not None and bool(strange > network.threshold),
+            "plane": plane.tolist(),
+            "seen": torch.cat([classes.images, drawing])[:, 0].numpy(),
+        }
+
+    return compare_pictures
+
+
+# ------------------------------------------------------------------------------------ the script
+
+
 def parse_args(argv=None):
-    """The flags, and with them what the run says of its network: encoder, width and image_size."""
     parser = experiment._Parser(
         prog="predict.py", description=__doc__, formatter_class=experiment._Formatter, allow_abbrev=False
     )
-    parser.add_argument("directory", metavar="DIR", help="the folder with support/CLASS/* and query/*")
-    parser.add_argument("--checkpoint", metavar="RUN_DIR", required=True, help="the run of protonet.py that is used")
-    parser.add_argument("--ink", choices=["auto", "dark", "bright"], default="auto", help="strokes against the paper")
-    parser.add_argument("--device", choices=experiment.DEVICES, default="auto", help="auto: cuda if there is one")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the convolutions")
+    add = parser.add_argument
+    add("directory", metavar="DIR", nargs="?", help="the folder with support/CLASS/* and query/*")
+    add("--checkpoint", metavar="RUN_DIR", help="a run of protonet.py (default: the network that ships)")
+    add("--ink", choices=["auto", "dark", "bright"], default="auto", help="strokes against the paper")
+    add("--unknown", action="store_true", help=f'answer "{NONE}" for pictures that are like no class')
+    add("--save_classes", metavar="FILE", help="keep the classes of DIR/support in this file (.npz)")
+    add("--classes", metavar="FILE", help="take the classes from a file of --save_classes instead of DIR/support")
+    add("--out", metavar="DIR", help="folder of predictions.csv and .png (default: RUN_DIR, or runs/predict)")
+    add("--page", action="store_true", help="serve a page to draw on at 127.0.0.1 (needs requirements-page.txt)")
+    add("--port", type=experiment.whole(0, 65535), default=7860, help="of the page; 0: any free one")
+    add("--device", choices=experiment.DEVICES, default="auto", help="auto: cuda if there is one")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the convolutions")
     args = parser.parse_args(argv)
-    saved = experiment.read_json(Path(args.checkpoint) / "flags.json", "checkpoint")
-    if saved.get("script") != "protonet":
-        raise UserError(f"--checkpoint {args.checkpoint} is a run of {saved.get('script')}.py, not of protonet.py")
-    if saved["dataset"] == "folder" and args.ink != "auto":
-        raise UserError(
-            f"--ink {args.ink}: {args.checkpoint} was trained on a folder's pictures as they are, and so yours are "
-            "read; drop the flag"
-        )
-    flags = {"inverted": False} | saved["flags"] | vars(args) | {"dataset": saved["dataset"]}
-    return Namespace(**flags)
+    if bool(args.directory) == args.page:
+        raise UserError("predict.py takes DIR, the folder of your pictures, or --page (see python predict.py --help)")
+    if args.page and (args.classes or args.save_classes or args.out or args.unknown):
+        raise UserError("--page takes its classes from the drawings; drop --classes, --save_classes, --out, --unknown")
+    if args.classes and args.save_classes:
+        raise UserError("--save_classes keeps DIR/support, but --classes takes a file in its place; drop one of them")
+    args.out = args.out or args.checkpoint or str(Path("runs") / "predict")
+    return args
 
 
 def main(argv=None) -> list[dict]:
     args = parse_args(argv)
-    device = experiment.setup(args)
-    best = experiment.load_checkpoint(Path(args.checkpoint) / "best.pt")
-    weights = best["model"]
-    channels = weights["weight0"].shape[1] if "weight0" in weights else weights["embed.weight"].shape[1] // 16
-    encoder = make_encoder(args, channels).to(device)
-    experiment.load_best(args.checkpoint, encoder)
-    return predict(args, encoder, channels, experiment.precision(args, device), device)
+    network = load_network(args)
+    if network.flags["dataset"] == "folder" and args.ink != "auto":
+        raise UserError(
+            f"--ink {args.ink}: {args.checkpoint} was trained on a folder's pictures as they are, and so yours are "
+            "read; drop the flag"
+        )
+    if args.unknown and network.threshold is None:
+        raise UserError(f"--unknown: {args.checkpoint} has no threshold; set it by python ship.py {args.checkpoint}")
+    if args.page:
+        if network.flags["dataset"] == "folder":
+            raise UserError(f"--page is for networks of characters; {args.checkpoint} was trained on other pictures")
+        return page.serve(comparer(network, args.ink), args.port) or []
+    return predict(args, network)
 
 
 if __name__ == "__main__":

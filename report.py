@@ -802,6 +802,48 @@ def light_table(out: Path) -> str:
     return "\n".join([*lines, "", found["what"]])
 
 
+def shipped_table(out: Path) -> str:
+    """The network that ships: "none of these" on tasks and right answers on real drawings, from shipped*.json."""
+    if not (out / "shipped.json").exists():
+        return "(not measured yet)"
+    found, rows = read(out / "shipped.json"), []
+    for part, split in (("val", "validation"), ("test", "test")):
+        for name, row in found[part].items():
+            shares = ("kept_of_known", "refused_of_unknown", "refused_at_kept", "accuracy_of_known")
+            cells = [with_interval(100 * row[key], 100 * row[f"{key}_ci95"]) for key in shares]
+            setting = name.replace("way", "-way ").replace("shot", "-shot")
+            rows.append([split, setting, f"{row['area_under_curve']:.3f}", *cells])
+    titles = "classes of | setting | area under the curve | known kept | unknown refused | refused at 90 % kept "
+    titles += "| accuracy without `--unknown`"
+    notes = [
+        f"In per cent ± 95 % interval over {found['num_tasks']} tasks with as many unknown classes as known ones, five",
+        f"queries of each; one network of {found['bytes']:,} bytes, trained by `{found['trained_by']}`.",
+        f"Command: `{found['command']}`.",
+    ]
+    if (out / "shipped_drawings.json").exists():
+        drawn = read(out / "shipped_drawings.json")
+        right = " and ".join(f"{n} of {drawn['of']}" for n in drawn["right"])
+        notes += [
+            "",
+            f"Real drawings without data and network, five test characters of one example each: right are {right},",
+            f"in at most {max(drawn['seconds']):g} seconds a folder with the start of Python ({processor(drawn)}, busy",
+            f"with other work). Command: `{drawn['command']}`.",
+        ]
+    return "\n".join([*table(titles, rows), "", *notes])
+
+
+def page_text(out: Path) -> str:
+    """How long an answer of the page takes, from page.json."""
+    if not (out / "page.json").exists():
+        return "(not measured yet)"
+    found = read(out / "page.json")
+    where = processor(found) + ", busy with other work" * found["busy"]
+    return (
+        f"An answer takes {found['median_ms']:g} ms on the server, median of {found['answers']} with "
+        f"{found['classes']} classes, at most {found['most_ms']:g} ({where}).\nCommand: `{found['command']}`."
+    )
+
+
 # ----------------------------------------------------------------------------------- documents
 
 BLOCKS = {
@@ -826,6 +868,8 @@ BLOCKS = {
     "homework": homework_table,
     "field": field_table,
     "light": light_table,
+    "shipped": shipped_table,
+    "page": page_text,
 }
 
 

@@ -105,6 +105,9 @@ CASES = [
     Case("comparison", "protonet_lake", "protonet.py",
          f"{LAKE} {RESIDUAL} --jitter 0.2 --shift 0.15 --views 32",
          f"{TASKS} --train_steps 10000 --eval_freq 1000", f"{TASKS} --train_steps 30000 --eval_freq 2000", 1, 20),
+    # The network that ships (pretrained/): other people's pens and sizes, each picture read once as predict.py does.
+    Case("comparison", "pretrained", "protonet.py", "--width 48 --jitter 0.2 --shift 0.15 --views 1",
+         "--train_steps 800 --eval_freq 400", "--train_steps 15000 --eval_freq 1500", 1, 2),
     Case("comparison", "fomaml", "maml.py", "--first_order --zero_head", "",
          "--train_steps 60000 --eval_freq 1000", 3, 7),
     Case("comparison", "protomaml", "maml.py", "--head proto --first_order --inner_lr 0.01", "",
