@@ -73,6 +73,7 @@ CASES = [
     *[Case("mann", f"K{K}N{N}", "hw1.py", f"--num_shot {K} --num_classes {N}", LONG,
            "--jitter 0.1 --train_steps 50000 --eval_freq 1000", 3, minutes)
       for K, N, minutes in ((1, 2, 3), (2, 2, 4), (1, 3, 4), (1, 4, 5))],
+    Case("mann", "default", "hw1.py", "--num_shot 1 --num_classes 2", minutes=3),  # the first command of the README
     Case("mann", "conv_K1N5", "hw1.py",
          "--num_shot 1 --num_classes 5 --encoder strided --shared_classes 60 --hidden_dim 256 --learning_rate 2e-3",
          "--train_steps 8000 --eval_freq 500", "--train_steps 40000 --eval_freq 1000", 3, 6),
@@ -91,7 +92,7 @@ CASES = [
          "--train_steps 30000", 1, 25),
     # 10 shots leave 10 of a character's 20 images for queries, where the preset wants 15
     Case("meta_lstm", "10way10shot", "meta_lstm.py", "--preset 10way10shot --train_query 5 --num_query 5",
-         "--train_steps 250 --eval_freq 125 --num_val_tasks 40", "", 1, 15),
+         "--train_steps 250 --eval_freq 125 --num_val_tasks 40", "", 1, 6),
     *[Case("meta_lstm", f"5way1shot_{name}", "meta_lstm.py", recipe, "--train_steps 600 --eval_freq 200",
            "--train_steps 6000", minutes=minutes)
       for name, recipe, minutes in (("short", "", 3), ("pool", "--fixed_pool 6", 3),
