@@ -53,6 +53,7 @@ RESIDUAL = "--encoder residual --image_size 32"
 LONG = "--jitter 0.1 --train_steps 12000 --eval_freq 500"
 TASKS = "--num_test_tasks 2000"
 SCRATCH = "--warmup_steps 0 --encoder strided"  # by the inner loop from the first step
+MUON = "--meta_batch_size 16 --optimizer muon --learning_rate 0.05"
 
 
 class Case(NamedTuple):
@@ -129,12 +130,12 @@ CASES = [
            "--num_val_tasks 100", "--train_steps 60000 --eval_freq 1000", 3, minutes, beyond=True)
       for N, K, minutes in ((5, 1, 8), (5, 5, 10), (20, 1, 20), (20, 5, 25))],
     *[Case("comparison", f"{name}_scratch", "maml.py", f"{SCRATCH} {recipe}", f"--train_steps {steps} --eval_freq 500",
-           "--train_steps 60000 --eval_freq 1000", 3, 30, beyond=True)
+           "--train_steps 60000 --eval_freq 1000", 3, 50, beyond=True)
       for name, steps, recipe in (
-          ("maml", 8000, "--meta_batch_size 16"),
-          ("fomaml", 10000, "--meta_batch_size 16 --first_order --zero_head"),
+          ("maml", 6000, MUON),
+          ("fomaml", 8000, f"{MUON} --first_order --zero_head"),
           ("protomaml", 8000, "--head proto --first_order --inner_lr 0.01"),
-          ("mamlpp", 3000,
+          ("mamlpp", 2500,
            "--meta_batch_size 16 --inner_steps 3 --learn_inner_lrs --multi_step_loss --per_step_norm"))],
     Case("comparison", "maml_plain", "maml.py", "--features plain", "", "--train_steps 60000 --eval_freq 1000", 1, 8,
          beyond=True),
