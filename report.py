@@ -730,8 +730,8 @@ def page_text(out: Path) -> str:
     found = read(out / "page.json")
     where = processor(found) + ", busy with other work" * found["busy"]
     return (
-        f"An answer takes {found['median_ms']:g} ms on the server, median of {found['answers']} with "
-        f"{found['classes']} classes, at most {found['most_ms']:g} ({where}).\nCommand: `{found['command']}`."
+        f"An answer with {found['classes']} classes takes {found['median_ms']:g} ms on the server, median of "
+        f"{found['answers']}, {found['cpu_ms']:g} of them computing ({where}).\nCommand: `{found['command']}`."
     )
 
 
