@@ -717,8 +717,9 @@ def shipped_table(out: Path) -> str:
         notes += [
             "",
             f"Real drawings without data and network, five test characters of one example each: right are {right},",
-            f"in at most {max(drawn['seconds']):g} seconds a folder with the start of Python ({processor(drawn)}, busy",
-            f"with other work). Command: `{drawn['command']}`.",
+            f"in at most {max(drawn['cpu_seconds']):g} seconds of one processor with the start of Python "
+            f"({processor(drawn)}).",
+            f"Command: `{drawn['command']}`.",
         ]
     return "\n".join([*table(titles, rows), "", *notes])
 
