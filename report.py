@@ -826,8 +826,9 @@ def shipped_table(out: Path) -> str:
         notes += [
             "",
             f"Real drawings without data and network, five test characters of one example each: right are {right},",
-            f"in at most {max(drawn['seconds']):g} seconds a folder with the start of Python ({processor(drawn)}, busy",
-            f"with other work). Command: `{drawn['command']}`.",
+            f"in at most {max(drawn['cpu_seconds']):g} seconds of one processor with the start of Python "
+            f"({processor(drawn)}).",
+            f"Command: `{drawn['command']}`.",
         ]
     return "\n".join([*table(titles, rows), "", *notes])
 
@@ -839,8 +840,8 @@ def page_text(out: Path) -> str:
     found = read(out / "page.json")
     where = processor(found) + ", busy with other work" * found["busy"]
     return (
-        f"An answer takes {found['median_ms']:g} ms on the server, median of {found['answers']} with "
-        f"{found['classes']} classes, at most {found['most_ms']:g} ({where}).\nCommand: `{found['command']}`."
+        f"An answer with {found['classes']} classes takes {found['median_ms']:g} ms on the server, median of "
+        f"{found['answers']}, {found['cpu_ms']:g} of them computing ({where}).\nCommand: `{found['command']}`."
     )
 
 

@@ -5,7 +5,6 @@ import csv
 import json
 import os
 import pickle
-import time
 
 import imageio.v3 as iio
 import numpy as np
@@ -157,6 +156,7 @@ def test_fifty_real_drawings_of_a_fresh_folder(tmp_path, run_script):
     """
     data = load_data.load_dataset("omniglot", image_size=105)
     rng, right, seconds = np.random.default_rng(5), [], []
+    used = lambda: sum(os.times()[2:4])  # processor time of programs that were run
     environment = {"OMNIGLOT_DIR": "", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     for folder in range(3):
         root = tmp_path / f"folder{folder}"
@@ -168,9 +168,9 @@ def test_fifty_real_drawings_of_a_fresh_folder(tmp_path, run_script):
             for i, drawer in enumerate(drawers[:11]):
                 image = 255 - data.images[data.starts[c] + drawer, 0]
                 iio.imwrite(root / ("support" if i == 0 else "query") / name / f"{drawer}.png", image)
-        begin = time.perf_counter()
+        begin = used()
         done = run_script("predict.py", root, env=environment, cwd=root)
-        seconds.append(round(time.perf_counter() - begin, 1))
+        seconds.append(round(used() - begin, 1))
         assert done.returncode == 0, done.stderr
         with open(root / "runs" / "predict" / "predictions.csv") as file:
             rows = list(csv.DictReader(file))
@@ -178,7 +178,7 @@ def test_fifty_real_drawings_of_a_fresh_folder(tmp_path, run_script):
         right.append(sum(row["predicted_class"] == row["true_class"] for row in rows))
         assert f"right: {right[-1]} of 50" in done.stdout
     if os.environ.get("RECORD"):
-        found = {"right": right, "of": 50, "seconds": seconds}
+        found = {"right": right, "of": 50, "cpu_seconds": seconds}
         found |= {"processor": experiment.processor(), "device": "cpu, 1 threads"}
         found["command"] = "RECORD=1 pytest -n 0 tests/test_predict.py -k fifty"
         experiment.write_json(REPO / "results" / "shipped_drawings.json", found)
