@@ -118,6 +118,8 @@ def trained_protonet(work, tmp_path_factory):
                 "30",
                 "--num_test_tasks",
                 "60",
+                "--views",
+                "1",
                 "--log_dir",
                 str(folder),
                 "--run_name",

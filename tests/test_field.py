@@ -746,8 +746,9 @@ def loader_tasks(passes, **options):
     return [torch.stack([x for (x, _), _ in zip(loader, range(3), strict=False)]) for _ in range(passes)]
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
-@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(
+    ("context", "persistent"), [("fork", False), ("fork", True), ("spawn", True), ("forkserver", False)]
+)
 def test_workers_of_every_kind(context, persistent):
     options = {"num_workers": 2, "multiprocessing_context": context, "persistent_workers": persistent}
     seen = loader_tasks(3, **options)
