@@ -276,8 +276,8 @@ class Ledger:
 
 def take_pulse(case: Case, code: Path = HERE) -> dict:
     """The pulse of a case's recipe with the code in folder `code`: on glyphs, in float32, one thread."""
-    # The recipe comes last: one without a warm-up stays without.
-    flags = shlex.split(f"{PULSES[case.script]} {case.recipe}") + ["--random_seed", "1", "--device", "cpu"]
+    flags = shlex.split(f"{case.recipe} {PULSES[case.script]}") + ["--random_seed", "1", "--device", "cpu"]
+    flags += ["--warmup_steps", "0"] if "--warmup_steps 0" in case.recipe else []  # without it stays without
     with tempfile.TemporaryDirectory() as folder:
         flags += ["--log_dir", folder]
         if case.part in OWN_OUTPUT:
