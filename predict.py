@@ -222,6 +222,7 @@ def read_support(root: Path, prepare) -> Classes:
 def read_query(root: Path, prepare) -> tuple[list[str], torch.Tensor, list[str | None]]:
     """Names, pictures and, where they lie in DIR/query/CLASS/, true classes of the pictures to label."""
     folders, files = contents(need(root, "query"))
+    folders = [folder for folder in folders if contents(folder)[1]]  # an empty one asks nothing
     names, images, truth = [], [], []
     for folder, true in [(root / "query", None)] * (bool(files) or not folders) + [(f, f.name) for f in folders]:
         found, pictures = read_pictures(folder, prepare, f"{true}/" if true else "")

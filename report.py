@@ -578,9 +578,9 @@ def memorization_table(out: Path) -> str:
         [
             *table(titles + "| test, own | test, emptied | test, other", rows),
             "",
-            "The command of a row: `python memorization.py --task TASK --learner LEARNER --regulariser REGULARISER "
-            f"--random_seed S`, with S 1, 2, 3; {min(seconds):.0f} to {max(seconds):.0f} seconds of training on "
-            f"{processor(results[0])}, upper bounds, for the machine was busy.",
+            "The commands: `python memorization.py --task sinusoid --learner maml --regulariser weights "
+            f"--random_seed 1` with what the row says, and seeds from 1; {min(seconds):.0f} to {max(seconds):.0f} "
+            f"seconds of training on {processor(results[0])}, upper bounds, for the machine was busy.",
         ]
     )
 

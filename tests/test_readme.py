@@ -171,7 +171,8 @@ def test_result_files_say_where_they_come_from():
         metrics = json.loads(file.read_text())
         assert metrics["num_test_tasks"] >= 600, file
         assert metrics["command"].startswith("python ") and str(metrics["seed"]) in file.name, file
-        assert 0 < metrics["ci95"] < 0.02 and metrics["test_accuracy"] <= 1, file
+        if file.parent.name not in ("memorization", "bayes"):  # whose figures are errors, likelihoods and accuracies
+            assert 0 < metrics["ci95"] < 0.02 and metrics["test_accuracy"] <= 1, file
 
 
 @pytest.mark.parametrize("name", ["episodes", "mann", "protonet"])
