@@ -528,9 +528,13 @@ def draw_memorization(out: Path) -> None:
     save(figure, out / "memorization.png")
 
 
+METADATA = {"phase": "the quarter of the phase", "amplitude": "the amplitude, with noise"}
+
+
 def draw_bayes(out: Path) -> None:
     """Likelihood by number of points, calibration, the bound beside the evidence; functions from the posterior."""
-    runs = [run for path in sorted(out.glob("bayes/*.json")) if (run := read(path))["world"] == "sinusoid"]
+    runs = [run for path in sorted(out.glob("bayes/*_seed1.json")) if (run := read(path))["world"] == "sinusoid"]
+    runs.sort(key=lambda run: run["metadata"] != "phase")
     whole = [run for run in runs if not run["drop_phi1"]]
     if not whole:
         return
@@ -568,6 +572,7 @@ def draw_bayes(out: Path) -> None:
                 ax.set_ylim(-3.2, 3.2)
                 ax.set_title(f"{size} point{'s' * (size != 1)}", fontsize=10)
             row[0].set_ylabel(f"{end} metadata")
+        figure.supxlabel(f"metadata: {METADATA[whole[0]['metadata']]}", fontsize=9, color="0.4")
         save(figure, out / "bayes_posterior.png")
 
 

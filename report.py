@@ -586,19 +586,28 @@ def memorization_table(out: Path) -> str:
 
 
 def bayes_tables(out: Path) -> str:
-    """For each run: negative log likelihood by points with and without metadata, the paired gain, coverage."""
-    lines: list[str] = []
+    """For each setting: negative log likelihood by points with and without metadata, the paired gain, coverage."""
+    settings: dict[tuple, list[dict]] = {}
     for run in [read(path) for path in sorted(out.glob("bayes/*.json"))]:
-        rows = []
-        for i, n in enumerate(run["points"]):
-            pairs = [f"{run[key][i]:.3f} ± {run[f'{key}_ci95'][i]:.3f}" for key in ("nll_with", "nll_without", "gain")]
+        known = run["metadata"] if run["world"] == "sinusoid" else "alphabet"
+        settings.setdefault((run["world"], known, run["drop_phi1"]), []).append(run)
+    lines: list[str] = []
+    for (world, known, dropped), runs in sorted(settings.items(), key=lambda item: (item[0][2], item[0])):
+        rows, first = [], runs[0]
+        for i, n in enumerate(first["points"]):
+
+            def at(key, i=i, runs=runs):
+                return interval_of([{name: run[name][i] for name in (key, f"{key}_ci95")} for run in runs], key)
+
+            pairs = ["{:.3f} ± {:.3f}".format(*at(key)) for key in ("nll_with", "nll_without", "gain")]
             covered = [
-                f"{100 * run[key][i]:.1f}" if key in run else "" for key in ("coverage90_with", "coverage90_without")
+                f"{100 * at(key)[0]:.1f}" if key in first else "" for key in ("coverage90_with", "coverage90_without")
             ]
-            rows.append([n, *pairs, *covered, f"{run['bound_with'][i]:.2f}", f"{run['evidence_with'][i]:.2f}"])
-        what = f"{run['world']}, metadata {run['metadata']}, {'phi1 dropped' if run['drop_phi1'] else 'whole bound'}"
+            rows.append([n, *pairs, *covered, *(f"{at(key)[0]:.2f}" for key in ("bound_with", "evidence_with"))])
+        what = f"{world}, metadata {known}, {'terms of phi1 dropped' if dropped else 'whole bound'}"
         titles = "points | NLL with | NLL without | gain, paired | 90 % covers, with | without | bound | evidence"
-        lines += [f"{what}, seed {run['seed']}, {run['num_test_tasks']:,} test tasks: `{plain_command(run)}`", ""]
+        seeds = f"{len(runs)} seeds" if len(runs) > 1 else "1 seed"
+        lines += [f"{what}, {seeds}, {first['num_test_tasks']:,} test tasks, `{plain_command(first)}`:", ""]
         lines += [*table(titles, rows), ""]
     return "\n".join(lines).rstrip() or "Not measured."
 
