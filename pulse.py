@@ -35,6 +35,7 @@ NOT_COMPUTED = (
     "memory_mb",
     "minutes",
     "flags",
+    "functions",
     "curves",
     "versions",
     "device",

@@ -732,7 +732,7 @@ def page(out: Path, dataset: str = "omniglot") -> str:
     seconds = [read(file).get("train_seconds", 0) for part in PARTS for file in sorted((out / part).glob("*.json"))]
     lines += ["", f"All {len(seconds)} runs together trained for {sum(seconds) / 3600:.1f} hours."]
     for picture in sorted(out.glob("*.png")):
-        if picture.stem not in ("glyphs", "tensorboard", "bayes_plates"):
+        if picture.stem not in ("glyphs", "tensorboard", "bayes_plates", "page"):
             lines += ["", f"![{picture.stem.replace('_', ' ')}]({picture.name})"]
     return "\n".join(lines) + "\n"
 
