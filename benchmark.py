@@ -720,7 +720,7 @@ def main(argv=None) -> list[dict]:
     parser.prog = "benchmark.py"
     parser.add_argument("benchmark", choices=list(BENCHMARKS), help="what to measure")
     groups["model"].add_argument("--hidden_dim", type=experiment.whole(1), default=128, help="units: mann, costs")
-    groups["run"].add_argument("--repeats", type=experiment.whole(3), default=100, help="timed turns")
+    groups["run"].add_argument("--repeats", type=experiment.whole(1), default=100, help="timed turns")
     once = "for meta_lstm: episodes that go through the cell together"
     groups["run"].add_argument("--tasks_at_once", type=experiment.whole(1), default=4, help=once)
     seeds = "for protonet: trainings that are timed until validation passes 98.8 %"
@@ -728,7 +728,7 @@ def main(argv=None) -> list[dict]:
     groups["run"].add_argument("--out", metavar="DIR", help="keep the figures in DIR/speed.json, as results/ does")
     named = argv or sys.argv
     parser.set_defaults(meta_batch_size=128 if {"episodes", "mann"} & set(named) else 4 if "meta_lstm" in named else 16)
-    args = experiment.parse(parser, argv, smoke={"repeats": 3})
+    args = experiment.parse(parser, argv, smoke={"repeats": 1})
     if args.out and not Path(args.out).is_dir():
         raise UserError(f"--out {args.out} is not a folder; name one that exists")
     device = experiment.setup(args)

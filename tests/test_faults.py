@@ -37,7 +37,7 @@ from load_data import load_dataset
 COMMON = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_test_tasks", "4"]
 TRAINING = {
     "hw1": ["--hidden_dim", "8", "--meta_batch_size", "4", "--num_classes", "2", "--num_val_tasks", "4"],
-    "protonet": ["--width", "4", "--meta_batch_size", "2", "--num_query", "2", "--num_val_tasks", "4"],
+    "protonet": ["--width", "4", "--meta_batch_size", "2", "--num_query", "2", "--num_val_tasks", "4", "--views", "1"],
     "transfer": ["--width", "4", "--num_query", "2", "--head_steps", "2"],
     "maml": ["--width", "4", "--num_query", "2", "--train_query", "1", "--num_val_tasks", "4"],
     "meta_lstm": ["--num_query", "2", "--train_query", "1", "--meta_batch_size", "2", "--num_val_tasks", "4"],

@@ -327,6 +327,7 @@ def test_every_command_parses(job):
         assert args.num_shot + max(getattr(args, "num_query", 1), getattr(args, "train_query", 0)) <= 20
 
 
+@pytest.mark.slow  # its command runs in its smallest form among those of the pages
 def test_mini_imagenet_is_measured_where_its_folder_is_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
