@@ -1,6 +1,7 @@
 """report.py: the documents are those of the result files, come back when deleted, and never mix data sets."""
 
 import json
+import os
 import math
 import re
 import shutil
@@ -27,6 +28,8 @@ SAME_MATPLOTLIB = f"Matplotlib version{matplotlib.__version__},".encode() in (RE
 def restored(tmp_path_factory):
     """A copy of the repository's documents whose tables and pictures were all deleted, after report.py."""
     here = tmp_path_factory.mktemp("repo")
+    if os.environ.get("RECORD"):
+        pytest.skip("results are being written anew; python report.py then brings the documents along")
     shutil.copytree(RESULTS, here / "results")
     shutil.copytree(REPO / "docs", here / "docs")
     shutil.copy(REPO / "README.md", here)
