@@ -1,8 +1,8 @@
 """report.py: the documents are those of the result files, come back when deleted, and never mix data sets."""
 
 import json
-import os
 import math
+import os
 import re
 import shutil
 import struct
