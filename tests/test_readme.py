@@ -32,8 +32,8 @@ SMALLEST = {
     f"--inner_epochs 1 --num_query 1 --train_query 1 {GLYPHS}",
     "mae.py": f"--smoke --train_steps 2 --eval_freq 1 --width 8 --depth 4 --meta_batch_size 4 --views 1 "
     f"--whitening_images 20 {GLYPHS}",
-    "memorization.py": "--smoke --train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --device cpu",
-    "bayes.py": "--smoke --train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 --device cpu",
+    "memorization.py": f"--smoke --train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 {GLYPHS}",
+    "bayes.py": f"--smoke --train_steps 2 --eval_freq 1 --num_val_tasks 2 --num_test_tasks 2 {GLYPHS}",
     "profile_costs.py": "--smoke --outer_steps 2 --meta_batch_size 2 --hidden_dim 8",
     "feature_weights.py": "--smoke --train_steps 2 --eval_freq 1 --num_test_tasks 4 --alias_steps 20 --max_points 33",
 }
