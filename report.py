@@ -644,7 +644,8 @@ def speed_table(out: Path) -> str:
     for kind, rows in tables.items():
         names = list(dict.fromkeys(name for _, found in rows for name in found))
         cells = [
-            [race["title"], speed_processor(race), *(speed_cell(found.get(n)) for n in names)] for race, found in rows
+            [race["title"].removeprefix(f"{kind}, "), speed_processor(race), *(speed_cell(found.get(n)) for n in names)]
+            for race, found in rows
         ]
         unit = "" if kind == "training tasks a second" else ", ms"
         lines += ["", *table(" | ".join([f"{kind}{unit}", "on", *names]), cells)]
