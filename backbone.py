@@ -15,10 +15,14 @@ train/eval switch:
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+
+from replay import Replayed
 
 NORMS = ("running", "batch", "support")
 EPS = 1e-5  # of batch norm
@@ -280,19 +284,32 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, parameters, lr: float, momentum: float = 0.9):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
+        self.replayed: dict[tuple, Replayed] = {}  # the steps of these momenta
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:  # of a head that is not yet used
-                    continue
+            moved = [p for p in group["params"] if p.grad is not None]  # not a head that is not yet used
+            for p in moved:
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"].mul_(group["momentum"]).add_(p.grad)
-                ahead = p.grad + group["momentum"] * momentum  # Nesterov's
-                step = orthogonal(ahead.flatten(1)) if p.ndim > 1 else ahead / (ahead.norm() + 1e-7)
-                p.sub_(step.view_as(p), alpha=group["lr"])
+            momenta = [self.state[p]["momentum"] for p in moved]
+            key = tuple(map(id, momenta))
+            if key not in self.replayed:
+                self.replayed[key] = Replayed(partial(muon_steps, momenta, group["momentum"]), moved[0].device, momenta)
+            for p, step in zip(moved, self.replayed[key](*(p.grad for p in moved)), strict=True):
+                p.sub_(step, alpha=group["lr"])
+
+
+def muon_steps(momenta: list[torch.Tensor], momentum: float, *gradients: torch.Tensor) -> list[torch.Tensor]:
+    """The steps of length or singular values 1 of parameters with these gradients; moves their `momenta`."""
+    steps = []
+    for average, gradient in zip(momenta, gradients, strict=True):
+        average.mul_(momentum).add_(gradient)
+        ahead = gradient + momentum * average  # Nesterov's
+        step = orthogonal(ahead.flatten(1)) if ahead.ndim > 1 else ahead / (ahead.norm() + 1e-7)
+        steps.append(step.view_as(gradient))
+    return steps
 
 
 def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:

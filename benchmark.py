@@ -723,7 +723,7 @@ def main(argv=None) -> list[dict]:
     groups["run"].add_argument("--repeats", type=experiment.whole(1), default=100, help="timed turns")
     once = "for meta_lstm: episodes that go through the cell together"
     groups["run"].add_argument("--tasks_at_once", type=experiment.whole(1), default=4, help=once)
-    seeds = "for protonet: trainings that are timed until validation passes 98.8 %"
+    seeds = "for protonet: trainings that are timed until validation passes 98.8 %%"
     groups["run"].add_argument("--seeds", type=experiment.whole(0), default=0, help=seeds)
     groups["run"].add_argument("--out", metavar="DIR", help="keep the figures in DIR/speed.json, as results/ does")
     named = argv or sys.argv

@@ -273,7 +273,8 @@ def setup(args) -> torch.device:
         return torch.device("mps")
     gpu = args.device != "cpu" and torch.cuda.is_available()
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if gpu else "gloo")
+        one_each = gpu and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+        dist.init_process_group("nccl" if one_each else "gloo")  # NCCL refuses processes that share a GPU
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     if not gpu:
         return torch.device("cpu")

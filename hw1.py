@@ -30,6 +30,7 @@ from backbone import Conv4, Muon
 from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
 from load_data import EpisodeSampler, deal_tasks, load_dataset, log_episode, refuse_trained_classes
 from memory import CausalAttention, ExternalMemory, accuracy_by_sight, one_step_late
+from replay import Gradient
 
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 RECIPES = {  # what --memory changes of the defaults
@@ -411,7 +412,8 @@ def main(argv=None) -> dict:
     judge = evaluate_sights if in_sequence else evaluate
     run = Run(args, "hw1", dataset.name, dataset.digest)
     run.track(model=model, **optimizers, **schedules, sampler=train)
-    for _ in run.steps():
+
+    def compute() -> torch.Tensor:
         images, labels = train.sample_rows()  # [B, K+1, N, 784], [B, K+1, N, N]; or one task of P classes
         with experiment.autocast(device, dtype):
             features = model.encode(images)
@@ -423,9 +425,12 @@ def main(argv=None) -> dict:
                 if P:
                     features, labels = deal_tasks(features, labels, B, N, train.generator)
                 loss = large + model.loss_function(model.classify(features, labels).float(), labels)
-        for optimizer in optimizers.values():
-            optimizer.zero_grad()
         loss.backward()
+        return loss.detach()
+
+    gradient = Gradient(compute, model, device, [train.generator])
+    for _ in run.steps():
+        loss = gradient()
         experiment.average_gradients(model)
         if args.clip > 0:
             nn.utils.clip_grad_norm_(model.parameters(), args.clip)

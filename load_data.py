@@ -204,9 +204,9 @@ def draw_distinct(rows: int, n: int, k: int, generator: torch.Generator, allowed
     `allowed` (bool [rows, n]) restricts each row to some of the integers.
     """
     device = generator.device
-    if allowed is None and k * k <= n:
+    if allowed is None and k * k <= n and device.type == "cpu":
         # Rare repeats: draw with replacement and draw the offending rows again, far fewer random
-        # numbers than one key per integer (on the CPU they are what a meta-batch costs).
+        # numbers than one key per integer (they are what a meta-batch costs; a GPU would have to wait for the look).
         drawn = torch.randint(n, (rows, k), generator=generator, device=device)
         while k > 1:
             ordered = drawn.sort(dim=1).values
@@ -302,7 +302,9 @@ class EpisodeSampler:
         self.images = images.contiguous().to(device)  # uint8 [total, C, H, W]
         self.counts = torch.from_numpy(counts).to(device)
         self.starts = torch.cumsum(self.counts, 0) - self.counts
-        self.same_count = int(counts[0]) if len(set(counts.tolist())) == 1 else None
+        self.most = int(counts.max())
+        self.same_count = self.most if len(set(counts.tolist())) == 1 else None
+        self.limits = torch.tensor([jitter] * 4 + ([shift] * 2 if shift > 0 else []), device=device)
         if one_drawer and not self.same_count:
             raise UserError(f"tasks of one drawer need as many images of each class; those of split '{split}' differ")
         self.one_drawer = one_drawer
@@ -362,8 +364,8 @@ class EpisodeSampler:
         if self.same_count:
             members = draw_distinct(B * N, self.same_count, K + Q, g)
         else:
-            largest = torch.arange(int(self.counts.max()), device=device)
-            members = draw_distinct(B * N, len(largest), K + Q, g, largest < self.counts[classes, None])
+            places = torch.arange(self.most, device=device)
+            members = draw_distinct(B * N, self.most, K + Q, g, places < self.counts[classes, None])
         rows = (self.starts[classes, None] + members).view(B, N, K + Q)
         if self.one_drawer:  # those that have drawn the first class
             drawers = rows % self.same_count
@@ -377,11 +379,10 @@ class EpisodeSampler:
         """Float32 images [B, ..., C, H, W] in [0, 1] of int64 rows [B, ...]."""
         images = self.images.index_select(0, rows.reshape(-1)).to(torch.float32).div_(255)
         if self.jitter > 0 or self.shift > 0:
-            limits = [self.jitter] * 4 + ([self.shift] * 2 if self.shift > 0 else [])
             rank, world = self.shard
-            shape = (world, rows.numel(), len(limits))  # all ranks draw for all and use their own
+            shape = (world, rows.numel(), len(self.limits))  # all ranks draw for all and use their own
             noise = torch.rand(shape, generator=self.generator, device=rows.device)[rank]
-            images = distort(images, torch.tensor(limits, device=rows.device) * (2 * noise - 1))
+            images = distort(images, self.limits * (2 * noise - 1))
         return images.view(*rows.shape, *self.images.shape[1:])
 
     def sample(self, batch_size: int | None = None, one_hot: bool = False, features: torch.Tensor | None = None):

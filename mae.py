@@ -25,6 +25,7 @@ import experiment
 from backbone import Block, Muon, SumOfAll, ViT, patchify, prototypes, sines_and_cosines, unpatchify
 from experiment import VAL_SEED, Run, UserError, number, whole
 from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_dataset, turns
+from replay import Gradient
 
 PATCH = 4  # pixels a side
 GRID = 4, 4  # points that `bend` moves
@@ -151,12 +152,11 @@ class Drawings:
         self.generator.set_state(state["generator"].cpu())
 
 
-def losses(model: MAE, train: Drawings, args, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The error on masked patches of a random minibatch, and the disagreement of two views (zero without --contrast).
+def losses(model: MAE, images: torch.Tensor, order: torch.Tensor, args, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """The error on masked patches of `draw`n images, and the disagreement of two views (zero without --contrast).
 
     The encoder sees each view once, masked, for both.
     """
-    images, order = train.draw(args.meta_batch_size, copies=2 if args.contrast else 1)
     patches, visible = patchify(images, PATCH), count_visible(order.shape[1], args.mask_ratio)
     with experiment.autocast(patches.device, dtype):
         predicted, tokens = model(patches, order, visible)
@@ -365,11 +365,16 @@ def main(argv=None) -> dict:
     )
     run = Run(args, "mae", dataset.name, dataset.digest)
     run.track(model=model, optimizer=optimizer, schedule=schedule, sampler=train)
-    for _ in run.steps():
-        error, disagreement = losses(model, train, args, dtype)
+
+    def compute(*drawn: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        error, disagreement = losses(model, *drawn, args, dtype)
         loss = error + args.contrast * disagreement
-        optimizer.zero_grad()
         loss.backward()
+        return loss.detach(), error.detach(), disagreement.detach()
+
+    gradient = Gradient(compute, model, device)
+    for _ in run.steps():
+        loss, error, disagreement = gradient(*train.draw(args.meta_batch_size, copies=2 if args.contrast else 1))
         experiment.average_gradients(model)
         optimizer.step()
         schedule.step()

@@ -45,6 +45,7 @@ import experiment
 from backbone import EPS, Conv4, Muon, conv4, prototypes
 from experiment import Run, UserError, number, whole
 from load_data import EpisodeSampler, fixed_tasks, load_dataset, log_episode
+from replay import Gradient
 
 Parameters = dict[str, torch.Tensor]
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "head")
@@ -434,19 +435,23 @@ def main(argv=None) -> dict:
     )
     run = Run(args, "maml", dataset.name, dataset.digest)
     run.track(model=learner, optimizer=optimizer, schedule=schedule, warmup=warmup, sampler=train)
+
+    def of_warmup() -> torch.Tensor:
+        return meta_gradient(learner, warmup.sample(), partial(warmup_loss, learner.theta(), s=s_warmup))
+
+    def of_tasks(weights) -> torch.Tensor:
+        step_sizes = learner.step_sizes(args.inner_steps)
+        loss_of = partial(task_loss, learner.theta(), step_sizes, s=s_train, weights=weights)
+        return meta_gradient(learner, train.sample(), loss_of)
+
+    warmup_gradient = Gradient(of_warmup, learner, device, [warmup.generator])
+    gradient = Gradient(of_tasks, learner, device, [train.generator])
     for step in run.steps():
-        progress = step / args.train_steps
-        weights = multi_step_weights(args.inner_steps, progress) if args.multi_step_loss else [1.0]
-        optimizer.zero_grad()
-        theta, step_sizes = learner.theta(), learner.step_sizes(args.inner_steps)
-        if step <= args.warmup_steps:
-            tasks, loss_of = warmup.sample(), partial(warmup_loss, theta, s=s_warmup)
-        else:
-            tasks, loss_of = train.sample(), partial(task_loss, theta, step_sizes, s=s_train, weights=weights)
-        loss = meta_gradient(learner, tasks, loss_of)
+        weights = multi_step_weights(args.inner_steps, step / args.train_steps) if args.multi_step_loss else [1.0]
+        loss = warmup_gradient() if step <= args.warmup_steps else gradient(torch.tensor(weights, device=device))
         experiment.average_gradients(learner)
         norm = nn.utils.clip_grad_norm_(trained, args.clip or float("inf"))
-        run.record(loss if norm.isfinite() else norm)  # a norm that is not finite ends the run like such a loss
+        run.record(torch.where(norm.isfinite(), loss, norm))  # a norm that is not finite ends the run like such a loss
         optimizer.step()
         schedule.step()
         if run.time_to_evaluate():

@@ -27,6 +27,7 @@ import experiment
 from backbone import Conv4, Muon, Residual, ViT, prototypes
 from experiment import Run, UserError, number, whole
 from load_data import Dataset, EpisodeSampler, LakeRuns, distort, fixed_tasks, load_dataset, log_episode
+from replay import Gradient
 
 # ---------------------------------------------------------------------------------- the method
 
@@ -222,10 +223,15 @@ def main(argv=None) -> dict:
     args.inverted = dataset.inverted  # predict.py prepares pictures the same way
     run = Run(args, "protonet", dataset.name, dataset.digest)
     run.track(model=encoder, optimizer=optimizer, schedule=schedule, sampler=train)
-    for _ in run.steps():
+
+    def compute() -> torch.Tensor:
         loss = episode_loss(encoder, train.sample(), N, dtype)
-        optimizer.zero_grad()
         loss.backward()
+        return loss.detach()
+
+    gradient = Gradient(compute, encoder, device, [train.generator])
+    for _ in run.steps():
+        loss = gradient()
         experiment.average_gradients(encoder)
         optimizer.step()
         schedule.step()

@@ -17,6 +17,8 @@ Everything else: docs/transfer.md.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ import experiment
 from backbone import Conv4
 from experiment import Run, UserError, number, whole
 from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_dataset, turns
+from replay import Gradient
 
 
 class Drawings:
@@ -240,14 +243,18 @@ def main(argv=None) -> dict:
         **{f"optimizer_{k}": v for k, v in optimizers.items()},
         **{f"schedule_{k}": v for k, v in schedules.items()},
     )
+
+    def compute(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss = F.cross_entropy(classifier(images, dtype, norm="batch", momentum=0.1), labels)
+        loss.backward()
+        return loss.detach()
+
+    gradients = {name: Gradient(partial(compute, part), part, device) for name, part in model.items()}
     for step in run.steps():
         name, drawings = ("pretrained", first) if step <= pretrain_steps else ("finetuned", second)
         if step == pretrain_steps + 1:  # phase 2 starts from the pre-trained body and a new head
             model["finetuned"].encoder.load_state_dict(model["pretrained"].encoder.state_dict())
-        images, labels = drawings.batch(args.meta_batch_size)
-        loss = F.cross_entropy(model[name](images, dtype, norm="batch", momentum=0.1), labels)
-        optimizers[name].zero_grad()
-        loss.backward()
+        loss = gradients[name](*drawings.batch(args.meta_batch_size))
         experiment.average_gradients(model[name])
         optimizers[name].step()
         schedules[name].step()

@@ -1,0 +1,180 @@
+"""On a GPU: a replayed step is the step, all scripts run, and two processes share one card. Skipped without one."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import REPO, known_dataset
+from torch.func import vmap
+
+import hw1
+import protonet
+from backbone import Conv4, Muon
+from load_data import EpisodeSampler, load_dataset
+from maml import MAML, Setting, meta_gradient, task_loss
+from replay import Gradient, Replayed
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+cuda = torch.device("cuda")
+SCRIPTS = [
+    "hw1.py", "hw1.py --memory attention", "hw1.py --memory external", "protonet.py", "protonet.py --encoder residual",
+    "maml.py", "maml.py --first_order", "maml.py --head proto --optimizer muon", "maml.py --freeze_body",
+    "maml.py --inner_steps 2 --multi_step_loss --learn_inner_lrs --per_step_norm", "meta_lstm.py", "transfer.py",
+    "mae.py", "memorization.py", "bayes.py", "profile_costs.py", "feature_weights.py --part closed_form",
+]  # fmt: skip
+
+
+def test_without_a_gpu_nothing_is_recorded():
+    seen = []
+
+    def compute(x):
+        seen.append(x)
+        return [2 * x]
+
+    doubled = Replayed(compute, torch.device("cpu"))
+    one, two = torch.ones(2), torch.ones(2)
+    assert doubled(one)[0].tolist() == [2, 2] and doubled(two)[0].tolist() == [2, 2]
+    assert seen[0] is one and seen[1] is two and len(seen) == 2
+
+
+def test_the_gradient_of_a_step_replaces_that_of_the_step_before():
+    model = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 1), "unused": torch.nn.Linear(2, 1)})
+
+    def compute(x):
+        loss = model["used"](x).sum()
+        loss.backward()
+        return loss.detach()
+
+    gradient = Gradient(compute, model, torch.device("cpu"))
+    model["unused"].weight.grad = torch.ones(1, 2)
+    for x in (torch.ones(1, 2), torch.full((1, 2), 3.0)):
+        assert gradient(x) == model["used"](x).sum()
+        assert torch.equal(model["used"].weight.grad, x) and model["unused"].weight.grad is None
+
+
+def trained(make, steps: int, replays: bool) -> tuple[list, list]:
+    """Losses and parameters of `steps` training steps, with graphs or without."""
+    torch.manual_seed(0)
+    model, compute, generators, optimizer = make()
+    gradient = Gradient(compute, model, cuda, generators)
+    gradient.replayed.records = replays
+    losses = []
+    for _ in range(steps):
+        losses.append(gradient().clone())
+        optimizer.step()
+        if isinstance(optimizer, Muon) and not replays:
+            for replayed in optimizer.replayed.values():
+                replayed.records = False
+    return losses, [*model.parameters(), *model.buffers(), *[g.get_state() for g in generators]]
+
+
+def of_protonet():
+    encoder = Conv4(width=16).to(cuda, memory_format=torch.channels_last)
+    sampler = EpisodeSampler(load_dataset("glyphs"), "train", 10, 1, 1, 1, 1, cuda, jitter=0.1, shift=0.1)
+
+    def compute():
+        loss = protonet.episode_loss(encoder, sampler.sample(), 10, torch.float32)
+        loss.backward()
+        return loss.detach()
+
+    return encoder, compute, [sampler.generator], Muon(encoder.parameters(), 0.05)
+
+
+def of_maml(**setting):
+    learner = MAML(Conv4(width=16, strided=True), 5, 2, 0.1, learn=True).to(cuda)
+    sampler = EpisodeSampler(load_dataset("glyphs"), "train", 5, 1, 2, 4, 1, cuda, jitter=0.1)
+    s = Setting(5, sphere=True, **setting)
+
+    def compute():
+        loss_of = partial(task_loss, learner.theta(), learner.step_sizes(2), s=s, weights=[0.5, 0.5])
+        return meta_gradient(learner, sampler.sample(), loss_of)
+
+    optimizer = torch.optim.Adam(learner.parameters(), 1e-3, fused=True)
+    return learner, compute, [sampler.generator], optimizer
+
+
+def of_mann():
+    model = hw1.MANN(5, 2, 32).to(cuda)
+    sampler = EpisodeSampler(load_dataset("glyphs"), "train", 5, 1, 1, 8, 1, cuda)
+
+    def compute():
+        images, labels = sampler.sample_rows()
+        loss = model.loss_function(model(images, labels), labels)
+        loss.backward()
+        return loss.detach()
+
+    return model, compute, [sampler.generator], torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+
+
+@gpu
+@pytest.mark.parametrize("make", [of_protonet, of_maml, partial(of_maml, first_order=True), of_mann])
+def test_a_replayed_step_is_the_step(make):
+    """The same losses, parameters, running averages and streams, to what the order of sums changes on a GPU."""
+    (losses, values), (replayed, replayed_values) = trained(make, 4, False), trained(make, 4, True)
+    assert len({float(loss) for loss in losses}) == 4  # a step that repeats the last one's tasks would show here
+    torch.testing.assert_close(torch.stack(replayed), torch.stack(losses), rtol=1e-4, atol=1e-5)
+    for a, b in zip(replayed_values, values, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@gpu
+def test_a_gpu_samples_as_evenly_as_a_cpu():
+    """No class or image twice in a task, each equally often, and no look at a value while drawing."""
+    sampler = EpisodeSampler(known_dataset(30, 20), "train", 5, 1, 1, 500, 1, cuda)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows, order = sampler.draw()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    rows, order = rows.cpu(), order.cpu()
+    classes = rows[:, :, 0] // 20
+    assert all(len(set(task.tolist())) == 5 for task in classes) and (rows[:, :, 0] != rows[:, :, 1]).all()
+    counts = torch.bincount(classes.flatten(), minlength=30).double()
+    assert ((counts - 2500 / 30) ** 2 / (2500 / 30)).sum() < 58  # chi-square, 29 degrees of freedom, p 0.001
+    assert all(sorted(task.tolist()) == list(range(5)) for task in order)
+
+
+@gpu
+def test_tasks_together_have_the_meta_gradient_of_a_loop():
+    torch.manual_seed(0)
+    learner = MAML(Conv4(width=8, strided=True), 5, 1, 0.4).to(cuda).double()
+    sampler = EpisodeSampler(load_dataset("glyphs"), "train", 5, 1, 2, 3, 1, cuda)
+    batch = tuple(x.double() if x.is_floating_point() else x for x in sampler.sample())
+    loss_of = partial(task_loss, learner.theta(), learner.step_sizes(1), s=Setting(5), weights=[1.0])
+    parameters = [p for p in learner.parameters() if p.requires_grad]
+    together = torch.autograd.grad(vmap(loss_of)(*batch).mean(), parameters)
+    single = torch.stack([loss_of(*task) for task in zip(*batch, strict=True)]).mean()
+    for a, b in zip(together, torch.autograd.grad(single, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@gpu
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_every_script_runs_and_resumes(command, run_script, tmp_path):
+    script, *flags = command.split()
+    data = (
+        []
+        if script in ("profile_costs.py", "feature_weights.py", "bayes.py", "memorization.py")
+        else ["--dataset", "glyphs"]
+    )
+    done = run_script(script, *flags, "--smoke", *data, "--device", "cuda", "--log_dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["seed"] == 1
+
+
+@gpu
+@pytest.mark.parametrize("script", ["protonet.py", "maml.py", "hw1.py"])
+def test_two_processes_share_a_gpu(script, work, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(REPO / script), "--smoke", "--dataset", "glyphs", "--device", "cuda", "--meta_batch_size", "8"]
+    done = subprocess.run(
+        [*command, "--log_dir", str(tmp_path)],
+        cwd=work, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (found,) = tmp_path.glob("*/metrics.json")
+    assert json.loads(found.read_text())["processes"] == 2
