@@ -8,6 +8,7 @@
     python benchmark.py maml --repeats 5             one meta-gradient of MAML
     python benchmark.py meta_lstm --repeats 10       one training step of the LSTM meta-learner
     python benchmark.py processes                    whole trainings: one thread, two threads, two processes of torchrun
+    python benchmark.py gpu --repeats 10             on a GPU: steps replayed, kernel by kernel, and task by task
     python benchmark.py NAME --out results           also into results/speed.json, in place of older figures of NAME
 
 The references are written the way papers and course code do it. Both contestants take turns within one
@@ -43,6 +44,7 @@ from experiment import UserError
 from hw1 import MANN, learn_a_little
 from load_data import Dataset, EpisodeSampler, load_dataset
 from maml import MAML, Setting, embed, meta_gradient, task_loss
+from replay import Gradient
 
 
 def race(contestants: dict, repeats: int, warmup: int = 5) -> dict[str, np.ndarray]:
@@ -538,6 +540,60 @@ def bench_maml(args, device: torch.device, dataset: Dataset) -> list[dict]:
     return results
 
 
+# ---------------------------------------------------------------------------------------- gpu
+
+
+def bench_gpu(args, device: torch.device, dataset: Dataset) -> list[dict]:
+    """Forward and backward pass as train loops replay them, beside the same launched kernel by kernel and by task."""
+    if device.type != "cuda":
+        raise UserError(
+            "benchmark.py gpu measures what a GPU replays, and there is none here; choose another benchmark"
+        )
+    dtype, results = experiment.precision(args, device), []
+    of_tasks = lambda *shape, **more: EpisodeSampler(dataset, "train", *shape, args.random_seed, device, **more)
+
+    def compare(title: str, step, model: nn.Module, sampler: EpisodeSampler, others: dict) -> None:
+        gradient = Gradient(step, model, device, [sampler.generator])
+        contestants = others | {"kernel by kernel": step, "replayed": gradient}
+        results.append(print_race(title, race(contestants, args.repeats, warmup=2), device))
+
+    for B in (16, 32, 100):
+        learner, s = MAML(Conv4(strided=True), 5, 1, 0.4).to(device), Setting(5, dtype=dtype)
+        sampler = of_tasks(5, 1, 15, B)
+
+        def by_task(learner=learner, sampler=sampler):
+            with experiment.autocast(device, dtype):
+                plain_maml_step(learner.theta(), sampler.sample(), 0.4, 1, False, True)
+
+        def together(learner=learner, sampler=sampler, s=s):
+            theta, sizes = learner.theta(), learner.step_sizes(1)
+            return meta_gradient(learner, sampler.sample(), lambda *task: task_loss(theta, sizes, *task, s, [1.0]))
+
+        compare(
+            f"gpu, maml, strided, 1 step, second order, B {B}", together, learner, sampler, {"task by task": by_task}
+        )
+    encoder = Conv4().to(device, memory_format=torch.channels_last)
+    sampler = of_tasks(60, 1, 1, 1, rotations=True, jitter=0.1, shift=0.1)
+
+    def of_protonet() -> torch.Tensor:
+        loss = protonet.episode_loss(encoder, sampler.sample(), 60, dtype)
+        loss.backward()
+        return loss.detach()
+
+    compare("gpu, protonet, 60 classes", of_protonet, encoder, sampler, {})
+    model, rows = MANN(2, 2, 128).to(device), of_tasks(2, 1, 1, 128, rotations=True)
+
+    def of_mann() -> torch.Tensor:
+        images, labels = rows.sample_rows()
+        with experiment.autocast(device, dtype):
+            loss = model.loss_function(model(images, labels).float(), labels)
+        loss.backward()
+        return loss.detach()
+
+    compare("gpu, mann, B 128, K 1, N 2", of_mann, model, rows, {})
+    return results
+
+
 # ---------------------------------------------------------------------------------- meta-LSTM
 
 
@@ -703,6 +759,7 @@ BENCHMARKS = {
     "meta_lstm": bench_meta_lstm,
     "costs": bench_costs,
     "processes": bench_processes,
+    "gpu": bench_gpu,
 }
 
 
