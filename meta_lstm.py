@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ import experiment
 from backbone import batch_norm
 from experiment import Run, UserError, number, whole
 from load_data import Dataset, EpisodeSampler, fixed_tasks, load_dataset, log_episode
+from replay import Gradient
 
 FILTERS, EPS = 32, 1e-3  # of the learner's convolutions and batch norms
 HIDDEN = 20  # units of the meta-learner's first layer
@@ -219,18 +221,20 @@ class MetaLSTM(nn.Module):
         self.theta0 = nn.Parameter(theta0)
         self.trained_share = trained_share
 
-    def start(self, B: int, dtype: torch.dtype) -> tuple[torch.Tensor, State]:
+    def draw_tiles(self, B: int) -> list[torch.Tensor]:
+        """The tiles of B tasks: all of them, or in training those that layer 1 is trained on and the others."""
+        tiles, device = -(-len(self.theta0) // TILE), self.theta0.device
+        if self.trained_share == 1 or not torch.is_grad_enabled():
+            return [torch.arange(B * tiles, device=device)]
+        trained = max(1, round(self.trained_share * B * tiles))
+        return [part.to(device) for part in torch.randperm(B * tiles).tensor_split([trained])]
+
+    def start(self, B: int, dtype: torch.dtype, tiles: list[torch.Tensor]) -> tuple[torch.Tensor, State]:
         """Initial parameters [B, P] and the empty memory."""
-        tiles = -(-len(self.theta0) // TILE)
-        theta = F.pad(self.theta0, (0, tiles * TILE - len(self.theta0))).expand(B, -1)
-        parts = [torch.arange(B * tiles)]
-        if self.trained_share < 1 and torch.is_grad_enabled():
-            trained = max(1, round(self.trained_share * B * tiles))
-            parts = torch.randperm(B * tiles).tensor_split([trained])
-        memory = []
-        for part in parts:
+        theta, memory = F.pad(self.theta0, (0, -len(self.theta0) % TILE)).expand(B, -1), []
+        for part in tiles:
             zeros = theta.new_zeros(len(part), HIDDEN, TILE, dtype=dtype)
-            memory.append((part.to(theta.device), zeros, zeros))
+            memory.append((part, zeros, zeros))
         gate = torch.zeros_like(theta)
         return theta, State(memory, gate, gate)
 
@@ -278,7 +282,10 @@ class GradientDescent:
     def __init__(self, theta0: torch.Tensor, rate: float):
         self.theta0, self.rate = theta0, rate
 
-    def start(self, B: int, dtype: torch.dtype):
+    def draw_tiles(self, B: int) -> list[torch.Tensor]:
+        return []
+
+    def start(self, B: int, dtype: torch.dtype, tiles: list[torch.Tensor]):
         return self.theta0.expand(B, -1), None
 
     def __call__(self, theta, grad, loss, state):
@@ -293,14 +300,25 @@ class Inner(NamedTuple):
     momentum: float  # weight of the newest batch-norm statistics
 
 
-def adapt(rule, learner: Learner, support, labels, inner: Inner, second_order=False, dtype=torch.float32, watch=None):
+def adapt(
+    rule,
+    learner: Learner,
+    support,
+    labels,
+    inner: Inner,
+    second_order=False,
+    dtype=torch.float32,
+    watch=None,
+    tiles: list[torch.Tensor] | None = None,
+):
     """Train B learners on their support sets [B, N*K, C, H, W]; returns (theta [B, P], batch-norm statistics).
 
     The learner's gradients and losses are constants to the meta-learner unless `second_order`.
-    `watch` is called with the losses [B] and the state after each update.
+    `watch` is called with the losses [B] and the state after each update. `tiles` as rule.draw_tiles draws them; None:
+    they are drawn here.
     """
     B, n = labels.shape
-    theta, state = rule.start(B, dtype)
+    theta, state = rule.start(B, dtype, rule.draw_tiles(B) if tiles is None else tiles)
     statistics = learner.fresh_statistics(theta)
     # Image 1 of every class, then image 2 of every class, ...: a batch holds all classes in equal parts.
     order = torch.arange(n, device=labels.device).view(learner.num_classes, -1).t().flatten()
@@ -340,15 +358,20 @@ def meta_gradient(
     tasks_at_once: int = 4,
     query_norm: str = "batch",
     second_order: bool = False,
+    tiles: list[list[torch.Tensor]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add the gradient of the mean query loss to rule's .grad; returns (loss, accuracy) of the meta-batch.
 
     query_norm: the queries are normalised by themselves ("batch", the paper) or by their support set ("support"), as
     in a test, but with the gradient of its statistics: where they count as constants training gets worse.
+    tiles: of each `tasks_at_once` tasks, as `adapt` takes them.
     """
     B, loss, accuracy = len(episodes[0]), 0.0, 0.0
-    for support, labels, query, query_labels in zip(*(x.split(tasks_at_once) for x in episodes), strict=True):
-        theta, _ = adapt(rule, learner, support, labels, inner, second_order, dtype)
+    for k, chunk in enumerate(zip(*(x.split(tasks_at_once) for x in episodes), strict=True)):
+        support, labels, query, query_labels = chunk
+        theta, _ = adapt(
+            rule, learner, support, labels, inner, second_order, dtype, tiles=None if tiles is None else tiles[k]
+        )
         if query_norm == "support":
             n = support.shape[1]
             logits = learner(theta, torch.cat([support, query], dim=1), dtype=dtype, num_support=n)[:, n:]
@@ -529,14 +552,24 @@ def main(argv=None) -> dict:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, falling if args.schedule == "cosine" else lambda step: 1.0)
     run = Run(args, "meta_lstm", dataset.name, dataset.digest)
     run.track(model=rule, optimizer=optimizer, schedule=schedule, sampler=train)
+    world = experiment.shard()[1]
+    chunks = [len(chunk) for chunk in torch.arange(args.meta_batch_size // world).split(args.tasks_at_once)]
+
+    def compute(query_norm: str, *drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tiles = [drawn[k :: len(chunks)] for k in range(len(chunks))]
+        return meta_gradient(
+            rule, learner, train.sample(), inner, dtype, args.tasks_at_once, query_norm, args.second_order, tiles
+        )
+
+    gradients = {
+        norm: Gradient(partial(compute, norm), rule, device, [train.generator]) for norm in ("batch", "support")
+    }
     for step in run.steps():
         query_norm = args.query_norm
         if query_norm == "both":
             query_norm = "batch" if step <= args.train_steps // 2 else "support"
-        optimizer.zero_grad()
-        loss, accuracy = meta_gradient(
-            rule, learner, train.sample(), inner, dtype, args.tasks_at_once, query_norm, args.second_order
-        )
+        tiles = [rule.draw_tiles(B) for B in chunks]
+        loss, accuracy = gradients[query_norm](*(part for parts in zip(*tiles, strict=True) for part in parts))
         experiment.average_gradients(rule)
         norm = nn.utils.clip_grad_norm_(rule.parameters(), args.clip or math.inf)
         optimizer.step()

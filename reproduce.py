@@ -44,7 +44,7 @@ from omniglot import ARCHIVES
 
 HERE = Path(__file__).resolve().parent
 OWN_OUTPUT = ("costs", "features")  # parts whose script writes several files itself, to --out
-PARTS = ("mann", "meta_lstm", "comparison", "memorization", "bayes", "costs", "features")
+PARTS = ("mann", "meta_lstm", "comparison", "mae", "memorization", "bayes", "costs", "features")
 WHERE = {"device", "data_folder", "dataset", "log_dir", "run_name", "out"}  # flags that change no figure
 TOLERANCE = 1e-3  # relative, of pulses taken on two machines whose old code is not at hand
 COURSE = "--head recurrent --logit_scale 1 --forget_bias 0 --no-rotations --schedule constant --clip 0"
@@ -53,6 +53,7 @@ RESIDUAL = "--encoder residual --image_size 32"
 LONG = "--jitter 0.1 --train_steps 12000 --eval_freq 500"
 TASKS = "--num_test_tasks 2000"
 SCRATCH = "--warmup_steps 0 --encoder strided"  # by the inner loop from the first step
+SEQUENCE = "--protocol sequence --num_shot 9 --hidden_dim 200 --meta_batch_size 16 --learning_rate 1e-3 --shift 0.1"
 MUON = "--meta_batch_size 16 --optimizer muon --learning_rate 0.05"
 
 
@@ -68,6 +69,7 @@ class Case(NamedTuple):
     seeds: int = 1
     minutes: float = 5  # of one seed at --scale cpu with one core, for the progress bar
     beyond: bool = False  # more than three hours hold: at --scale cpu only where --only names it
+    start: str = ""  # the case, with the same seed, whose weights it starts from; at smoke scale it starts afresh
 
 
 CASES = [
@@ -89,9 +91,19 @@ CASES = [
                           ("memory_256", "--learning_rate 1e-3 --hidden_dim 256"),
                           ("gru", "--learning_rate 1e-3 --recurrent gru"),
                           ("3_layers", "--learning_rate 1e-3 --num_layers 3"))],
-    Case("meta_lstm", "5way1shot", "meta_lstm.py", "--num_classes 5 --num_shot 1", "", "--train_steps 30000", 1, 30),
+    *[Case("mann", f"attention_{name}", "hw1.py", f"--memory attention {recipe}",
+           f"--train_steps {steps} --eval_freq 500", "--train_steps 40000 --eval_freq 2000", 3, minutes, beyond=True)
+      for name, recipe, steps, minutes in (
+          ("K1N5", "--num_shot 1 --num_classes 5", 8000, 30),
+          ("K5N5", "--num_shot 5 --num_classes 5 --shared_classes 20", 8000, 40),
+          ("K1N20", "--num_shot 1 --num_classes 20", 12000, 60))],
+    Case("mann", "external_sequence", "hw1.py", "--memory external", "--train_steps 8000", "--train_steps 100000", 3,
+         60, beyond=True),
+    Case("mann", "lstm_sequence", "hw1.py", f"{SEQUENCE} --jitter 0.1 --num_val_tasks 400",
+         "--train_steps 8000 --eval_freq 1000", "--train_steps 100000 --eval_freq 1000", 3, 30, beyond=True),
+    Case("meta_lstm", "5way1shot", "meta_lstm.py", "--num_classes 5 --num_shot 1", "", "--train_steps 30000", 3, 30),
     Case("meta_lstm", "5way5shot", "meta_lstm.py", "--num_classes 5 --num_shot 5", "--train_steps 3000 --eval_freq 300",
-         "--train_steps 30000", 1, 25),
+         "--train_steps 30000", 3, 25),
     # 10 shots leave 10 of a character's 20 images for queries, where the preset wants 15
     Case("meta_lstm", "10way10shot", "meta_lstm.py", "--preset 10way10shot --train_query 5 --num_query 5",
          "--train_steps 250 --eval_freq 125 --num_val_tasks 40", "", 1, 6),
@@ -99,7 +111,7 @@ CASES = [
            "--train_steps 6000", minutes=minutes)
       for name, recipe, minutes in (("short", "", 3), ("pool", "--fixed_pool 6", 3),
                                     ("second_order", "--second_order --trained_share 1", 11))],
-    Case("comparison", "transfer", "transfer.py", "", "", "--train_steps 16000 --finetune_steps 6000", 1, 5),
+    Case("comparison", "transfer", "transfer.py", "", "", "--train_steps 16000 --finetune_steps 6000", 3, 5),
     Case("comparison", "protonet", "protonet.py", "", TASKS, TASKS, 3, 2),
     Case("comparison", "protonet_long", "protonet.py", "", f"{TASKS} --train_steps 15000 --eval_freq 1500",
          f"{TASKS} --train_steps 60000 --eval_freq 2000", 3, 10),
@@ -107,7 +119,7 @@ CASES = [
          f"{TASKS} --train_steps 8000 --eval_freq 1000", f"{TASKS} --train_steps 30000 --eval_freq 2000", 3, 15),
     Case("comparison", "protonet_lake", "protonet.py",
          f"{LAKE} {RESIDUAL} --jitter 0.2 --shift 0.15 --views 32",
-         f"{TASKS} --train_steps 10000 --eval_freq 1000", f"{TASKS} --train_steps 30000 --eval_freq 2000", 1, 20),
+         f"{TASKS} --train_steps 10000 --eval_freq 1000", f"{TASKS} --train_steps 30000 --eval_freq 2000", 3, 20),
     # The network that ships (pretrained/): other people's pens and sizes, each picture read once as predict.py does.
     Case("comparison", "pretrained", "protonet.py", "--width 48 --jitter 0.2 --shift 0.15 --views 1",
          "--train_steps 800 --eval_freq 400", "--train_steps 15000 --eval_freq 1500", 1, 2),
@@ -116,12 +128,12 @@ CASES = [
     Case("comparison", "protomaml", "maml.py", "--head proto --first_order --inner_lr 0.01", "",
          "--train_steps 60000 --eval_freq 1000", 3, 7),
     Case("comparison", "maml", "maml.py", "", "", "--train_steps 60000 --eval_freq 1000", 3, 8),
-    Case("comparison", "anil", "maml.py", "--freeze_body", "", "--train_steps 60000 --eval_freq 1000", 1, 7),
+    Case("comparison", "anil", "maml.py", "--freeze_body", "", "--train_steps 60000 --eval_freq 1000", 3, 7),
     *[Case("comparison", f"maml_{N}way{K}shot", "maml.py", f"--num_classes {N} --num_shot {K}",
-           "--num_val_tasks 100", "--train_steps 60000 --eval_freq 1000", 1, minutes, beyond=True)
-      for N, K, minutes in ((5, 5, 10), (20, 1, 20), (20, 5, 25))],
+           "--num_val_tasks 100", "--train_steps 60000 --eval_freq 1000", 3, minutes, beyond=True)
+      for N, K, minutes in ((5, 5, 10), (10, 1, 12), (20, 1, 20), (20, 5, 25))],
     *[Case("comparison", f"maml_{N}way5shot_32_pixels", "maml.py", f"--num_classes {N} --num_shot 5 --image_size 32",
-           f"--num_val_tasks 100 {steps}", "--train_steps 60000 --eval_freq 1000", 1, minutes, beyond=True)
+           f"--num_val_tasks 100 {steps}", "--train_steps 60000 --eval_freq 1000", 3, minutes, beyond=True)
       for N, steps, minutes in ((5, "", 15), (20, "--warmup_steps 12000 --train_steps 12500 --eval_freq 6250", 40))],
     # All four N and K are tested with one network.
     Case("comparison", "protonet_vinyals", "protonet.py", "--split vinyals",
@@ -138,8 +150,24 @@ CASES = [
           ("protomaml", 8000, "--head proto --first_order --inner_lr 0.01"),
           ("mamlpp", 2500,
            "--meta_batch_size 16 --inner_steps 3 --learn_inner_lrs --multi_step_loss --per_step_norm"))],
-    Case("comparison", "maml_plain", "maml.py", "--features plain", "", "--train_steps 60000 --eval_freq 1000", 1, 8,
+    Case("comparison", "maml_plain", "maml.py", "--features plain", "", "--train_steps 60000 --eval_freq 1000", 3, 8,
          beyond=True),
+    # The paper's own 5-way recipe, with as many queries as the course asks.
+    Case("comparison", "maml_paper", "maml.py",
+         f"{SCRATCH} --features plain --head_lr 0.4 --meta_batch_size 32 --train_query 15 --schedule constant "
+         "--learning_rate 1e-3", "--train_steps 60000 --eval_freq 2000", "--train_steps 60000 --eval_freq 2000", 1, 600,
+         beyond=True),
+    Case("memorization", "characters_maml_shared_body", "maml.py",
+         "--num_classes 20 --fixed_labels --warmup_steps 0 --features plain", "--num_val_tasks 100", "", 1, 20,
+         beyond=True),
+    Case("mae", "mae", "mae.py", "", "", "--train_steps 30000", 3, 60, beyond=True),
+    *[Case("mae", f"mae_alone_{ratio}_masked", "mae.py", f"--contrast 0 --mask_ratio 0.{ratio}", "", "", 1, 30,
+           beyond=True) for ratio in (25, 50, 75, 90)],
+    *[Case("mae", f"mae_{ratio}_masked", "mae.py", f"--mask_ratio 0.{ratio}", "", "", 1, 60, beyond=True)
+      for ratio in (25, 75, 90)],
+    *[Case("mae", f"vit_{n}_characters{name}", "protonet.py", f"--encoder vit --train_characters {n}", TASKS, TASKS, 3,
+           8, beyond=True, start=start)
+      for n in (50, 200, 1100) for name, start in (("", ""), ("_from_mae", "mae"))],
     *[Case("memorization", f"{task}_{learner}_{regulariser}", "memorization.py",
            f"--task {task} --learner {learner} --regulariser {regulariser}", seeds=3, minutes=2, beyond=True)
       for task in ("sinusoid", "basis", "diseased", "grasping") for learner in ("maml", "blackbox")
@@ -219,6 +247,10 @@ def make_jobs(cases: list[Case], scale: str, device: str, dataset: str, only: st
             if case.part not in OWN_OUTPUT and "--dataset" not in flags:
                 flags += ["--dataset", dataset]
             flags += ["--random_seed", str(seed)]
+            if case.start and scale != "smoke":
+                (start,) = (c for c in cases_of(case.part) if c.name == case.start)
+                (of_seed,) = (j for j in make_jobs([start], scale, device, dataset, "seed") if j.seed == seed)
+                flags += ["--init_from", str(Path("runs") / f"reproduce_{scale}" / f"{of_seed.name}_{of_seed.key}")]
             key = hashlib.sha256(json.dumps([case.script, flags, pixels]).encode()).hexdigest()[:16]
             jobs.append(Job(name, case, seed, [*flags, "--device", device], key))
     return jobs
