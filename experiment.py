@@ -180,6 +180,8 @@ def parse(
         known = {action.dest for action in parser._actions}
         flags = {k: v for k, v in saved["flags"].items() if k in known and k not in RUN_FLAGS}
         flags["num_test_tasks"] = saved["flags"]["num_test_tasks"]
+        if typed.get("resume"):
+            flags["device"] = saved["flags"]["device"]
         for name, value in typed.items():
             bound = name not in RUN_FLAGS if typed.get("resume") else name in fixed
             if typed.get("resume") and name == "train_steps" and value > flags[name]:
@@ -532,6 +534,10 @@ class Run:
             state = load_checkpoint(path)
             if set(state.get("objects", {})) != set(objects):
                 raise UserError(f"{path} is a checkpoint of another script; use another run")
+            saved_on, now_on = ("cuda" if on else "cpu" for on in (state["rng"]["cuda"], torch.cuda.is_initialized()))
+            if saved_on != now_on:
+                streams = f"the random streams of --device {saved_on}, which --device {now_on} cannot continue"
+                raise UserError(f"--resume {self.folder} has {streams}; use --device {saved_on}")
             for name, target in objects.items():
                 load_state(target, state["objects"][name], path)
             for name in RUN_STATE:

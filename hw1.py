@@ -331,7 +331,7 @@ def parse_args(argv=None):
         "meta_batch_size": 32,
     }
     less = {"meta_batch_size": 4, "train_steps": 10, "eval_freq": 5}
-    smoke |= {"attention": less | {"shared_classes": 8}, "external": less | {"num_shot": 3}}.get(kind, {})
+    smoke |= {"attention": less | {"shared_classes": 20}, "external": less | {"num_shot": 3}}.get(kind, {})
     shapes = tuple("memory heads hidden_dim recurrent num_layers head logit_scale encoder image_size".split())
     shapes += () if kind == "attention" else ("num_classes",)  # attention may be asked for other N than it learned
     groups["run"].add_argument("--init_from", **experiment.INIT_FROM)

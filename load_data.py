@@ -239,7 +239,8 @@ class EpisodeSampler:
 
     The packed images of one split live on `device`; a draw is one gather, without a Python loop over
     tasks, classes or images. The generator is the sampler's own: `state_dict` and `load_state_dict`
-    continue a stream exactly, `reset` starts it again.
+    continue a stream exactly, `reset` starts it again. Training tasks are drawn on `device`; those of the other
+    splits on the CPU, so that a GPU is tested on the very same ones.
 
     rotations: adds every class turned by 90, 180 and 270 degrees as three more classes. Where the dataset is `turned`
         they are there in any case, in validation and test too.
@@ -300,7 +301,8 @@ class EpisodeSampler:
             name = dataset.names[chosen[smallest % len(chosen)]]
             raise UserError(f"{k} plus {q} is more than the {counts[smallest]} images of {name}; use fewer")
         self.images = images.contiguous().to(device)  # uint8 [total, C, H, W]
-        self.counts = torch.from_numpy(counts).to(device)
+        drawn_on = device if split == "train" else "cpu"
+        self.counts = torch.from_numpy(counts).to(drawn_on)
         self.starts = torch.cumsum(self.counts, 0) - self.counts
         self.most = int(counts.max())
         self.same_count = self.most if len(set(counts.tolist())) == 1 else None
@@ -314,24 +316,23 @@ class EpisodeSampler:
             members = members[members.sum(1) >= self.N]
             if len(members) == 0:
                 raise UserError(f"--within_alphabet: no alphabet of split '{split}' has {self.N} characters")
-            self.groups = torch.from_numpy(members).to(device)
+            self.groups = torch.from_numpy(members).to(drawn_on)
         self.labels = torch.arange(self.N, device=device)
         self.one_hot = torch.eye(self.N, device=device)
-        self.generator = torch.Generator(device)
+        self.generator = torch.Generator(drawn_on)
         self.reset()
 
     def __getstate__(self) -> dict:
         """What pickle and copy take, for workers that do not start as copies of this process: arrays, no tensors."""
-        arrays = {k: v.cpu().numpy() for k, v in self.__dict__.items() if isinstance(v, torch.Tensor)}
-        g = self.generator
-        return self.__dict__ | arrays | {"generator": g.get_state().numpy(), "device": g.device}
+        tensors = {k: v for k, v in self.__dict__.items() if isinstance(v, torch.Tensor)}
+        arrays = {k: v.cpu().numpy() for k, v in tensors.items()} | {"generator": self.generator.get_state().numpy()}
+        devices = {k: v.device for k, v in tensors.items()} | {"generator": self.generator.device}
+        return self.__dict__ | arrays | {"devices": devices}
 
     def __setstate__(self, state: dict) -> None:
-        generator, device = torch.from_numpy(state.pop("generator").copy()), state.pop("device")
-        self.__dict__ |= {
-            k: torch.from_numpy(v.copy()).to(device) if isinstance(v, np.ndarray) else v for k, v in state.items()
-        }
-        self.generator = torch.Generator(device)
+        generator, devices = torch.from_numpy(state.pop("generator").copy()), state.pop("devices")
+        self.__dict__ |= {k: torch.from_numpy(v.copy()).to(devices[k]) if k in devices else v for k, v in state.items()}
+        self.generator = torch.Generator(devices["generator"])
         self.generator.set_state(generator)
 
     def reset(self) -> None:
@@ -373,7 +374,7 @@ class EpisodeSampler:
         order = torch.rand(B, N * Q, generator=g, device=device).argsort(dim=1)
         rank, world = self.shard
         mine = slice(rank * B // world, (rank + 1) * B // world)
-        return rows[mine], order[mine]
+        return rows[mine].to(self.images.device), order[mine].to(self.images.device)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Float32 images [B, ..., C, H, W] in [0, 1] of int64 rows [B, ...]."""

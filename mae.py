@@ -189,13 +189,13 @@ def quarters(tokens: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def embed(encoder: ViT, images: torch.Tensor, dtype: torch.dtype, views: int = 1, limits=(0, 0, 0), seed=0):
     """Features [views, n, D] of uint8 images [n, C, H, W]: of each as it is, then of `views` - 1 distorted copies."""
-    g = torch.Generator(images.device).manual_seed(seed)
+    g = torch.Generator().manual_seed(seed)  # the CPU's: the same copies on a GPU
     features = []
     for part in images.split(250):
         part, seen = part.float() / 255, []
         for view in range(views):
-            noise = torch.rand(len(part), 6, generator=g, device=g.device) * 2 - 1
-            moves = torch.randn(len(part), 2, *GRID, generator=g, device=g.device)
+            noise = (torch.rand(len(part), 6, generator=g) * 2 - 1).to(part.device)
+            moves = torch.randn(len(part), 2, *GRID, generator=g).to(part.device)
             copy = distorted(part, noise, moves, limits) if view else part
             with experiment.autocast(images.device, dtype):
                 tokens = encoder.tokens(patchify(copy, PATCH))

@@ -194,6 +194,7 @@ def one_step_late(features: torch.Tensor, labels: torch.Tensor, generator: torch
     """
     B, R, N, _ = features.shape
     order = torch.rand(B, R * N, generator=generator, device=generator.device).argsort(dim=1)[..., None]
+    order = order.to(features.device)
     features = features.flatten(1, 2)
     features = features.gather(1, order.expand_as(features))
     one_hot = labels.flatten(1, 2)

@@ -2,13 +2,14 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from functools import partial
 
 import pytest
 import torch
-from conftest import REPO, known_dataset
+from conftest import REPO, known_dataset, one_line_error
 from torch.func import vmap
 
 import hw1
@@ -16,6 +17,7 @@ import protonet
 from backbone import Conv4, Muon
 from load_data import EpisodeSampler, load_dataset
 from maml import MAML, Setting, meta_gradient, task_loss
+from memory import one_step_late
 from replay import Gradient, Replayed
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -136,6 +138,33 @@ def test_a_gpu_samples_as_evenly_as_a_cpu():
     counts = torch.bincount(classes.flatten(), minlength=30).double()
     assert ((counts - 2500 / 30) ** 2 / (2500 / 30)).sum() < 58  # chi-square, 29 degrees of freedom, p 0.001
     assert all(sorted(task.tolist()) == list(range(5)) for task in order)
+
+
+@gpu
+def test_a_gpu_is_tested_on_the_tasks_of_a_cpu():
+    """Validation and test tasks, the order of sequences with late labels, and distorted copies."""
+    dataset = load_dataset("glyphs")
+    here, there = (EpisodeSampler(dataset, "test", 5, 1, 3, 4, 1, device) for device in ("cpu", cuda))
+    for a, b in zip(here.sample(), there.sample(), strict=True):
+        assert b.is_cuda and torch.equal(a, b.cpu())
+    here, there = (EpisodeSampler(dataset, "val", 5, 2, 1, 4, 1, device) for device in ("cpu", cuda))
+    sequences = [one_step_late(*sampler.sample_rows(), sampler.generator) for sampler in (here, there)]
+    for a, b in zip(*sequences, strict=True):
+        assert torch.equal(a, b.cpu())
+    again = pickle.loads(pickle.dumps(there))
+    assert again.images.is_cuda and torch.equal(again.draw()[0], there.draw()[0])
+
+
+@gpu
+@pytest.mark.parametrize("first", ["cpu", "cuda"])
+def test_a_run_does_not_change_the_device(first, run_script, tmp_path):
+    """Resumed where it was trained it goes on, even if another device were chosen by itself; elsewhere one line."""
+    flags = ["--smoke", "--dataset", "glyphs", "--schedule", "constant", "--log_dir", tmp_path, "--run_name", "run"]
+    assert run_script("hw1.py", *flags, "--device", first).returncode == 0
+    other = {"cpu": "cuda", "cuda": "cpu"}[first]
+    refused = run_script("hw1.py", "--resume", tmp_path / "run", "--train_steps", 60, "--device", other)
+    one_line_error(refused, "--device", first)
+    assert run_script("hw1.py", "--resume", tmp_path / "run", "--train_steps", 60).returncode == 0
 
 
 @gpu

@@ -468,7 +468,7 @@ def test_smoke_runs_leave_their_figures(tmp_path):
     assert metrics["test_accuracy"] == metrics["test_accuracy_alone"] > 0.5  # it starts at the nearest neighbour
     assert sorted(pictures(tmp_path / "a")) == ["attention", "episode"]
     flags = json.loads((tmp_path / "a" / "flags.json").read_text())["flags"]
-    assert flags["encoder"] == "conv4" and flags["shared_classes"] == 8 and flags["encoder_rate"] == 0.1
+    assert flags["encoder"] == "conv4" and flags["shared_classes"] == 20 and flags["encoder_rate"] == 0.1
     more = ["--memory", "attention", "--test", "--checkpoint", str(tmp_path / "a"), "--num_test_tasks", "20"]
     assert hw1.main([*more, "--num_classes", "9", "--num_shot", "3"])["N"] == 9  # more than it has learned
     assert hw1.main(more)["test_accuracy"] == metrics["test_accuracy"]

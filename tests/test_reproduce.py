@@ -265,7 +265,7 @@ def test_every_pulse_crosses_the_phases_of_its_recipe():
         module = __import__(case.script.removesuffix(".py"))
         args = module.parse_args(f"{reproduce.PULSES[case.script]} {case.recipe}".split())
         assert args.eval_freq < args.train_steps, case
-        if case.name.endswith("_scratch"):
+        if "--warmup_steps 0" in case.recipe:
             assert args.warmup_steps == 0
         elif case.script == "maml.py":
             assert 0 < args.warmup_steps < args.train_steps - args.eval_freq + 1, case
@@ -282,7 +282,7 @@ def test_only_chooses_runs_by_parts_of_their_names():
     def names(only: str) -> set[str]:
         return {job.name for job in reproduce.make_jobs(cases_of("comparison"), "cpu", "cpu", "auto", only)}
 
-    assert names("anil,maml_seed1") == {f"comparison_{m}_seed1" for m in ("anil", "maml", "fomaml", "protomaml")}
+    assert names("anil_seed1,maml_seed1") == {f"comparison_{m}_seed1" for m in ("anil", "maml", "fomaml", "protomaml")}
     assert len(names("seed")) > len(names("seed1")) > 5 and not names("nothing")
 
 
@@ -292,9 +292,31 @@ def test_what_three_hours_cannot_hold_waits_to_be_named():
 
     beyond = {f"comparison_maml_20way{case}_seed1" for case in ("1shot", "5shot", "5shot_32_pixels")}
     beyond.add("memorization_basis_maml_none_seed1")
-    assert not beyond & names("cpu") and beyond < names("full") and beyond < names("smoke")
-    assert names("cpu", "maml_20way,basis_maml_none_seed1") == beyond
+    assert not beyond & names("cpu") and beyond < names("full")
+    some = "maml_20way1shot_seed1,maml_20way5shot_seed1,20way5shot_32_pixels_seed1,basis_maml_none_seed1"
+    assert names("cpu", some) == beyond
     assert sum(case.minutes * case.seeds for case in cases_of("all") if not case.beyond) <= 2 * 180
+
+
+def test_the_smallest_form_leaves_out_what_only_has_other_numbers():
+    def jobs(scale: str, dataset: str) -> list:
+        return reproduce.make_jobs(cases_of("all"), scale, "cpu", dataset, "seed")
+
+    names = {job.name for job in jobs("smoke", "glyphs")}
+    assert {"mann_K1N2_seed1", "comparison_maml_5way5shot_seed1", "meta_lstm_5way1shot_pool_seed1"} < names
+    assert not {"mann_K2N2_seed1", "comparison_maml_20way1shot_seed1", "meta_lstm_5way5shot_seed1"} & names
+    assert {job.case.script for job in jobs("smoke", "glyphs")} == {job.case.script for job in jobs("cpu", "omniglot")}
+
+
+def test_a_run_that_starts_from_another_names_that_run():
+    """The weights of the same seed; at smoke scale and for the pulse it starts afresh."""
+    jobs = {job.name: job for job in reproduce.make_jobs(cases_of("mae"), "cpu", "cpu", "omniglot", "seed")}
+    before, after = jobs["mae_mae_seed2"], jobs["mae_vit_50_characters_from_mae_seed2"]
+    assert after.flags[after.flags.index("--init_from") + 1] == f"runs/reproduce_cpu/{before.name}_{before.key}"
+    afresh = jobs["mae_vit_50_characters_seed2"]
+    assert "--init_from" not in afresh.flags and afresh.case.recipe == after.case.recipe
+    smoke = reproduce.make_jobs(cases_of("mae"), "smoke", "cpu", "glyphs")
+    assert not any("--init_from" in job.flags for job in smoke)
 
 
 def test_a_failure_is_named_and_the_others_run(monkeypatch, tmp_path, capsys):
