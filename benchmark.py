@@ -9,6 +9,7 @@
     python benchmark.py meta_lstm --repeats 10       one training step of the LSTM meta-learner
     python benchmark.py processes                    whole trainings: one thread, two threads, two processes of torchrun
     python benchmark.py gpu --repeats 10             on a GPU: steps replayed, kernel by kernel, and task by task
+    python benchmark.py maml --peers                 also MAML by installed peers; protonet and costs as well: peers.py
     python benchmark.py NAME --out results           also into results/speed.json, in place of older figures of NAME
 
 The references are written the way papers and course code do it. Both contestants take turns within one
@@ -751,6 +752,17 @@ def bench_processes(args, device: torch.device, dataset: Dataset) -> list[dict]:
     return results
 
 
+# -------------------------------------------------------------------------------------- peers
+
+
+def bench_peers(args, device: torch.device, dataset: Dataset | None) -> list[dict]:
+    """Ours beside installed peers, which have shown that they compute the same."""
+    import peers
+
+    races = peers.RACES[args.benchmark](args, device, dataset)
+    return [print_race(title, race(contestants, args.repeats, warmup=2), device) for title, contestants in races]
+
+
 BENCHMARKS = {
     "episodes": bench_episodes,
     "mann": bench_mann,
@@ -782,16 +794,22 @@ def main(argv=None) -> list[dict]:
     groups["run"].add_argument("--tasks_at_once", type=experiment.whole(1), default=4, help=once)
     seeds = "for protonet: trainings that are timed until validation passes 98.8 %%"
     groups["run"].add_argument("--seeds", type=experiment.whole(0), default=0, help=seeds)
+    installed = "for maml, protonet and costs: also race installed peers (requirements-peers.txt)"
+    groups["run"].add_argument("--peers", action="store_true", help=installed)
     groups["run"].add_argument("--out", metavar="DIR", help="keep the figures in DIR/speed.json, as results/ does")
     named = argv or sys.argv
     parser.set_defaults(meta_batch_size=128 if {"episodes", "mann"} & set(named) else 4 if "meta_lstm" in named else 16)
     args = experiment.parse(parser, argv, smoke={"repeats": 1})
     if args.out and not Path(args.out).is_dir():
         raise UserError(f"--out {args.out} is not a folder; name one that exists")
+    if args.peers and args.benchmark not in ("maml", "protonet", "costs"):
+        raise UserError(f"--peers: there is no peer of {args.benchmark}; drop it, or choose maml, protonet or costs")
     device = experiment.setup(args)
     # Sinusoids need no images.
     dataset = None if args.benchmark == "costs" else load_dataset(args.dataset, args.data_folder, args.split)
     results = BENCHMARKS[args.benchmark](args, device, dataset)
+    if args.peers:
+        results += bench_peers(args, device, dataset)
     if args.out:
         keep(results, args, Path(args.out) / "speed.json")
     return results

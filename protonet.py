@@ -58,7 +58,8 @@ def embed(encoder: nn.Module, images: torch.Tensor, dtype: torch.dtype, **norm) 
     flat = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
     with experiment.autocast(images.device, dtype):
         features = encoder(flat, **norm)
-    return temper(features.float()).view(B, n, -1)
+    features = features if features.dtype == torch.float64 else features.float()
+    return temper(features).view(B, n, -1)
 
 
 def episode_loss(encoder: nn.Module, episode, num_classes: int, dtype: torch.dtype) -> torch.Tensor:
