@@ -270,12 +270,12 @@ def races_of_costs(args, device: torch.device, dataset: Dataset | None) -> Itera
         return profile_costs.maml_gradient(model, tasks, rate, steps, at_once, "maml", engine).item()
 
     some, double = in_double(tasks), copy.deepcopy(model).double()
-    checked = {}
-    for name, peer in peers.items():
-        checked[name] = lambda net=layers_of(double), peer=peer: (
-            peer(net, F.mse_loss, some, rate, steps),
-            as_one_vector(net),
-        )
+
+    def theirs(peer: Callable) -> tuple[float, torch.Tensor]:
+        net = layers_of(double)
+        return peer(net, F.mse_loss, some, rate, steps), as_one_vector(net)
+
+    checked = {name: partial(theirs, peer) for name, peer in peers.items()}
     contestants = {"ours": timed(partial(ours, model, tasks), model)}
     for name in admitted(title, lambda: (ours(double, some), gradients(double)), checked):
         net = layers_of(model)

@@ -381,6 +381,49 @@ def draw_costs(out: Path) -> None:
     save(cost_figure(rows, engine, costs), out / "costs.png")
 
 
+AXES = {"N": "classes N", "K": "shots K", "Q": "queries Q", "B": "meta-batch B", "side": "pixels a side"}
+
+
+def growth_figure(rows: list[dict], fits: list[dict], note: str):
+    """Seconds (left, blue) and peak memory (right, red) of a training step: a panel an axis, with the fitted powers."""
+    figure, axes = new_figure(1, len(fits), (3.4 * len(fits) + 0.8, 3.6), "both")
+    for ax, fit in zip(axes[0], fits, strict=True):
+        curve = sorted((r for r in rows if r["axis"] == fit["axis"] and "seconds" in r), key=lambda r: r["value"])
+        x, twin = [row["value"] for row in curve], ax.twinx()
+        twin.spines["top"].set_visible(False)
+        sides = (ax, "seconds", 1e3, BLUE, "o"), (twin, "peak_bytes", 1e-6, RED, "s")
+        for side, key, scale, colour, marker in sides:
+            figures = [row[key] * scale for row in curve]
+            side.plot(x, figures, marker=marker, markersize=4, linewidth=0, color=colour)
+            side.set(xscale="log", yscale="log")
+            side.minorticks_off()
+            side.tick_params(axis="y", labelcolor=colour)
+            if fit[key] is not None:
+                over = fit["fitted_over"]
+                rests = [math.log(y / v ** fit[key]) for v, y in zip(over, figures[-len(over) :], strict=True)]
+                level = math.exp(statistics.fmean(rests))
+                side.plot(over, [level * v ** fit[key] for v in over], color=colour, linewidth=1)
+        ax.set_xticks(x, [str(value) for value in x])
+        ax.set_xlabel(AXES[fit["axis"]])
+        powers = ["-" if fit[key] is None else f"{fit[key]:.2f}" for key in ("seconds", "peak_bytes")]
+        ax.set_title(f"powers: time {powers[0]}, memory {powers[1]}", fontsize=8)
+    axes[0, 0].set_ylabel("a training step (ms)", color=BLUE)
+    twin.set_ylabel("its peak memory (MB)", color=RED)
+    figure.supxlabel(note, fontsize=8, color="0.4")
+    return figure
+
+
+def draw_growth(out: Path) -> None:
+    """How a training step of each method grows, as growth_<method>.png."""
+    if not (out / "growth.json").exists():
+        return
+    found = read(out / "growth.json")
+    for name, defaults in found["defaults"].items():
+        rows, fits = ([row for row in found[key] if row["method"] == name] for key in ("rows", "fits"))
+        setting = ", ".join(f"{axis} {value}" for axis, value in defaults.items())
+        save(growth_figure(rows, fits, f"{name} around {setting}; {processor(found)}"), out / f"growth_{name}.png")
+
+
 def draw_adapted(runs: dict[str, dict], path: Path) -> None:
     """Truth, support points, and the function before and after adaptation on test tasks; a row for each method."""
     runs = {method: run for method, run in runs.items() if "examples" in run}
@@ -679,6 +722,7 @@ def draw_everything(out: Path) -> None:
     draw_protonet(out)
     draw_meta_lstm(out)
     draw_costs(out)
+    draw_growth(out)
     draw_all_features(out)
     draw_memorization(out)
     draw_bayes(out)

@@ -24,6 +24,7 @@ Everything else: docs/profile_costs.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import math
@@ -279,8 +280,9 @@ def start(args, device: torch.device) -> tuple[Initialisation, torch.optim.Optim
 # --------------------------------------------------------------------------------- measuring
 
 
-def peak_memory(step, device: torch.device) -> int:
-    """Bytes that one call of `step` has allocated at its worst moment, above what there was before it.
+@contextlib.contextmanager
+def memory_meter(device: torch.device):
+    """Bytes allocated at the worst moment of the block, above what was there before it: a function to call after it.
 
     By the allocator's own record: CUDA's statistics, and on a CPU the profiler's list of allocations and releases.
     """
@@ -288,17 +290,28 @@ def peak_memory(step, device: torch.device) -> int:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        step()
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
-        step()
+        yield lambda: highest(record)
+
+
+def highest(record: torch.profiler.profile) -> int:
+    """The most bytes that were allocated at once in a record of the CPU's allocations."""
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()  # negative where memory is released
         peak = max(peak, now)
     return peak
+
+
+def peak_memory(step, device: torch.device) -> int:
+    """The same of one call of `step`."""
+    with memory_meter(device) as peak:
+        step()
+    return peak()
 
 
 def clock(step, device: torch.device, repeats: int) -> list[float]:
