@@ -240,12 +240,16 @@ def run_point(point: dict, args, known: dict) -> dict:
     return point | known[key]
 
 
-def power(values: list[float], figures: list[float]) -> float | None:
-    """The exponent of the power law through the upper half of the points, by least squares of logarithms."""
-    chosen = [(v, f) for v, f in sorted(zip(values, figures, strict=True))[len(values) // 2 :] if f > 0]
-    if len(chosen) < 2:
+def upper_half(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (value, figure) with the larger values, at least two if there are."""
+    return sorted(curve)[-max(2, (len(curve) + 1) // 2) :]
+
+
+def power(curve: list[tuple[float, float]]) -> float | None:
+    """The exponent of the power law through points (value, figure), by least squares of logarithms."""
+    if len(curve) < 2:
         return None
-    x, y = np.log(np.array(chosen, dtype=float)).T
+    x, y = np.log(np.array(curve, dtype=float)).T
     return round(float(np.polyfit(x, y, 1)[0]), 3)
 
 
@@ -255,9 +259,11 @@ def fits(rows: list[dict]) -> list[dict]:
     for name in dict.fromkeys(row["method"] for row in rows):
         for axis in METHODS[name].axes:
             curve = [row for row in rows if (row["method"], row["axis"]) == (name, axis) and "seconds" in row]
-            values = [row["value"] for row in curve]
-            of = {key: power(values, [row[key] for row in curve]) for key in ("seconds", "peak_bytes")}
-            found.append({"method": name, "axis": axis, "fitted_over": sorted(values)[len(values) // 2 :]} | of)
+            fit = {"method": name, "axis": axis, "fitted_over": []}
+            for key in ("seconds", "peak_bytes"):
+                half = upper_half([(row["value"], row[key]) for row in curve])
+                fit |= {"fitted_over": [value for value, _ in half], key: power(half)}
+            found.append(fit)
     return found
 
 

@@ -662,6 +662,50 @@ def speed_table(out: Path) -> str:
     return "\n".join(lines[1:])
 
 
+def growth_table(out: Path) -> str:
+    """The default training step of each method, the powers by which it grows, and two points far from it."""
+    if not (out / "growth.json").exists():
+        return "Not measured."
+    found, lines = read(out / "growth.json"), []
+    axes = list(dict.fromkeys(fit["axis"] for fit in found["fits"]))
+    powers, far = [], []
+    for name, defaults in found["defaults"].items():
+        of_axis = {fit["axis"]: fit for fit in found["fits"] if fit["method"] == name}
+        rows = [row for row in found["rows"] if row["method"] == name]
+        cells = [growth_powers(of_axis.get(axis)) for axis in axes]
+        setting = ", ".join(f"{axis} {value}" for axis, value in defaults.items())
+        powers.append([name, setting, *(growth_cell(row) for row in rows if row["axis"] == "default"), *cells])
+        far += [
+            [name, row["axis"], growth_cell(row), growth_prediction(row, rows, of_axis[row["varied"]])]
+            for row in rows
+            if "varied" in row
+        ]
+        skipped = [row for row in rows if "skipped" in row]
+        lines += [f"- {name}, {row['axis']} {row['value']}: {row['skipped']}, so it was skipped" for row in skipped]
+    titles = " | ".join(["method", "around", "step, ms; peak, MB", *(f"{axis}: time, memory" for axis in axes)])
+    text = table(titles, powers)
+    text += ["", *table("method | at | measured: ms; MB | predicted: ms; MB", far), "", *lines]
+    return "\n".join([*text, f"On {processor(found)}. Command: `{found['command']}`."])
+
+
+def growth_powers(fit: dict | None) -> str:
+    return "" if not fit or fit["seconds"] is None else f"{fit['seconds']:.2f}, {fit['peak_bytes']:.2f}"
+
+
+def growth_cell(row: dict) -> str:
+    return "skipped" if "skipped" in row else f"{1e3 * row['seconds']:.1f}; {row['peak_bytes'] / 1e6:.1f}"
+
+
+def growth_prediction(row: dict, rows: list[dict], fit: dict) -> str:
+    """What the power of the axis that `row` lies on makes of the last measured point of this axis."""
+    curve = [r for r in rows if r["axis"] == fit["axis"] and "seconds" in r]
+    if len(curve) < 2:
+        return "-"
+    last = max(curve, key=lambda r: r["value"])
+    grown = {key: last[key] * (row["value"] / last["value"]) ** fit[key] for key in ("seconds", "peak_bytes")}
+    return growth_cell(grown)
+
+
 def speed_processor(race: dict) -> str:
     """Processor and instructions of a race, in short: "AMD EPYC, AVX512 with bfloat16"."""
     name, _, kind = race["processor"].partition(", ")
@@ -874,6 +918,7 @@ BLOCKS = {
     "bayes": bayes_tables,
     "mae": mae_table,
     "speed": speed_table,
+    "growth": growth_table,
     "faults": faults_text,
     "homework": homework_table,
     "field": field_table,
