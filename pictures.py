@@ -385,30 +385,33 @@ AXES = {"N": "classes N", "K": "shots K", "Q": "queries Q", "B": "meta-batch B",
 
 
 def growth_figure(rows: list[dict], fits: list[dict], note: str):
-    """Seconds (left, blue) and peak memory (right, red) of a training step: a panel an axis, with the fitted powers."""
-    figure, axes = new_figure(1, len(fits), (3.4 * len(fits) + 0.8, 3.6), "both")
-    for ax, fit in zip(axes[0], fits, strict=True):
+    """Time (above) and peak memory (below) of a training step: a column an axis; the line is the fitted power."""
+    figure, axes = new_figure(2, len(fits), (2.9 * len(fits) + 0.8, 5.0), "both")
+    for column, fit in enumerate(fits):
         curve = sorted((r for r in rows if r["axis"] == fit["axis"] and "seconds" in r), key=lambda r: r["value"])
-        x, twin = [row["value"] for row in curve], ax.twinx()
-        twin.spines["top"].set_visible(False)
-        sides = (ax, "seconds", 1e3, BLUE, "o"), (twin, "peak_bytes", 1e-6, RED, "s")
-        for side, key, scale, colour, marker in sides:
+        x = [row["value"] for row in curve]
+        sides = ("seconds", 1e3, BLUE), ("peak_bytes", 1e-6, RED)
+        for ax, (key, scale, colour) in zip(axes[:, column], sides, strict=True):
             figures = [row[key] * scale for row in curve]
-            side.plot(x, figures, marker=marker, markersize=4, linewidth=0, color=colour)
-            side.set(xscale="log", yscale="log")
-            side.minorticks_off()
-            side.tick_params(axis="y", labelcolor=colour)
+            ax.set(xscale="log", yscale="log")
+            ax.minorticks_off()
+            ax.set_xticks(x, [str(value) for value in x])
+            ax.plot(x, figures, "o", color=colour)
+            if not curve:
+                continue
+            low, high = min(figures), max(figures)
+            ax.set_ylim(low / 1.6, high * 1.6)
+            ticks = [low, (low * high) ** 0.5, high] if high > 2 * low else [high]
+            ax.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
             if fit[key] is not None:
                 over = fit["fitted_over"]
                 rests = [math.log(y / v ** fit[key]) for v, y in zip(over, figures[-len(over) :], strict=True)]
                 level = math.exp(statistics.fmean(rests))
-                side.plot(over, [level * v ** fit[key] for v in over], color=colour, linewidth=1)
-        ax.set_xticks(x, [str(value) for value in x])
-        ax.set_xlabel(AXES[fit["axis"]])
-        powers = ["-" if fit[key] is None else f"{fit[key]:.2f}" for key in ("seconds", "peak_bytes")]
-        ax.set_title(f"powers: time {powers[0]}, memory {powers[1]}", fontsize=8)
-    axes[0, 0].set_ylabel("a training step (ms)", color=BLUE)
-    twin.set_ylabel("its peak memory (MB)", color=RED)
+                ax.plot(over, [level * v ** fit[key] for v in over], color=colour, label=f"power {fit[key]:.2f}")
+                ax.legend(frameon=False, fontsize=8, loc="upper left")
+        axes[1, column].set_xlabel(AXES[fit["axis"]])
+    axes[0, 0].set_ylabel("a training step (ms)")
+    axes[1, 0].set_ylabel("its peak memory (MB)")
     figure.supxlabel(note, fontsize=8, color="0.4")
     return figure
 
