@@ -685,7 +685,8 @@ def growth_table(out: Path) -> str:
     titles = " | ".join(["method", "around", "step, ms; peak, MB", *(f"{axis}: time, memory" for axis in axes)])
     text = table(titles, powers)
     text += ["", *table("method | at | measured: ms; MB | predicted: ms; MB", far), "", *lines]
-    return "\n".join([*text, f"On {processor(found)}. Command: `{found['command']}`."])
+    shown = [f"![Time and memory of a step: {name}](../results/growth_{name}.png)" for name in found["defaults"]]
+    return "\n".join([*text, f"On {processor(found)}. Command: `{found['command']}`.", "", *shown])
 
 
 def growth_powers(fit: dict | None) -> str:
