@@ -40,7 +40,6 @@ from experiment import UserError, whole
 from load_data import Dataset
 from profile_costs import memory_meter
 
-SIDES = (28, 40, 56, 84)  # multiples of four: mae.py's patches
 LIMIT, ENOUGH = 20.0, 4.0  # seconds that a point may take, and after which no further step of it is timed
 UNUSED = """--log_dir --run_name --resume --test --checkpoint --dataset --data_folder --split --image_size --num_classes
 --num_shot --num_query --rotations --meta_batch_size --train_steps --eval_freq --patience --num_val_tasks
@@ -56,69 +55,30 @@ class Method(NamedTuple):
 
 
 FEW = "--num_query 1"  # of validation and test tasks, which are made but not drawn
+BY_TWO, SHOTS = (32, 64, 128, 256, 512), (1, 2, 5, 10)
+WAYS, SIDES = (2, 5, 10, 20, 40), (28, 40, 56, 84)  # multiples of four: mae.py's patches
+N, K, B = ("--num_classes", WAYS), ("--num_shot", SHOTS), "--meta_batch_size"
+Q, SIDE = ("--train_query", SHOTS), ("--image_size", SIDES)
 METHODS = {
-    "mann": Method(
-        hw1,
-        "--memory lstm",
-        {
-            "N": ("--num_classes", (2, 5, 10, 20, 40)),
-            "K": ("--num_shot", (1, 2, 5, 10)),
-            "B": ("--meta_batch_size", (32, 64, 128, 256, 512)),
-            "side": ("--image_size", SIDES),
-        },
-    ),
-    "attention": Method(
-        hw1,
-        "--memory attention --shared_classes 100",  # the default, 60, could not be dealt as 100 ways
-        {
-            "N": ("--num_classes", (5, 10, 20, 40)),
-            "K": ("--num_shot", (1, 2, 5, 10)),
-            "B": ("--meta_batch_size", (64, 128, 256, 512)),
-        },
-    ),
+    "mann": Method(hw1, "--memory lstm", {"N": N, "K": K, "B": (B, BY_TWO), "side": SIDE}),
+    # By default it deals from 60 classes, which is too few for 100 ways.
+    "attention": Method(hw1, "--memory attention --shared_classes 100", {"N": N, "K": K, "B": (B, BY_TWO)}),
     "protonet": Method(
         protonet,
         FEW,
         {
             "N": ("--train_classes", (10, 20, 40, 60, 80)),
-            "K": ("--train_shot", (1, 2, 5, 10)),
-            "Q": ("--train_query", (1, 2, 5, 10)),
-            "B": ("--meta_batch_size", (1, 2, 4, 8)),
-            "side": ("--image_size", SIDES),
+            "K": ("--train_shot", SHOTS),
+            "Q": Q,
+            "B": (B, (1, 2, 4, 8)),
+            "side": SIDE,
         },
     ),
-    "maml": Method(
-        maml,
-        f"--warmup_steps 0 {FEW}",
-        {
-            "N": ("--num_classes", (2, 5, 10, 20, 40)),
-            "K": ("--num_shot", (1, 2, 5, 10)),
-            "Q": ("--train_query", (1, 2, 5, 10)),
-            "B": ("--meta_batch_size", (1, 2, 4, 8, 16)),
-            "side": ("--image_size", SIDES),
-        },
-    ),
-    "meta_lstm": Method(
-        meta_lstm,
-        FEW,
-        {
-            "N": ("--num_classes", (2, 5, 10, 20, 40)),
-            "K": ("--num_shot", (1, 2, 5, 10)),
-            "Q": ("--train_query", (1, 2, 5, 10)),
-            "B": ("--meta_batch_size", (2, 4, 8, 16)),
-            "side": ("--image_size", SIDES),
-        },
-    ),
-    "transfer": Method(
-        transfer,
-        FEW,
-        {
-            "N": ("", (150, 300, 600, 1200, 2400)),  # characters of its first phase: what the data have, no flag
-            "B": ("--meta_batch_size", (32, 64, 128, 256, 512)),
-            "side": ("--image_size", SIDES),
-        },
-    ),
-    "mae": Method(mae, FEW, {"B": ("--meta_batch_size", (32, 64, 128, 256)), "side": ("--image_size", SIDES)}),
+    "maml": Method(maml, f"--warmup_steps 0 {FEW}", {"N": N, "K": K, "Q": Q, "B": (B, (1, 2, 4, 8, 16)), "side": SIDE}),
+    "meta_lstm": Method(meta_lstm, FEW, {"N": N, "K": K, "Q": Q, "B": (B, (2, 4, 8, 16)), "side": SIDE}),
+    # N is how many characters it learns at first: what the data have, no flag.
+    "transfer": Method(transfer, FEW, {"N": ("", (150, 300, 600, 1200, 2400)), "B": (B, BY_TWO), "side": SIDE}),
+    "mae": Method(mae, FEW, {"B": (B, BY_TWO[:4]), "side": SIDE}),
 }
 CHARACTERS = {"transfer": 1200}  # of the data; each other script draws its tasks from 104
 
