@@ -40,7 +40,7 @@ from experiment import UserError, whole
 from load_data import Dataset
 from profile_costs import memory_meter
 
-LIMIT, ENOUGH = 20.0, 4.0  # seconds that a point may take, and after which no further step of it is timed
+LIMIT, ENOUGH = 20.0, 2.0  # seconds that a point may take, and after which no further step of it is timed
 UNUSED = """--log_dir --run_name --resume --test --checkpoint --dataset --data_folder --split --image_size --num_classes
 --num_shot --num_query --rotations --meta_batch_size --train_steps --eval_freq --patience --num_val_tasks
 --num_test_tasks""".split()
