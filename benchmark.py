@@ -17,6 +17,9 @@ run, after a warm-up; the figures are medians, with the 10th to 90th percentile.
 
 from __future__ import annotations
 
+import experiment
+from experiment import UserError
+
 import contextlib
 import io
 import json
@@ -35,12 +38,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import experiment
 import meta_lstm
 import profile_costs
 import protonet
 from backbone import Conv4
-from experiment import UserError
 from hw1 import MANN, learn_a_little
 from load_data import Dataset, EpisodeSampler, load_dataset
 from maml import MAML, Setting, embed, meta_gradient, task_loss

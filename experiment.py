@@ -18,13 +18,17 @@ A library that the scripts call; it never calls back and owns no train loop. A s
 
 from __future__ import annotations
 
+import os
+
+# Read when torch is loaded: its threads wait asleep. Spinning they would hold the cores of a busy computer for nothing.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import argparse
 import atexit
 import contextlib
 import ctypes
 import json
 import math
-import os
 import platform
 import random
 import re

@@ -14,6 +14,9 @@ tasks of new characters are solved by prototypes. docs/mae.md has the derivation
 
 from __future__ import annotations
 
+import experiment
+from experiment import VAL_SEED, Run, UserError, number, whole
+
 import argparse
 from pathlib import Path
 
@@ -21,9 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import experiment
 from backbone import Block, Muon, SumOfAll, ViT, patchify, prototypes, sines_and_cosines, unpatchify
-from experiment import VAL_SEED, Run, UserError, number, whole
 from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_dataset, turns
 from replay import Gradient
 

@@ -17,6 +17,9 @@ which step and quantity) or missing. Only the last two are due.
 
 from __future__ import annotations
 
+import experiment
+from experiment import UserError, whole, write_json
+
 import ast
 import ctypes
 import hashlib
@@ -38,9 +41,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-import experiment
 import pulse
-from experiment import UserError, whole, write_json
 from omniglot import ARCHIVES
 
 HERE = Path(__file__).resolve().parent
