@@ -184,7 +184,7 @@ def parse(
         known = {action.dest for action in parser._actions}
         flags = {k: v for k, v in saved["flags"].items() if k in known and k not in RUN_FLAGS}
         flags["num_test_tasks"] = saved["flags"]["num_test_tasks"]
-        if typed.get("resume"):
+        if typed.get("resume") or saved["flags"]["device"] == "cpu":  # random streams and rounding are a device's own
             flags["device"] = saved["flags"]["device"]
         for name, value in typed.items():
             bound = name not in RUN_FLAGS if typed.get("resume") else name in fixed
