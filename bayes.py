@@ -23,6 +23,9 @@ Results, calibration and what they teach: docs/bayes.md.
 
 from __future__ import annotations
 
+import experiment
+from experiment import TEST_SEED, VAL_SEED, Run, number, whole
+
 import math
 from itertools import pairwise
 from typing import NamedTuple
@@ -31,9 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import experiment
 from backbone import Conv4
-from experiment import TEST_SEED, VAL_SEED, Run, number, whole
 from load_data import load_dataset
 from tasks import KnownBatch, OfAlphabet, Stream, known_sinusoids
 

@@ -16,6 +16,9 @@ Measured: 5-way 1-shot 97.1 ± 0.3 % without a label (three seeds, 600 tasks), 8
 
 from __future__ import annotations
 
+import experiment
+from experiment import VAL_SEED, Run, UserError, number, whole
+
 import argparse
 from pathlib import Path
 
@@ -23,9 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import experiment
 from backbone import Block, Muon, SumOfAll, ViT, patchify, prototypes, sines_and_cosines, unpatchify
-from experiment import VAL_SEED, Run, UserError, number, whole
 from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_dataset, turns
 from replay import Gradient
 

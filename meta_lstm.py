@@ -18,6 +18,9 @@ Everything else: docs/meta_lstm.md.
 
 from __future__ import annotations
 
+import experiment
+from experiment import Run, UserError, number, whole
+
 import argparse
 import math
 from functools import partial
@@ -30,9 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import experiment
 from backbone import batch_norm
-from experiment import Run, UserError, number, whole
 from load_data import Dataset, EpisodeSampler, fixed_tasks, load_dataset, log_episode
 from replay import Gradient
 

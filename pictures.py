@@ -6,6 +6,8 @@ the same matplotlib give the same bytes.
 
 from __future__ import annotations
 
+from experiment import UserError, write_atomically
+
 import json
 import math
 import re
@@ -17,8 +19,6 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-
-from experiment import UserError, write_atomically
 
 PARTS = ("mann", "meta_lstm", "comparison", "memorization", "bayes", "mae")  # folders of results/: a JSON file a run
 # 97.5 % points of Student's t for n - 1 degrees of freedom, by the number n of seeds

@@ -11,15 +11,16 @@ about is refused. What the source documents and the papers report is typed here,
 
 from __future__ import annotations
 
+import experiment
+from experiment import UserError, mean_and_ci95, write_atomically
+
 import csv
 import io
 import re
 import statistics
 from pathlib import Path
 
-import experiment
 import pictures
-from experiment import UserError, mean_and_ci95, write_atomically
 from pictures import (
     COST_TITLES,
     PARTS,
@@ -918,7 +919,9 @@ def speed_table(out: Path) -> str:
 
 
 def speed_processor(race: dict) -> str:
-    """Processor and instructions of a race, in short: "AMD EPYC, AVX512 with bfloat16"."""
+    """Where a race was run, in short: "AMD EPYC, AVX512 with bfloat16", or the GPU's name."""
+    if not race.get("device", "cpu").startswith("cpu"):
+        return race["device"]
     name, _, kind = race["processor"].partition(", ")
     return f"{re.sub(r'[(]R[)]| CPU| Processor', '', name)}, {kind}"
 

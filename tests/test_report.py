@@ -1,5 +1,7 @@
 """report.py: the documents are those of the result files, come back when deleted, and never mix data sets."""
 
+from experiment import UserError
+
 import json
 import math
 import os
@@ -17,7 +19,6 @@ import hw1
 import pictures
 import profile_costs
 import report
-from experiment import UserError
 
 RESULTS = REPO / "results"
 DOCUMENTS = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
