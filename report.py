@@ -16,6 +16,7 @@ from experiment import UserError, mean_and_ci95, write_atomically
 
 import csv
 import io
+import math
 import re
 import statistics
 from pathlib import Path
@@ -836,9 +837,13 @@ def few_labels_text(out: Path) -> str:
 
 
 def gain(new: list[dict], old: list[dict]) -> str:
-    """Points by which `new` is better than `old` on the same tasks and seeds; "" where they share no seed."""
-    before = {run["seed"]: run["accuracies"] for run in old}
-    pairs = [(run["accuracies"], before[run["seed"]]) for run in new if run["seed"] in before]
+    """Points by which `new` is better than `old` on the same tasks and seeds; "" where they share no seed.
+
+    Only runs of one kind of device are paired: there were results of a GPU whose test tasks were drawn by the GPU.
+    """
+    kind = lambda run: (run["seed"], run["device"].startswith("cpu"))
+    before = {kind(run): run["accuracies"] for run in old}
+    pairs = [(run["accuracies"], before[kind(run)]) for run in new if kind(run) in before]
     differences = [mean_and_ci95([a - b for a, b in zip(*pair, strict=True)]) for pair in pairs]
     if not differences:
         return ""
@@ -848,19 +853,34 @@ def gain(new: list[dict], old: list[dict]) -> str:
 
 def few_labels_lesson(out: Path, found: dict[int, dict[str, list[dict]]]) -> list[str]:
     """The lines on what the labels and the start are worth, from what is measured of them."""
-    points = lambda runs: 100 * statistics.fmean(run["test_accuracy"] for run in runs)
-    both = [n for n, starts in found.items() if gain(*reversed(starts.values()))]
-    lines = []
-    if both:
-        gains = [points(found[n]["_from_mae"]) - points(found[n][""]) for n in both]
-        parts = ", ".join(f"{gain(found[n]['_from_mae'], found[n][''])} points with {n:,}" for n in both)
-        verdict = " It shrinks as labels become many." if len(gains) > 1 and gains == sorted(gains)[::-1] else ""
-        lines += ["", f"What the start without labels is worth: {parts} labelled characters.{verdict}"]
+    gains = {n: gain(*reversed(starts.values())) for n, starts in found.items()}
+    parts = ", ".join(f"{points} points with {n:,}" for n, points in gains.items() if points)
+    lines = ["", f"What the start without labels is worth: {parts} labelled characters."] if parts else []
+    for n, starts in found.items():
+        if starts["_from_mae"] and "Accuracy/val" in (curves := starts["_from_mae"][0].get("curves", {})):
+            (first, begin), *rest = curves["Accuracy/val"]
+            step, lowest = min(rest, key=lambda point: point[1], default=(first, begin))
+            if lowest < begin - 0.02:
+                lines += [
+                    f"With {n:,} the start is lost on the way: validation accuracy is {100 * begin:.1f} % at step "
+                    f"{first:,} of that training and {100 * lowest:.1f} % at step {step:,}."
+                ]
     if frozen := load(out, "mae/mae"):
-        below = [f"{n:,}" for n, starts in found.items() if starts[""] and points(starts[""]) < points(frozen)]
-        more = f"more than training from scratch on {' or '.join(below)} labelled characters" if below else ""
-        more = more or "less than any training from scratch above"
-        lines += ["", f"The frozen features, without a label, answer {figure_of(frozen)} %: {more}."]
+        mean, half, _ = interval(frozen)
+        verdicts: dict[str, list[str]] = {"more than": [], "within the intervals of": [], "less than": []}
+        for n, starts in found.items():
+            if starts[""]:
+                other, its_half, _ = interval(starts[""])
+                apart = abs(mean - other) > math.hypot(half, its_half)
+                verdict = "within the intervals of" if not apart else "more than" if mean > other else "less than"
+                verdicts[verdict].append(f"{n:,}")
+        text = "; ".join(f"{verdict} {' and '.join(ns)}" for verdict, ns in verdicts.items() if ns)
+        if text:
+            lines += [
+                "",
+                f"The frozen features, without a label, answer {with_interval(mean, half)} %; beside training from "
+                f"scratch, by labelled characters: {text}.",
+            ]
     return lines
 
 
