@@ -8,6 +8,7 @@
     python benchmark.py maml --repeats 5             one meta-gradient of MAML
     python benchmark.py meta_lstm --repeats 10       one training step of the LSTM meta-learner
     python benchmark.py processes                    whole trainings: one thread, two threads, two processes of torchrun
+    python benchmark.py busy                        a step of each script alone and beside endless loops
     python benchmark.py gpu --repeats 10             on a GPU: steps replayed, kernel by kernel, and task by task
     python benchmark.py maml --peers                 also MAML by installed peers; protonet and costs as well: peers.py
     python benchmark.py NAME --out results           also into results/speed.json, in place of older figures of NAME
@@ -17,6 +18,9 @@ run, after a warm-up; the figures are medians, with the 10th to 90th percentile.
 """
 
 from __future__ import annotations
+
+import experiment
+from experiment import UserError
 
 import contextlib
 import io
@@ -36,12 +40,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import experiment
 import meta_lstm
 import profile_costs
 import protonet
 from backbone import Conv4
-from experiment import UserError
 from hw1 import MANN, learn_a_little
 from load_data import Dataset, EpisodeSampler, load_dataset
 from maml import MAML, Setting, embed, meta_gradient, task_loss
@@ -738,15 +740,61 @@ def bench_processes(args, device: torch.device, dataset: Dataset) -> list[dict]:
         result = {"title": training, "device": "cuda" if device.type == "cuda" else "cpu"}
         print(training)
         for name, (start, threads) in ways.items():
-            with tempfile.TemporaryDirectory() as root:
-                where = ["--log_dir", root, "--run_name", "run", "--device", args.device, "--dataset", args.dataset]
-                where += ["--data_folder", args.data_folder] if args.data_folder else []
-                where += ["--smoke"] if args.smoke else []
-                command = [*start, str(Path(__file__).with_name(script)), *flags, *where]
-                subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": threads})
-                rate = experiment.read_json(Path(root) / "run" / "metrics.json", "log_dir")["tasks_per_second"]
+            rate = train(args, [*start, str(Path(__file__).with_name(script)), *flags], OMP_NUM_THREADS=threads)
             print(f"  {name:34s} {rate:8.1f} tasks a second")
             result[name] = {"tasks_per_second": rate}
+        print(json.dumps(result))
+        results.append(result)
+    return results
+
+
+def train(args, command: list[str], figure: str = "tasks_per_second", **environment: str) -> float:
+    """Training tasks a second, or milliseconds of a step, of `command`, a script and its flags, in its own process."""
+    with tempfile.TemporaryDirectory() as root:
+        where = ["--log_dir", root, "--run_name", "run", "--device", args.device, "--dataset", args.dataset]
+        where += ["--data_folder", args.data_folder] if args.data_folder else []
+        where += ["--smoke"] if args.smoke else []
+        subprocess.run([*command, *where], check=True, capture_output=True, env=os.environ | environment)
+        found = experiment.read_json(Path(root) / "run" / "metrics.json", "log_dir")
+        return 1e3 * found["train_seconds"] / found["steps"] if figure == "step_ms" else found[figure]
+
+
+# --------------------------------------------------------------------------------------- busy
+
+BUSY = (  # a few seconds each
+    "hw1.py --num_shot 1 --num_classes 5 --train_steps 150 --eval_freq 150 --num_val_tasks 8 --num_test_tasks 8",
+    "protonet.py --train_steps 40 --eval_freq 40 --num_val_tasks 8 --num_test_tasks 8 --views 1",
+    "maml.py --warmup_steps 20 --train_steps 40 --eval_freq 40 --num_val_tasks 4 --num_test_tasks 8",
+    "meta_lstm.py --train_steps 4 --eval_freq 4 --num_val_tasks 4 --num_test_tasks 4",
+    "transfer.py --train_steps 60 --finetune_steps 20 --eval_freq 60 --num_test_tasks 8",
+    "mae.py --train_steps 8 --eval_freq 8 --num_val_tasks 8 --num_test_tasks 8 --views 1 --whitening_images 50",
+)
+
+
+def bench_busy(args, device: torch.device, dataset: Dataset) -> list[dict]:
+    """A training step on all cores, alone and beside one and two endless loops, with threads that spin and that sleep.
+
+    Milliseconds of a step; the ratio is to the idle computer with threads that spin as long as libgomp's do by itself.
+    """
+    cores, results = str(os.cpu_count()), []
+    policies = {"spinning": {"GOMP_SPINCOUNT": "300000"}, "asleep": {"OMP_WAIT_POLICY": "PASSIVE"}}
+    for training in BUSY:
+        script, *flags = training.split()
+        result, alone = {"title": f"busy, {training}", "device": "cpu"}, None
+        print(training)
+        for loops in (0, 1, 2):
+            busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(loops)]
+            try:
+                for name, policy in policies.items():
+                    command = [sys.executable, str(Path(__file__).with_name(script)), *flags]
+                    ms = train(args, command, "step_ms", OMP_NUM_THREADS=cores, **policy)
+                    alone = alone or ms
+                    result[f"{loops} loops, {name}"] = {"ms": round(ms, 2), "ratio": round(alone / ms, 3)}
+                    print(f"  {loops} loops, threads {name:10s} {ms:8.1f} ms a step, {ms / alone:5.2f} times the first")
+            finally:
+                for loop in busy:
+                    loop.kill()
+                    loop.wait()
         print(json.dumps(result))
         results.append(result)
     return results
@@ -771,6 +819,7 @@ BENCHMARKS = {
     "meta_lstm": bench_meta_lstm,
     "costs": bench_costs,
     "processes": bench_processes,
+    "busy": bench_busy,
     "gpu": bench_gpu,
 }
 

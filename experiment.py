@@ -18,13 +18,17 @@ A library that the scripts call; it never calls back and owns no train loop. A s
 
 from __future__ import annotations
 
+import os
+
+# Read when torch is loaded: its threads wait asleep. Spinning they would hold the cores of a busy computer for nothing.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import argparse
 import atexit
 import contextlib
 import ctypes
 import json
 import math
-import os
 import platform
 import random
 import re
@@ -180,7 +184,7 @@ def parse(
         known = {action.dest for action in parser._actions}
         flags = {k: v for k, v in saved["flags"].items() if k in known and k not in RUN_FLAGS}
         flags["num_test_tasks"] = saved["flags"]["num_test_tasks"]
-        if typed.get("resume"):
+        if typed.get("resume") or saved["flags"]["device"] == "cpu":  # random streams and rounding are a device's own
             flags["device"] = saved["flags"]["device"]
         for name, value in typed.items():
             bound = name not in RUN_FLAGS if typed.get("resume") else name in fixed

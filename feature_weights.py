@@ -24,6 +24,9 @@ Everything else: docs/feature_weights.md.
 
 from __future__ import annotations
 
+import experiment
+from experiment import TEST_SEED, Diverged, Run, UserError, number, whole
+
 import argparse
 import json
 import math
@@ -33,9 +36,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
-
-import experiment
-from experiment import TEST_SEED, Diverged, Run, UserError, number, whole
 
 PARTS = ("alias", "closed_form", "gradient", "classification", "logistic")
 GD_STEPS = {"gradient": [5, 1], "logistic": [10]}  # inner steps of the parts that take steps

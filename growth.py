@@ -16,6 +16,9 @@ a step no longer counts. DIR/growth.json holds all of it, DIR/growth_<method>.pn
 
 from __future__ import annotations
 
+import experiment
+from experiment import UserError, whole
+
 import math
 import statistics
 import time
@@ -28,7 +31,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import experiment
 import hw1
 import mae
 import maml
@@ -36,7 +38,6 @@ import meta_lstm
 import pictures
 import protonet
 import transfer
-from experiment import UserError, whole
 from load_data import Dataset
 from profile_costs import memory_meter
 

@@ -35,6 +35,8 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "homework"))
 
+from experiment import UserError, run_script, write_json  # noqa: E402
+
 from assignment import (  # noqa: E402
     Assignment,
     Missing,
@@ -50,8 +52,6 @@ from assignment import (  # noqa: E402
 from build import build  # noqa: E402
 from checks import Wrong  # noqa: E402
 from sandbox import Failed, Sandbox  # noqa: E402
-
-from experiment import UserError, run_script, write_json  # noqa: E402
 
 NAMES = ("hw1", "hw2", "hw3", "hw4", "hw9")
 FILE_LIMIT = 2**20  # bytes of a submitted file

@@ -18,16 +18,17 @@ Everything else: docs/hw1.md.
 
 from __future__ import annotations
 
+import experiment
+from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
+
 import argparse
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import experiment
 import memory
 from backbone import Conv4, Muon
-from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
 from load_data import EpisodeSampler, deal_tasks, load_dataset, log_episode, refuse_trained_classes
 from memory import CausalAttention, ExternalMemory, accuracy_by_sight, one_step_late
 from replay import Gradient

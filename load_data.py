@@ -17,6 +17,9 @@ Everything else: docs/load_data.md.
 
 from __future__ import annotations
 
+import experiment
+from experiment import TEST_SEED, VAL_SEED, UserError
+
 import csv
 import hashlib
 import inspect
@@ -32,8 +35,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import experiment
-from experiment import TEST_SEED, VAL_SEED, UserError
 from glyphs import draw_glyphs, glyph_arrays
 from omniglot import (
     ARCHIVES,

@@ -28,6 +28,9 @@ on one AMD EPYC core with bfloat16. Everything else: docs/maml.md.
 
 from __future__ import annotations
 
+import experiment
+from experiment import Run, UserError, number, whole
+
 import math
 import os
 import sys
@@ -41,9 +44,7 @@ from torch import nn
 from torch._C._functorch import is_batchedtensor
 from torch.func import grad, vmap
 
-import experiment
 from backbone import EPS, Conv4, Muon, conv4, prototypes
-from experiment import Run, UserError, number, whole
 from load_data import EpisodeSampler, fixed_tasks, load_dataset, log_episode
 from replay import Gradient
 

@@ -18,6 +18,9 @@ The five task distributions: tasks.py. All figures and what they teach: docs/mem
 
 from __future__ import annotations
 
+import experiment
+from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
+
 import math
 from itertools import pairwise
 
@@ -25,9 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import experiment
 from backbone import Conv4, conv4
-from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
 from load_data import load_dataset
 from tasks import RECIPES, Batch, Diseased, FixedLabels, Grasping, Recipe, Stream, basis_tasks, sinusoid_tasks
 

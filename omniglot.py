@@ -8,6 +8,8 @@ bytes it was made of. Images are uint8 [C, H, W]; of Omniglot 255 is ink, colour
 
 from __future__ import annotations
 
+from experiment import UserError
+
 import contextlib
 import csv
 import gzip
@@ -31,8 +33,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
-
-from experiment import UserError
 
 try:  # photographs of iPhones, where the package is installed
     import pillow_heif

@@ -8,6 +8,8 @@ and a header forbids the browser to ask anybody else. Everything else: docs/pred
 
 from __future__ import annotations
 
+from experiment import UserError
+
 import base64
 import binascii
 import os
@@ -17,7 +19,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from experiment import UserError
 from omniglot import read_image
 
 MOST = 10  # classes on the board

@@ -6,6 +6,8 @@ the same matplotlib give the same bytes.
 
 from __future__ import annotations
 
+from experiment import UserError, write_atomically
+
 import json
 import math
 import re
@@ -17,8 +19,6 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-
-from experiment import UserError, write_atomically
 
 PARTS = ("mann", "meta_lstm", "comparison", "memorization", "bayes", "mae")  # folders of results/: a JSON file a run
 # 97.5 % points of Student's t for n - 1 degrees of freedom, by the number n of seeds
@@ -622,6 +622,76 @@ def draw_bayes(out: Path) -> None:
         save(figure, out / "bayes_posterior.png")
 
 
+LABELLED = 50, 200, 1100  # characters whose labels the transformer of mae.py is trained on with
+STARTS = {"": ("from scratch", RED), "_from_mae": ("from masked auto-encoding", BLUE)}
+
+
+def mae_runs(out: Path) -> dict[str, list[dict]]:
+    """{row: its seeds} of the runs of mae.py; results/mae/ also holds the runs of protonet.py that start from them."""
+    names = sorted({path.stem.rsplit("_seed", 1)[0] for path in out.glob("mae/*_seed*.json")})
+    found = {name: load(out, f"mae/{name}") for name in names}
+    return {name: runs for name, runs in found.items() if runs[0]["script"] == "mae"}
+
+
+def few_labels(out: Path) -> dict[int, dict[str, list[dict]]]:
+    """{labelled characters: {start: its seeds, none where it is not measured}} of what is measured."""
+    found = {n: {start: load(out, f"mae/vit_{n}_characters{start}") for start in STARTS} for n in LABELLED}
+    return {n: starts for n, starts in found.items() if any(starts.values())}
+
+
+def masks(out: Path) -> dict[bool, dict[float, list[dict]]]:
+    """{with the second loss?: {masking ratio: its seeds}}; empty unless one of the two is measured at two ratios."""
+    curves: dict[bool, dict[float, list[dict]]] = {True: {}, False: {}}
+    for runs in mae_runs(out).values():
+        curves[runs[0]["contrast"] > 0][runs[0]["mask_ratio"]] = runs
+    curves = {second: dict(sorted(runs_at.items())) for second, runs_at in curves.items() if runs_at}
+    return curves if any(len(runs_at) > 1 for runs_at in curves.values()) else {}
+
+
+def draw_curve(ax, places: list[float], rows: list[list[dict]], colour: str, label: str, aside: float = 1) -> None:
+    """Accuracies with their intervals over `places`, times `aside` so that two curves do not cover each other."""
+    means, halves = zip(*(interval(runs)[:2] for runs in rows), strict=True)
+    places = [place * aside for place in places]
+    ax.errorbar(places, means, halves, fmt="o-", ms=5, capsize=3, color=colour, label=label)
+
+
+def draw_mae(out: Path) -> None:
+    """mae_labels.png: accuracy by labelled characters; mae_masks.png: by masking ratio; each where it is measured."""
+    frozen = load(out, "mae/mae")
+    if found := few_labels(out):
+        figure, ((ax,),) = new_figure(1, 1, (7, 3.8))
+        for (start, (label, colour)), aside in zip(STARTS.items(), (0.98, 1.02), strict=True):
+            if at := {n: starts[start] for n, starts in found.items() if starts[start]}:
+                draw_curve(ax, list(at), list(at.values()), colour, f"transformer, {label}", aside)
+        if 1100 in found and (conv4 := load(out, "comparison/protonet")):
+            draw_curve(ax, [1100], [conv4], GREEN, "Conv4, from scratch")
+        if frozen:
+            mean, half, _ = interval(frozen)
+            ax.axhspan(mean - half, mean + half, color=GREY, alpha=0.25, lw=0)
+            ax.axhline(mean, color=GREY, linestyle="--", lw=1, label="frozen features, no label")
+        ax.set_xscale("log")
+        ax.set_xticks(LABELLED, [f"{n:,}" for n in LABELLED])
+        ax.set_xlim(LABELLED[0] / 1.3, LABELLED[-1] * 1.3)
+        ax.minorticks_off()
+        ax.set(title="Few labels: 5-way 1-shot, new characters", ylabel="test accuracy (%)")
+        ax.set_xlabel("training characters with labels")
+        ax.legend(frameon=False, fontsize=9)
+        save(figure, out / "mae_labels.png")
+    if curves := masks(out):
+        figure, ((ax,),) = new_figure(1, 1, (7, 3.8))
+        for second, runs_at in curves.items():
+            label, colour = ("with the second loss", BLUE) if second else ("masked auto-encoding alone", RED)
+            draw_curve(ax, [100 * ratio for ratio in runs_at], list(runs_at.values()), colour, label)
+        if frozen:
+            untrained = interval(frozen, "test_accuracy_untrained")[0]
+            ax.axhline(untrained, color=GREY, linestyle="--", lw=1, label="untrained")
+        ax.set_xticks(sorted({100 * ratio for runs_at in curves.values() for ratio in runs_at}))
+        ax.set(title="Frozen features by masking ratio: 5-way 1-shot, new characters", ylabel="test accuracy (%)")
+        ax.set_xlabel("squares hidden (%)")
+        ax.legend(frameon=False, fontsize=9)
+        save(figure, out / "mae_masks.png")
+
+
 def draw_plates(path: Path) -> None:
     """The plate diagram of bayes.py: arrows of the model are solid, those of q dashed."""
     from matplotlib.figure import Figure
@@ -729,5 +799,6 @@ def draw_everything(out: Path) -> None:
     draw_all_features(out)
     draw_memorization(out)
     draw_bayes(out)
+    draw_mae(out)
     if (out / "costs_train.json").exists():
         draw_adapted(read(out / "costs_train.json"), out / "costs_train.png")

@@ -20,6 +20,9 @@ Everything else: docs/predict.md.
 
 from __future__ import annotations
 
+import experiment
+from experiment import UserError
+
 import csv
 import io
 import math
@@ -34,9 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import experiment
 import page
-from experiment import UserError
 from omniglot import contents, read_image, resize, unread_note
 from protonet import embed, make_encoder, squared_distances
 

@@ -23,6 +23,9 @@ Everything else: docs/profile_costs.md.
 
 from __future__ import annotations
 
+import experiment
+from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
+
 import argparse
 import contextlib
 import csv
@@ -36,9 +39,6 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-
-import experiment
-from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
 
 METHODS = ("maml", "es", "fomaml", "checkpoint")
 LABELS = {"maml": "MAML", "es": "Evolution Strategies", "fomaml": "first-order MAML", "checkpoint": "checkpointed MAML"}

@@ -17,15 +17,16 @@ Everything else: docs/protonet.md.
 
 from __future__ import annotations
 
+import experiment
+from experiment import Run, UserError, number, whole
+
 from argparse import Namespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import experiment
 from backbone import Conv4, Muon, Residual, ViT, prototypes
-from experiment import Run, UserError, number, whole
 from load_data import Dataset, EpisodeSampler, LakeRuns, distort, fixed_tasks, load_dataset, log_episode
 from replay import Gradient
 

@@ -11,15 +11,17 @@ about is refused. What the source documents and the papers report is typed here,
 
 from __future__ import annotations
 
+import experiment
+from experiment import UserError, mean_and_ci95, write_atomically
+
 import csv
 import io
+import math
 import re
 import statistics
 from pathlib import Path
 
-import experiment
 import pictures
-from experiment import UserError, mean_and_ci95, write_atomically
 from pictures import (
     COST_TITLES,
     PARTS,
@@ -79,14 +81,18 @@ CLAIMS = [
     ("Meta-LSTM", "miniImageNet 10-way 10-shot", "meta_lstm/miniImagenet_10way10shot", "test_accuracy", "23.3", "-"),
     ("Meta-LSTM", "miniImageNet 10-way 20-shot", "meta_lstm/miniImagenet_10way20shot", "test_accuracy", "22.8", "-"),
 ]  # fmt: skip
-# Rows of MAML from scratch, which stand in the tables once they are measured; columns as above.
-FROM_SCRATCH = [
+# Rows that stand in the tables once they are measured; columns as above.
+WHEN_MEASURED = [
     ("First-order MAML", "5-way 1-shot, from scratch", "comparison/fomaml_scratch", "test_accuracy", "81.5",
      "98.3" + VINYALS),
     ("Proto-MAML (first order)", "5-way 1-shot, from scratch", "comparison/protomaml_scratch", "test_accuracy", "89.2",
      "-"),
     ("MAML", "5-way 1-shot, from scratch", "comparison/maml_scratch", "test_accuracy", "-", "98.7" + VINYALS),
     ("MAML++", "5-way 1-shot, from scratch", "comparison/mamlpp_scratch", "test_accuracy", "-", "99.47" + VINYALS),
+    *[("MANN", f"{N}-way {K}-shot, attention", f"mann/attention_K{K}N{N}", "test_accuracy_alone", "-",
+       f"{snail} (SNAIL, Vinyals' split)") for N, K, snail in ((5, 1, "99.07"), (5, 5, "99.78"), (20, 1, "97.64"))],
+    ("Masked auto-encoding", "5-way 1-shot, no label in training", "mae/mae", "test_accuracy", "-",
+     "94.9 (Meta-GMVAE, queries together), 88.4 (AAL), on splits of their own"),
 ]  # fmt: skip
 # On the published protocol: (method, which figures its paper reports, the results of a setting, what their
 # transductive and non-transductive metrics are called, {(N, K): published}).
@@ -133,10 +139,10 @@ def minutes(runs: list[dict]) -> str:
 def claim_rows(out: Path) -> list[dict[str, str]]:
     """The cells of the results table: a row for each of CLAIMS, "not measured" where there is no result file.
 
-    Those of FROM_SCRATCH follow where there is one.
+    Those of WHEN_MEASURED follow where there is one.
     """
     rows = []
-    measured = [claim for claim in FROM_SCRATCH if load(out, claim[2])]
+    measured = [claim for claim in WHEN_MEASURED if load(out, claim[2])]
     for method, setting, name, key, documents, published in CLAIMS + measured:
         runs = load(out, name)
         what = f"{method}{' after a prototype warm-up' if runs and warmed_up(runs[0]) else ''}, {setting}"
@@ -156,6 +162,16 @@ def claim_rows(out: Path) -> list[dict[str, str]]:
     return rows
 
 
+def device_notes(devices: list[str]) -> tuple[str, list[str]]:
+    """Where the rows of a table were trained: what to say below it, and what to add to each row's minutes.
+
+    (" on X", nothing for each) where all are of one device, ("", " (X)" for each) where they are of several.
+    """
+    if len(set(devices)) == 1:
+        return f" on {devices[0]}", [""] * len(devices)
+    return "", [f" ({device})" for device in devices]
+
+
 def table(titles: str, rows: list) -> list[str]:
     """The lines of a Markdown table; `titles` are separated by bars."""
     lines = [f"| {titles} |", "|---" * (titles.count(" | ") + 1) + "|"]
@@ -169,6 +185,7 @@ def front_table(out: Path) -> str:
     """One row a method, for the front door."""
     chosen = {
         "mann/K1N2": "hw1",
+        "mann/attention_K1N5": "hw1",
         "comparison/protonet": "protonet",
         "comparison/transfer": "transfer",
         "comparison/fomaml": "maml",
@@ -176,11 +193,11 @@ def front_table(out: Path) -> str:
         "comparison/maml": "maml",
         "comparison/anil": "maml",
         "meta_lstm/5way1shot": "meta_lstm",
+        "mae/mae": "mae",
     }
     rows = []
-    for row in claim_rows(out):
-        if row["name"] in chosen and "423" not in row["what"]:
-            page = chosen[row["name"]]
+    for name, page in chosen.items():
+        for row in (row for row in claim_rows(out) if row["name"] == name and "423" not in row["what"]):
             time = f"{row['minutes']}, {row['device']}"
             rows.append(
                 [
@@ -199,11 +216,13 @@ def front_table(out: Path) -> str:
 def short_table(out: Path, *methods: str) -> str:
     """The measured rows of some methods, and their commands."""
     rows = [row for row in claim_rows(out) if row["method"] in methods and row["over"]]
-    cells = [[row[k] for k in ("what", "documents", "published", "ours", "over", "seeds", "minutes")] for row in rows]
+    on, marks = device_notes([row["device"] for row in rows])
+    keys = ("what", "documents", "published", "ours", "over", "seeds")
+    cells = [[row[k] for k in keys] + [row["minutes"] + mark] for row, mark in zip(rows, marks, strict=True)]
     lines = table("test accuracy in % | documents | published | ours | ± over | each seed | minutes", cells)
     lines += [
         "",
-        f"Minutes of training of one seed on {' or '.join(sorted({row['device'] for row in rows}))}.",
+        f"Minutes of training of one seed{on}.",
         "Commands of the rows:",
         "",
         *dict.fromkeys(f"- {row['command']}" for row in rows),
@@ -284,21 +303,121 @@ def inner_loop_text(out: Path) -> str:
 
 
 def mann_table(out: Path) -> str:
+    found = [row for row in claim_rows(out) if row["method"] == "MANN" and row["over"]]
+    on, marks = device_notes([row["device"] for row in found])
     rows = []
-    for row in claim_rows(out):
-        if row["method"] == "MANN" and (runs := load(out, row["name"])):
-            alone = figure_of(runs, "test_accuracy_alone")
-            cells = [row[k] for k in ("documents", "published", "ours", "over", "seeds")]
-            rows.append([row["what"].removeprefix("MANN, "), *cells, alone, row["minutes"]])
+    for row, mark in zip(found, marks, strict=True):
+        alone = figure_of(load(out, row["name"]), "test_accuracy_alone")
+        cells = [row[k] for k in ("documents", "published", "ours", "over", "seeds")]
+        rows.append([row["what"].removeprefix("MANN, "), *cells, alone, row["minutes"] + mark])
     lines = table(
         "MANN, course split | course | published | ours | ± over | each seed | queries asked alone | minutes", rows
     )
     runs = load(out, "mann/K1N2")
     return "\n".join(lines) + (
-        f"\n\nTest accuracy in per cent, mean of {len(runs)} seeds on {runs[0]['num_test_tasks']:,} fixed tasks; "
-        f"minutes of training of one seed on {processor(runs[0])}.\n"
-        f"Command of the first row: `{plain_command(runs[0])}`."
+        f"\n\nTest accuracy in per cent, mean of the seeds on {runs[0]['num_test_tasks']:,} fixed tasks; "
+        f"minutes of training of one seed{on}.\nCommand of the first row: `{plain_command(runs[0])}`."
     )
+
+
+MEMORIES = {  # --memory: its idea, what a task of K N images costs, how it answers queries asked alone, its results
+    "lstm": ("two LSTM layers; all of the support set must fit into their state",
+             "time K N, one item after another; the state does not grow",
+             "asked one by one from the state that the support set left", "mann/conv_K1N5"),
+    "attention": ("nothing is compressed: every query looks back at every support item",
+                  "time and memory (K N)², all items at once",
+                  "in the same pass: queries do not see each other", "mann/attention_K1N5"),
+    "external": ("an LSTM with a table; writes over the least used rows, reads by likeness",
+                 "time K N rows, one item after another; the table does not grow", "as the LSTM", ""),
+}  # fmt: skip
+
+
+def memories_table(out: Path) -> str:
+    """The three memories side by side: idea, cost, accuracy on 5-way 1-shot; of the cost what speed.json holds."""
+    races = read(out / "speed.json") if (out / "speed.json").exists() else []
+    of_memories = [race for race in races if race["title"].startswith("mann,") and step_of(race, "attention")]
+    race = next((race for race in of_memories if ", N 5," in race["title"]), next(iter(of_memories), None))
+    rows = []
+    for memory, (idea, cost, alone, name) in MEMORIES.items():
+        runs = load(out, name) if name else []
+        figures = [figure_of(runs, f"test_accuracy{kind}") if runs else "" for kind in ("", "_alone")]
+        size = f"{runs[0]['parameters']:,}" if runs else ""
+        time = f"{minutes(runs)} ({processor(runs[0])})" if runs else ""
+        step = [step_of(race, memory)] if race else []
+        rows.append([f"`{memory}`", idea, cost, *step, *figures, alone, size, time])
+    titles = ["`--memory`", "idea", "what a task of K N images costs", *(["a training step"] if race else [])]
+    titles += ["5-way 1-shot, together", "alone", "queries alone", "parameters", "minutes"]
+    lines = table(" | ".join(titles), rows)
+    lines += ["", "Test accuracy in per cent ± 95 % interval; minutes of training of one seed."]
+    if race:
+        lines += [f"A step is that of {race['title'].removeprefix('mann, ')}, 64 features an image, float32, on"]
+        lines += [f"{speed_processor(race)}, and the megabytes that it keeps for its backward pass."]
+    lstm, attention = (load(out, MEMORIES[memory][-1]) for memory in ("lstm", "attention"))
+    if lstm and attention:
+        lines += ["", memories_lesson(lstm, attention)]
+    return "\n".join(lines)
+
+
+def step_of(race: dict, memory: str) -> str:
+    """The cost of a step with a memory, "4.1 ms, 35 MB"; "" where the race did not have it."""
+    cell = race.get(f"{memory}, 64 features an image")
+    kept = race.get("megabytes_kept", {}).get(memory)
+    return (f"{cell['ms']:.1f} ms" + (f", {kept:.0f} MB" if kept else "")) if cell else ""
+
+
+def memories_lesson(lstm: list[dict], attention: list[dict]) -> str:
+    """What the LSTM and attention teach when put beside each other."""
+    of = lambda runs, kind: 100 * statistics.fmean(run[f"test_accuracy{kind}"] for run in runs)
+    together, alone, other = of(lstm, ""), of(lstm, "_alone"), of(attention, "_alone")
+    text = (
+        f"The LSTM answers {together:.1f} % of the queries when they come together, one of each class, and "
+        f"{alone:.1f} % of those asked alone:\n{together - alone:.1f} points of the course's figure come from ruling "
+        "classes out. For attention the two are one figure.\n"
+    )
+    if other > alone:
+        text += (
+            f"Asked alone the LSTM errs {(100 - alone) / (100 - other):.1f} times as often as attention: what must be "
+            "compressed into a state before the query is\nknown is in part lost; what is kept is there to be compared. "
+        )
+    return text + "Encoders and lengths of training differ, so these\nare two recipes, not the memories alone."
+
+
+SIGHTS = (1, 2, 3, 5, 10)
+BY_SIGHT = [  # of a character in a sequence of 50 images (Santoro et al. 2016, table 1, 5 classes, one-hot labels)
+    ("LSTM", "mann/lstm_sequence", (24.4, 49.5, 55.3, 63.6, 62.5)),
+    ("external memory", "mann/external_sequence", (36.4, 82.8, 91.0, 94.9, 98.1)),
+]
+
+
+def sights_table(out: Path) -> str:
+    """Accuracy at the first, second, ... sight of a character beside the paper's; nothing where none is measured."""
+    rows, notes, commands = [], [], []
+    for what, name, theirs in BY_SIGHT:
+        if not (runs := load(out, name)):
+            continue
+        ours = []
+        for i in (sight - 1 for sight in SIGHTS):
+            at = [{"a": run["accuracy_by_sight"][i], "a_ci95": run["ci95_by_sight"][i]} for run in runs]
+            ours.append(with_interval(*(100 * value for value in interval_of(at, "a"))))
+        rows += [[f"{what}, the paper", *theirs, "", ""], [f"{what}, ours", *ours, len(runs), minutes(runs)]]
+        notes.append(f"{what}: {runs[0]['steps']:,} steps of {tasks_a_step(runs[0])} sequences on {processor(runs[0])}")
+        commands.append(f"- `{plain_command(runs[0])}`")
+        tested = f"{runs[0]['num_test_tasks']:,} test sequences"
+    if not rows:
+        return ""
+    lines = [
+        "The paper's sequences: accuracy in per cent at the n-th sight of a character. At the first sight nothing but",
+        "ruling out the labels already told can help; what is learned from one label shows at the second.",
+        "",
+        *table(" | ".join(["sight", *map(str, SIGHTS), "seeds", "minutes"]), rows),
+        "",
+        f"± 95 % interval over {tested}, or over the seeds where they differ by more.",
+        f"{'; '.join(notes)}. The paper's are after 100,000 episodes.",
+        "Commands:",
+        "",
+        *commands,
+    ]
+    return "\n".join(lines)
 
 
 def mann_answers(out: Path) -> str:
@@ -361,10 +480,13 @@ def meta_lstm_table(out: Path) -> str:
                 ]
             )
             found.append(run)
+    on, marks = device_notes([processor(run) for run in found])
+    for row, mark in zip(rows, marks, strict=True):
+        row[-1] += mark
     titles = "meta-LSTM, course split | learned rule | tuned gradient descent | before | queries | updates | episodes "
     titles += "| minutes"
     note = "Test accuracy in per cent ± 95 % interval on 600 fixed tasks, one seed; queries of each class; minutes of "
-    note += f"training on {processor(found[0])}. Commands:\n"
+    note += f"training{on}. Commands:\n"
     return "\n".join([*table(titles, rows), "", note, *(f"- `{plain_command(run)}`" for run in found)])
 
 
@@ -613,22 +735,175 @@ def bayes_tables(out: Path) -> str:
 
 
 def mae_table(out: Path) -> str:
-    """Each way to use the frozen features, and the same of the untrained transformer."""
+    """Each way to use the frozen features, and the same of the untrained transformer; of runs of mae.py alone."""
     ways = {
         "test_accuracy": "whitened, views",
         "test_accuracy_one_view": "whitened, one view",
         "test_accuracy_plain": "plain",
         "test_accuracy_linear": "linear head",
         "test_accuracy_untrained": "untrained",
+        "probe_accuracy": "probe, all characters",
     }
     rows, commands = [], []
-    for name in sorted({path.stem.rsplit("_seed", 1)[0] for path in out.glob("mae/*_seed*.json")}):
-        runs = load(out, f"mae/{name}")
+    found = pictures.mae_runs(out)
+    on, marks = device_notes([processor(runs[0]) for runs in found.values()])
+    for name, runs in found.items():
         figures = [figure_of(runs, key) if key in runs[0] else "" for key in ways]
-        rows.append([name.replace("_", " "), *figures, interval(runs)[2], minutes(runs)])
+        masked, second = f"{100 * runs[0]['mask_ratio']:.0f} %", "yes" if runs[0]["contrast"] else "no"
+        rows.append([name.replace("_", " "), masked, second, *figures, interval(runs)[2], len(runs), minutes(runs)])
         commands.append(f"- `{plain_command(runs[0])}`")
-    titles = f"mae, course split | {' | '.join(ways.values())} | ± over | minutes"
-    return "\n".join([*table(titles, rows), "", "Commands:", "", *commands]) if rows else "Not measured."
+    titles = f"mae, course split | masked | second loss | {' | '.join(ways.values())} | ± over | seeds | minutes"
+    if not rows:
+        return "Not measured."
+    note = f"Minutes of training of one seed{on}; of several seeds the mean. Commands:"
+    rows = [[*row[:-1], row[-1] + mark] for row, mark in zip(rows, marks, strict=True)]
+    return "\n".join([*table(titles, rows), "", note, "", *commands])
+
+
+def mae_lessons(out: Path) -> str:
+    """What the default's figures teach, beside those of a network that was told every label."""
+    if not (runs := load(out, "mae/mae")):
+        return ""
+    of = lambda name, key="test_accuracy": statistics.fmean(100 * run[key] for run in load(out, name))
+    more = lambda a, b: f"{of('mae/mae', a) - of('mae/mae', b):.1f}"
+    ours, bare, head, probe, untrained, bare_untrained = (
+        figure_of(runs, key)
+        for key in (
+            "test_accuracy",
+            "test_accuracy_plain",
+            "test_accuracy_linear",
+            "probe_accuracy",
+            "test_accuracy_untrained",
+            "test_accuracy_untrained_plain",
+        )
+    )
+    whitening = more("test_accuracy_one_view", "test_accuracy_plain")
+    views = more("test_accuracy", "test_accuracy_one_view")
+    both = more("test_accuracy_untrained", "test_accuracy_untrained_plain")
+    drawings = 20 - runs[0]["flags"]["held_out"]
+    lines = [
+        "- **Is the architecture enough?** No. The same transformer with random weights, whitened and averaged alike,",
+        f"  answers {untrained} %, trained without a label {ours} %. Without whitening and views it is",
+        f"  {bare_untrained} % and {bare} %.",
+        f"- **What do whitening and views add?** {whitening} and {views} points; to random weights together {both}.",
+        f"- **Prototypes or a linear head?** With one drawing a class {ours} % and {head} %. A linear head for all",
+        f"  test characters at once, from {drawings} drawings of each, is right in {probe} % of cases.",
+    ]
+    if load(out, "comparison/protonet"):
+        points = of("comparison/protonet") - of("mae/mae")
+        lines += [
+            "- **What would labels be worth?** The default ProtoNet, told the label of every training drawing, answers",
+            f"  {figure_of(load(out, 'comparison/protonet'))} %: {abs(points):.1f} points "
+            f"{'more' if points > 0 else 'less'}.",
+        ]
+    return "\n".join(lines)
+
+
+def few_labels_text(out: Path) -> str:
+    """The transformer trained on with few labels, from scratch and from masked auto-encoding; nothing where neither."""
+    found, rows, commands = pictures.few_labels(out), [], []
+    if not found:
+        return ""
+    for n, starts in found.items():
+        cells = []
+        for runs in starts.values():
+            seeds = ", ".join(f"{100 * run['test_accuracy']:.1f}" for run in runs)
+            cells += [figure_of(runs) if runs else "", seeds]
+            commands += [f"- `{plain_command(runs[0])}`"] if runs else []
+        conv4 = load(out, "comparison/protonet") if n == 1100 else []
+        rows.append([f"{n:,}", *cells, gain(*reversed(starts.values())), figure_of(conv4) if conv4 else ""])
+    some = next(runs for starts in found.values() for runs in starts.values() if runs)
+    titles = "labelled characters | from scratch | each seed | from masked auto-encoding | each seed "
+    titles += "| gain, paired | Conv4 from scratch"
+    lines = [
+        "## Few labels",
+        "",
+        "The transformer is trained on as a prototypical network (`protonet.py --encoder vit`) with the labels of the",
+        "first 50, 200 or all 1,100 training characters: from random weights, and from those of the masked",
+        "auto-encoder, which saw every training drawing and no label.",
+        "",
+        *table(titles, rows),
+        "",
+        f"5-way 1-shot, accuracy in per cent on {some[0]['num_test_tasks']:,} test tasks, ± 95 % interval over them or",
+        "over the seeds where they differ by more; the gain, in points, is that on the same tasks and seeds. Conv4 is",
+        "the default ProtoNet. Commands (RUN_DIR: a run of `mae.py` with the same seed):",
+        "",
+        *dict.fromkeys(commands),
+        *few_labels_lesson(out, found),
+        "",
+        "![accuracy by the number of labelled characters](../results/mae_labels.png)",
+    ]
+    return re.sub(r"--init_from \S+?( |`)", r"--init_from RUN_DIR\1", "\n".join(lines))
+
+
+def gain(new: list[dict], old: list[dict]) -> str:
+    """Points by which `new` is better than `old` on the same tasks and seeds; "" where they share no seed.
+
+    Only runs of one kind of device are paired: there were results of a GPU whose test tasks were drawn by the GPU.
+    """
+    kind = lambda run: (run["seed"], run["device"].startswith("cpu"))
+    before = {kind(run): run["accuracies"] for run in old}
+    pairs = [(run["accuracies"], before[kind(run)]) for run in new if kind(run) in before]
+    differences = [mean_and_ci95([a - b for a, b in zip(*pair, strict=True)]) for pair in pairs]
+    if not differences:
+        return ""
+    mean, half = interval_of([{"gain": mean, "gain_ci95": half} for mean, half in differences], "gain")
+    return f"{'+' if mean >= 0 else '-'}{with_interval(100 * abs(mean), 100 * half)}"
+
+
+def few_labels_lesson(out: Path, found: dict[int, dict[str, list[dict]]]) -> list[str]:
+    """The lines on what the labels and the start are worth, from what is measured of them."""
+    gains = {n: gain(*reversed(starts.values())) for n, starts in found.items()}
+    parts = ", ".join(f"{points} points with {n:,}" for n, points in gains.items() if points)
+    lines = ["", f"What the start without labels is worth: {parts} labelled characters."] if parts else []
+    for n, starts in found.items():
+        if starts["_from_mae"] and "Accuracy/val" in (curves := starts["_from_mae"][0].get("curves", {})):
+            (first, begin), *rest = curves["Accuracy/val"]
+            step, lowest = min(rest, key=lambda point: point[1], default=(first, begin))
+            if lowest < begin - 0.02:
+                lines += [
+                    f"With {n:,} the start is lost on the way: validation accuracy is {100 * begin:.1f} % at step "
+                    f"{first:,} of that training and {100 * lowest:.1f} % at step {step:,}."
+                ]
+    if frozen := load(out, "mae/mae"):
+        mean, half, _ = interval(frozen)
+        verdicts: dict[str, list[str]] = {"more than": [], "within the intervals of": [], "less than": []}
+        for n, starts in found.items():
+            if starts[""]:
+                other, its_half, _ = interval(starts[""])
+                apart = abs(mean - other) > math.hypot(half, its_half)
+                verdict = "within the intervals of" if not apart else "more than" if mean > other else "less than"
+                verdicts[verdict].append(f"{n:,}")
+        text = "; ".join(f"{verdict} {' and '.join(ns)}" for verdict, ns in verdicts.items() if ns)
+        if text:
+            lines += [
+                "",
+                f"The frozen features, without a label, answer {with_interval(mean, half)} %; beside training from "
+                f"scratch, by labelled characters: {text}.",
+            ]
+    return lines
+
+
+def masks_text(out: Path) -> str:
+    """The best masking ratio with and without the second loss, and the picture; nothing where one ratio is measured."""
+    if not (curves := pictures.masks(out)):
+        return ""
+    parts = []
+    for second, runs_at in curves.items():
+        figure = lambda ratio, runs_at=runs_at: f"{figure_of(runs_at[ratio])} % at {100 * ratio:.0f} %"
+        best = max(runs_at, key=lambda ratio, runs_at=runs_at: interval(runs_at[ratio])[0])
+        worst = min(runs_at, key=lambda ratio, runs_at=runs_at: interval(runs_at[ratio])[0])
+        parts.append(f"{'with' if second else 'without'} the second loss best {figure(best)} masked")
+        parts[-1] += f", worst {figure(worst)}" if best != worst else ""
+    lines = [
+        "## How much to hide",
+        "",
+        f"Test accuracy by the share of squares that is hidden: {'; '.join(parts)}.",
+        "The default's share was chosen on validation characters, before these runs.",
+        "",
+        "![accuracy by masking ratio](../results/mae_masks.png)",
+    ]
+    return "\n".join(lines)
 
 
 def speed_table(out: Path) -> str:
@@ -636,7 +911,8 @@ def speed_table(out: Path) -> str:
     races = sorted(read(out / "speed.json"), key=lambda race: race["title"])
     tables, lines = {}, []
     for race in races:
-        found = {name: value for name, value in race.items() if isinstance(value, dict) and name != "versions"}
+        timed = lambda value: isinstance(value, dict) and ("ms" in value or "tasks_per_second" in value)
+        found = {name: value for name, value in race.items() if timed(value)}
         # "auto: vmap, 32 at once" says what auto chose: of the row, not of the column
         found = {name.split(":")[0]: value | {"what": name.partition(": ")[2]} for name, value in found.items()}
         kind = "training tasks a second" if ".py " in race["title"] else race["title"].split(",")[0]
@@ -708,7 +984,9 @@ def growth_prediction(row: dict, rows: list[dict], fit: dict) -> str:
 
 
 def speed_processor(race: dict) -> str:
-    """Processor and instructions of a race, in short: "AMD EPYC, AVX512 with bfloat16"."""
+    """Where a race was run, in short: "AMD EPYC, AVX512 with bfloat16", or the GPU's name."""
+    if not race.get("device", "cpu").startswith("cpu"):
+        return race["device"]
     name, _, kind = race["processor"].partition(", ")
     return f"{re.sub(r'[(]R[)]| CPU| Processor', '', name)}, {kind}"
 
@@ -905,6 +1183,8 @@ BLOCKS = {
     "front": front_table,
     "mann": mann_table,
     "mann_answers": mann_answers,
+    "memories": memories_table,
+    "sights": sights_table,
     "memorisation": memorisation_text,
     "protonet": lambda out: short_table(out, "ProtoNet"),
     "transfer": lambda out: short_table(out, "Fine-tuning"),
@@ -918,6 +1198,9 @@ BLOCKS = {
     "memorization": memorization_table,
     "bayes": bayes_tables,
     "mae": mae_table,
+    "mae_lessons": mae_lessons,
+    "mae_labels": few_labels_text,
+    "mae_masks": masks_text,
     "speed": speed_table,
     "growth": growth_table,
     "faults": faults_text,

@@ -17,6 +17,9 @@ which step and quantity) or missing. Only the last two are due.
 
 from __future__ import annotations
 
+import experiment
+from experiment import UserError, whole, write_json
+
 import ast
 import ctypes
 import hashlib
@@ -38,9 +41,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-import experiment
 import pulse
-from experiment import UserError, whole, write_json
 from omniglot import ARCHIVES
 
 HERE = Path(__file__).resolve().parent
@@ -163,10 +164,9 @@ CASES = [
          "--num_classes 20 --fixed_labels --warmup_steps 0 --features plain", "--num_val_tasks 100", "", 1, 20,
          beyond=True),
     Case("mae", "mae", "mae.py", "", "", "--train_steps 30000", 3, 60, beyond=True),
-    *[Case("mae", f"mae_alone_{ratio}_masked", "mae.py", f"--contrast 0 --mask_ratio 0.{ratio}", "", "", 1, 30,
-           beyond=True) for ratio in (25, 50, 75, 90)],
-    *[Case("mae", f"mae_{ratio}_masked", "mae.py", f"--mask_ratio 0.{ratio}", "", "", 1, 60, beyond=True)
-      for ratio in (25, 75, 90)],
+    *[Case("mae", f"{kind}_{ratio}_masked", "mae.py", f"{flags}--mask_ratio 0.{ratio}",
+           "--train_steps 500 --eval_freq 500", "", 1, 8, beyond=True)
+      for kind, flags in (("mae", ""), ("mae_alone", "--contrast 0 ")) for ratio in (25, 50, 75, 90)],
     *[Case("mae", f"vit_{n}_characters{name}", "protonet.py", f"--encoder vit --train_characters {n}", TASKS, TASKS, 3,
            8, beyond=True, start=start)
       for n in (50, 200, 1100) for name, start in (("", ""), ("_from_mae", "mae"))],

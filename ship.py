@@ -13,6 +13,9 @@ Everything else: docs/predict.md.
 
 from __future__ import annotations
 
+import experiment
+from experiment import TEST_SEED, VAL_SEED, UserError
+
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -20,10 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import experiment
 import predict
 from backbone import prototypes
-from experiment import TEST_SEED, VAL_SEED, UserError
 from load_data import Dataset, EpisodeSampler, load_dataset
 from predict import Network, strangeness
 from protonet import embed_split, squared_distances

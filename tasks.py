@@ -15,6 +15,8 @@ A distribution is a function (tasks, support points, query points, generator, pa
 
 from __future__ import annotations
 
+from experiment import UserError
+
 import math
 from collections import Counter
 from typing import NamedTuple
@@ -23,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from experiment import UserError
 from load_data import Dataset, EpisodeSampler, draw_distinct
 
 

@@ -17,6 +17,9 @@ Everything else: docs/transfer.md.
 
 from __future__ import annotations
 
+import experiment
+from experiment import Run, UserError, number, whole
+
 from functools import partial
 
 import numpy as np
@@ -24,9 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import experiment
 from backbone import Conv4
-from experiment import Run, UserError, number, whole
 from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_dataset, turns
 from replay import Gradient
 

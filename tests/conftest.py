@@ -16,6 +16,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 import experiment  # noqa: E402
+
 import load_data  # noqa: E402
 import omniglot  # noqa: E402
 

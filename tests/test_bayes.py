@@ -1,5 +1,8 @@
 """The bound against exact evidence, densities against torch and quadrature, order of points, calibration, runs."""
 
+import experiment
+from experiment import UserError
+
 import json
 import math
 
@@ -10,9 +13,7 @@ from conftest import known_dataset, one_line_error
 from torch import distributions
 
 import bayes
-import experiment
 from bayes import Characters, Gaussian, Sinusoid, bound, coverage, kl, noise, posterior
-from experiment import UserError
 from tasks import OfAlphabet, known_sinusoids
 
 SMOKE = ["--smoke", "--device", "cpu"]

@@ -1,5 +1,7 @@
 """The plain references of benchmark.py compute what the fast paths compute."""
 
+import experiment
+
 import json
 from argparse import Namespace
 
@@ -8,7 +10,6 @@ import torch
 from conftest import known_dataset
 
 import benchmark
-import experiment
 import peers
 import report
 from backbone import Conv4

@@ -1,5 +1,8 @@
 """The run folder: atomic writes, hostile and foreign checkpoints, intervals, the common flags."""
 
+import experiment
+from experiment import UserError, load_checkpoint, mean_and_ci95, write_atomically
+
 import json
 import math
 import os
@@ -9,9 +12,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-import experiment
 import hw1
-from experiment import UserError, load_checkpoint, mean_and_ci95, write_atomically
 
 
 def test_mean_and_interval_by_hand():

@@ -5,6 +5,8 @@ the uninterrupted run bit for bit, and watches the memory over 2,000 steps. With
 tests count is written to results/faults.json.
 """
 
+import experiment
+
 import argparse
 import errno
 import importlib
@@ -27,7 +29,6 @@ import torch
 import torch.distributed as dist
 from conftest import REPO, draw_folder
 
-import experiment
 import predict
 import protonet
 from backbone import Conv4

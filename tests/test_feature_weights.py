@@ -1,5 +1,7 @@
 """Feature weights: solutions and derivatives against formulas and differences, aliases, the known behaviour."""
 
+from experiment import Diverged
+
 import json
 import math
 
@@ -9,7 +11,6 @@ import torch
 from conftest import REPO
 
 import feature_weights as fw
-from experiment import Diverged
 
 D = torch.float64
 

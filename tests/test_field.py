@@ -4,6 +4,9 @@ Each test is named kind[case]; with RECORD=1 in the environment the outcomes are
 table of docs/reliability.md: kind, cases tried, cases right.
 """
 
+import experiment
+from experiment import UserError
+
 import functools
 import io
 import json
@@ -21,7 +24,6 @@ import torch
 from conftest import REPO, known_dataset, one_line_error
 from PIL import Image, ImageCms
 
-import experiment
 import glyphs
 import hw1
 import maml
@@ -30,7 +32,6 @@ import omniglot
 import predict
 import protonet
 import transfer
-from experiment import UserError
 from load_data import DataGenerator, EpisodeSampler, load_dataset
 from omniglot import read_image
 

@@ -35,6 +35,18 @@ def imports_of(path) -> set[str]:
     return found & FLOOR.keys()
 
 
+def test_every_script_says_first_how_threads_wait():
+    """experiment.py sets OMP_WAIT_POLICY, which counts only before torch is loaded."""
+    scripts = [path for path in REPO.glob("*.py") if "experiment.run_script(" in path.read_text()]
+    assert len(scripts) > 12
+    for path in scripts:
+        if path.name == "experiment.py":
+            continue
+        nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = [getattr(node, "module", None) or node.names[0].name for node in nodes]
+        assert names[:2] == ["__future__", "experiment"], path.name
+
+
 def test_every_room_has_a_floor_and_no_arrow_runs_upwards():
     rooms = {path.stem for path in REPO.glob("*.py")}
     assert rooms == FLOOR.keys(), "a new file at the top needs a floor here and a line in the README's tree"

@@ -1,5 +1,7 @@
 """Data: every accepted form, the cache, the splits, and samplers tested like dice."""
 
+from experiment import UserError
+
 import hashlib
 import http.server
 import itertools
@@ -19,7 +21,6 @@ from conftest import REPO, draw_folder, has_omniglot, known_dataset, one_line_er
 import glyphs
 import load_data
 import omniglot
-from experiment import UserError
 from load_data import DataGenerator, EpisodeSampler, draw_distinct, load_dataset
 
 # ----------------------------------------------------------------------------- the samplers

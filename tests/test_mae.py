@@ -1,5 +1,8 @@
 """Masked auto-encoding: patches, masks, what the encoder and the loss may see, frozen features, the run."""
 
+import experiment
+from experiment import UserError
+
 import json
 
 import numpy as np
@@ -8,11 +11,9 @@ import torch
 from conftest import known_dataset, one_line_error
 from torch import nn
 
-import experiment
 import mae
 import protonet
 from backbone import Block, ViT, patchify, sines_and_cosines, unpatchify
-from experiment import UserError
 from load_data import EpisodeSampler
 from mae import MAE, Drawings, agreement, count_visible, masked_error, random_order, targets, unshuffle
 

@@ -1,5 +1,8 @@
 """MAML: the meta-gradient against finite differences and a plain loop, Proto-MAML against ProtoNet, every flag."""
 
+import experiment
+from experiment import UserError
+
 import json
 
 import numpy as np
@@ -9,11 +12,9 @@ import torch.nn.functional as F
 from conftest import known_dataset
 from torch.func import vmap
 
-import experiment
 import maml
 from backbone import Conv4
 from benchmark import plain_maml_step
-from experiment import UserError
 from load_data import EpisodeSampler
 from maml import MAML, Setting, adapt, evaluate, meta_gradient, query_logits, task_loss
 from protonet import proto_logits

@@ -1,5 +1,8 @@
 """Tasks that say what they hide, meta-gradients by finite differences, costs by quadrature, whole runs."""
 
+import experiment
+from experiment import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +10,7 @@ import torch.nn.functional as F
 from conftest import known_dataset, one_line_error
 from torch import distributions
 
-import experiment
 import memorization
-from experiment import UserError
 from memorization import (
     CONDITIONS,
     Activations,

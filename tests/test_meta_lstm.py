@@ -1,5 +1,8 @@
 """The LSTM meta-learner: counts, hand values, gradient descent inside it, a plain reference, finite differences."""
 
+import experiment
+from experiment import UserError
+
 import json
 import math
 import re
@@ -14,9 +17,7 @@ from conftest import REPO, known_dataset, one_line_error
 from torch import nn
 
 import benchmark
-import experiment
 import meta_lstm
-from experiment import UserError
 from load_data import EpisodeSampler
 from meta_lstm import (
     EPS,

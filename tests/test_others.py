@@ -1,5 +1,7 @@
 """Other people's handwriting: Lake's official runs, image by image, and files in MNIST's format."""
 
+from experiment import UserError
+
 import csv
 import gzip
 import os
@@ -12,7 +14,6 @@ import torch
 from conftest import REPO, has_omniglot
 
 import protonet
-from experiment import UserError
 from load_data import Dataset, EpisodeSampler, LakeRuns, load_dataset
 from omniglot import read_image, resize
 

@@ -4,6 +4,9 @@ The browser's tests need gradio, playwright (requirements-page.txt, pip install 
 they are skipped. RECORD=1 pytest -n 0 tests/test_page.py writes results/page.png and results/page.json.
 """
 
+import experiment
+from experiment import UserError
+
 import math
 import os
 import shutil
@@ -19,10 +22,8 @@ import pytest
 import torch
 from conftest import REPO, one_line_error
 
-import experiment
 import page
 import predict
-from experiment import UserError
 
 # Invented strokes in a unit square, x to the right and y down.
 SIGMA = [[(0.8, 0.2), (0.2, 0.2), (0.55, 0.5), (0.2, 0.8), (0.8, 0.8)]]

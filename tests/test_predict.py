@@ -1,6 +1,8 @@
 """Prediction on the user's own pictures: of any look, in any order, with one line for every fault; the network that
 ships, classes kept in a file, and "none of these"."""
 
+import experiment
+
 import csv
 import json
 import os
@@ -12,7 +14,6 @@ import pytest
 import torch
 from conftest import REPO, has_omniglot, one_line_error
 
-import experiment
 import load_data
 import omniglot
 import predict

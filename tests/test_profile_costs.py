@@ -1,5 +1,7 @@
 """MAML and ES on sinusoids: exact gradients against plain references, the memory count, sweeps that resume."""
 
+from experiment import UserError
+
 import csv
 import json
 import math
@@ -19,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 
 import benchmark
 import profile_costs
-from experiment import UserError
 from profile_costs import (
     Initialisation,
     es_gradient,

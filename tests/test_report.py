@@ -1,5 +1,7 @@
 """report.py: the documents are those of the result files, come back when deleted, and never mix data sets."""
 
+from experiment import UserError
+
 import json
 import math
 import os
@@ -17,7 +19,6 @@ import hw1
 import pictures
 import profile_costs
 import report
-from experiment import UserError
 
 RESULTS = REPO / "results"
 DOCUMENTS = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -217,6 +218,117 @@ def test_the_inner_loop_is_drawn_of_the_rows_that_tell_it(tmp_path):
     assert text.count("| - |") == 1
 
 
+OF_MAE = {f"{kind}{way}": value
+          for way, value in (("", 0.97), ("_one_view", 0.96), ("_plain", 0.95), ("_linear", 0.969),
+                             ("_untrained", 0.61), ("_untrained_plain", 0.44))
+          for kind, value in (("test_accuracy", value), ("ci95", 0.004))} | {
+    "script": "mae", "contrast": 0.3, "mask_ratio": 0.5, "probe_accuracy": 0.85, "probe_ci95": 0.015,
+    "flags": {"held_out": 5}, "command": "python mae.py", "num_test_tasks": 600}  # fmt: skip
+
+
+def made_up_vit(folder: Path, name: str, seed: int, accuracies: list[float], **figures) -> None:
+    """A run of protonet.py among those of mae/."""
+    (folder / "mae").mkdir(exist_ok=True)
+    run = json.loads((RESULTS / "comparison" / "protonet_seed1.json").read_text())
+    run |= {"seed": seed, "accuracies": accuracies, "test_accuracy": sum(accuracies) / len(accuracies), "ci95": 0.01}
+    run |= {"command": f"python protonet.py --init_from runs/somewhere_{seed} --random_seed {seed}", "curves": {}}
+    run |= figures
+    (folder / "mae" / f"{name}_seed{seed}.json").write_text(json.dumps(run))
+
+
+def made_up_mae(folder: Path, name: str, **figures) -> None:
+    made_up(folder, name, **OF_MAE | figures)
+    (folder / "mae").mkdir(exist_ok=True)
+    (folder / "comparison" / f"{name}_seed1.json").rename(folder / "mae" / f"{name}_seed1.json")
+
+
+def test_the_transformers_of_protonet_stand_beside_the_auto_encoder_and_not_among_its_rows(tmp_path):
+    for text in (report.few_labels_text, report.masks_text, report.mae_lessons):
+        assert text(tmp_path) == ""
+    for seed in (1, 2):
+        made_up_vit(tmp_path, "vit_50_characters", seed, [0.8, 0.9, 1.0, 0.9])
+        made_up_vit(tmp_path, "vit_50_characters_from_mae", seed, [0.9, 1.0, 1.0, 1.0])
+    made_up_vit(tmp_path, "vit_1100_characters", 1, [1.0, 0.9, 1.0, 0.9])
+    assert report.mae_table(tmp_path) == "Not measured." and "Masked" not in report.page(tmp_path)
+    assert list(pictures.few_labels(tmp_path)) == [50, 1100]  # nothing is made of 200
+    made_up_mae(tmp_path, "mae")
+    rows = [line for line in report.mae_table(tmp_path).splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 and rows[1].startswith("| mae | 50 % | yes | 97.0 ± 0.4 | 96.0 ± 0.4 | 95.0 ± 0.4 |")
+    assert "| Masked auto-encoding, 5-way 1-shot, no label in training |" in report.front_table(tmp_path)
+    text = report.few_labels_text(tmp_path)
+    # Each task is 0.1, 0.1, 0, 0.1 better: 7.5 points, standard error 2.5, and the seeds agree.
+    assert "| 50 | 90.0 ± 1.0 | 90.0, 90.0 | 97.5 ± 1.0 | 97.5, 97.5 | +7.5 ± 4.9 |  |" in text
+    assert "| 1,100 | 95.0 ± 1.0 | 95.0 |  |  |  |  |" in text  # a start that was not measured leaves its cells empty
+    assert "--init_from RUN_DIR --random_seed 1" in text and "somewhere" not in text
+    assert "answer 97.0 ± 0.4 %" in text and "labelled characters: more than 50 and 1,100." in text
+    assert "+7.5 ± 4.9 points with 50 labelled" in text and "lost on the way" not in text
+    made_up_vit(tmp_path, "vit_200_characters", 1, [0.97, 0.98])  # 97.5 ± 1.0 is not apart from 97.0 ± 0.4
+    curve = {"curves": {"Accuracy/val": [[250, 0.92], [500, 0.81], [750, 0.95]]}}
+    made_up_vit(tmp_path, "vit_50_characters_from_mae", 1, [0.9, 1.0, 1.0, 1.0], **curve)
+    text = report.few_labels_text(tmp_path)
+    assert "more than 50 and 1,100; within the intervals of 200." in text
+    assert "With 50 the start is lost" in text and "92.0 % at step 250 of that training and 81.0 % at step 500" in text
+
+
+def test_gains_are_of_the_same_tasks_and_seeds():
+    run = lambda seed, *accuracies: {"seed": seed, "accuracies": list(accuracies), "device": "cpu, 2 threads"}
+    assert report.gain([run(1, 0.5, 0.7)], [run(2, 0.4, 0.6)]) == ""
+    assert report.gain([run(1, 0.5, 0.7)], [run(1, 0.4, 0.6) | {"device": "NVIDIA H200"}]) == ""
+    assert report.gain([run(1, 0.5, 0.7), run(3, 0.0, 0.0)], [run(1, 0.6, 0.8)]) == "-10.00 ± 0.00"
+
+
+def test_pictures_of_the_auto_encoder_are_drawn_where_it_is_measured(tmp_path):
+    labels, masks = tmp_path / "mae_labels.png", tmp_path / "mae_masks.png"
+    pictures.draw_mae(tmp_path)
+    made_up_mae(tmp_path, "mae")
+    made_up_mae(tmp_path, "mae_alone_75_masked", contrast=0.0, mask_ratio=0.75, test_accuracy=0.7)
+    pictures.draw_mae(tmp_path)  # two ratios, but neither curve has two
+    assert not labels.exists() and not masks.exists() and report.masks_text(tmp_path) == ""
+    made_up_mae(tmp_path, "mae_alone_25_masked", contrast=0.0, mask_ratio=0.25, test_accuracy=0.65)
+    pictures.draw_mae(tmp_path)
+    assert masks.exists() and not labels.exists()
+    assert "without the second loss best 70.0 ± 0.4 % at 75 % masked, worst 65.0 ± 0.4 % at 25 %" in report.masks_text(
+        tmp_path
+    )
+    made_up_vit(tmp_path, "vit_200_characters_from_mae", 1, [0.9, 1.0])
+    pictures.draw_mae(tmp_path)
+    first = labels.read_bytes()
+    pictures.draw_mae(tmp_path)
+    assert len(first) > 8_000 and labels.read_bytes() == first
+    for text in (report.few_labels_text(tmp_path), report.masks_text(tmp_path)):
+        (picture,) = re.findall(r"results/(\w+\.png)", text)
+        assert (tmp_path / picture).exists()
+
+
+def test_memories_stand_side_by_side_with_what_is_measured_of_them(tmp_path):
+    empty = report.memories_table(tmp_path)
+    assert empty.count("| `") == 4 and "training step" not in empty and "LSTM answers" not in empty
+    assert report.sights_table(tmp_path) == ""
+    (tmp_path / "mann").mkdir()
+    lstm = json.loads((RESULTS / "mann" / "conv_K1N5_seed1.json").read_text())
+    attention = lstm | {"test_accuracy": 0.99, "ci95": 0.001, "test_accuracy_alone": 0.99, "ci95_alone": 0.001}
+    attention |= {"device": "NVIDIA H200", "parameters": 186952}
+    for name, run in (("K1N2", lstm), ("conv_K1N5", lstm), ("attention_K1N5", attention)):
+        (tmp_path / "mann" / f"{name}_seed1.json").write_text(json.dumps(run))
+    race = {"title": "mann, B 128, K 1, N 5, hidden 128", "device": "cpu, 2 threads", "processor": "AMD EPYC, AVX512"}
+    times = {"lstm": 4, "attention": 7}
+    race |= {f"{memory}, 64 features an image": {"ms": ms, "ratio": 1} for memory, ms in times.items()}
+    race["megabytes_kept"] = {"lstm": 30.2, "attention": 52.1}
+    (tmp_path / "speed.json").write_text(json.dumps([race]))
+    text = report.memories_table(tmp_path)
+    assert "| 4.0 ms, 30 MB | 96.7 ± 0.2 | 95.0 ± 0.2 |" in text and "| 7.0 ms, 52 MB | 99.00 ± 0.10 |" in text
+    assert "1.7 points" in text and "errs 5.0 times as often as attention" in text  # 5.02 % against 1.00 %
+    assert "52.1" not in report.speed_table(tmp_path)  # bytes are no contestant
+    rows = [line for line in report.mann_table(tmp_path).splitlines() if "attention" in line or "conv" in line]
+    assert rows[0].endswith("(1 thread of AMD EPYC) |") and rows[1].endswith("(NVIDIA H200) |")
+    assert "| 5-way 1-shot, attention | - | 99.07 (SNAIL, Vinyals' split) | 99.00 ± 0.10 |" in rows[1]
+    sequence = lstm | {"accuracy_by_sight": [i / 10 for i in range(10)], "ci95_by_sight": [0.01] * 10}
+    (tmp_path / "mann" / "external_sequence_seed1.json").write_text(json.dumps(sequence))
+    text = report.sights_table(tmp_path)
+    assert "| external memory, the paper | 36.4 | 82.8 | 91.0 | 94.9 | 98.1 |" in text and "LSTM" not in text
+    assert "| external memory, ours | 0.0 ± 1.0 | 10.0 ± 1.0 | 20.0 ± 1.0 | 40.0 ± 1.0 | 90.0 ± 1.0 | 1 |" in text
+
+
 def test_the_processor_is_named_shortly():
     intel = {"device": "cpu, 2 threads", "processor": "Intel(R) Xeon(R) Processor @ 2.80GHz, AVX512"}
     assert pictures.processor(intel) == "2 threads of Intel Xeon"
@@ -293,6 +405,8 @@ def test_the_measured_line_of_a_script_is_that_of_the_table():
     }.items():
         text = (REPO / f"{script}.py").read_text().split('"""')[1]
         assert rows[name]["ours"] in text and f"{rows[name]['minutes']} minutes" in text and f"docs/{script}.md" in text
+    if "mae/mae" in rows:
+        assert f"5-way 1-shot {rows['mae/mae']['ours']} %" in (REPO / "mae.py").read_text().split('"""')[1]
     for script in ("hw1", "transfer", "profile_costs", "feature_weights"):
         assert f"docs/{script}.md" in (REPO / f"{script}.py").read_text().split('"""')[1]
     trained = json.loads((RESULTS / "costs_train.json").read_text())

@@ -1,5 +1,7 @@
 """reproduce.py: runs once what is not done, survives kills, and knows which results the code has left behind."""
 
+from experiment import UserError
+
 import json
 import os
 import signal
@@ -14,7 +16,6 @@ from conftest import REPO, one_line_error
 
 import pulse
 import reproduce
-from experiment import UserError
 from reproduce import cases_of
 
 SMOKE = ["mann", "--scale", "smoke", "--only", "K1N2", "--dataset", "glyphs", "--device", "cpu"]

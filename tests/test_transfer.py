@@ -1,14 +1,15 @@
 """The fine-tuning baseline: what is held out stays held out, heads fit, both phases run and resume."""
 
+import experiment
+from experiment import UserError
+
 import numpy as np
 import pytest
 import torch
 from conftest import known_dataset
 
-import experiment
 import transfer
 from backbone import Conv4
-from experiment import UserError
 from transfer import Classifier, Drawings, fit_heads, held_out_accuracy
 
 SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]

@@ -1,5 +1,8 @@
 """The published split: its lists, its turned classes in every part, and every script on it."""
 
+import experiment
+from experiment import UserError
+
 import json
 from argparse import Namespace
 
@@ -8,7 +11,6 @@ import pytest
 import torch
 from conftest import has_omniglot, known_dataset, one_line_error
 
-import experiment
 import hw1
 import load_data
 import mae
@@ -17,7 +19,6 @@ import meta_lstm
 import omniglot
 import protonet
 import transfer
-from experiment import UserError
 from load_data import DataGenerator, EpisodeSampler, fixed_tasks, load_dataset, vinyals_split
 
 SIZES = {"train": 1028, "val": 172, "test": 423}
