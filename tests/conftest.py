@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two co
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
+import warm  # noqa: E402
+
 import experiment  # noqa: E402
 import load_data  # noqa: E402
 import omniglot  # noqa: E402
@@ -92,12 +94,17 @@ def _in_work(work, monkeypatch):
 
 @pytest.fixture(scope="session")
 def run_script(work):
-    """run_script("hw1.py", "--smoke", ...) in the working directory; returns the CompletedProcess."""
+    """run_script("hw1.py", "--smoke", ...) in the working directory; returns the CompletedProcess.
 
-    def run(script, *args, env=None, cwd=work, **kwargs):
+    cold: in an interpreter of its own, for what Python reads when it starts.
+    """
+
+    def run(script, *args, env=None, cwd=work, cold=False):
+        if not cold:
+            return warm.run(REPO / script, *args, cwd=cwd, env=env)
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
         command = [sys.executable, str(REPO / script), *map(str, args)]
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=3600, **kwargs)
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=3600)
 
     return run
 
