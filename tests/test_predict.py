@@ -169,7 +169,7 @@ def test_fifty_real_drawings_of_a_fresh_folder(tmp_path, run_script):
                 image = 255 - data.images[data.starts[c] + drawer, 0]
                 iio.imwrite(root / ("support" if i == 0 else "query") / name / f"{drawer}.png", image)
         begin = used()
-        done = run_script("predict.py", root, env=environment, cwd=root)
+        done = run_script("predict.py", root, env=environment, cwd=root, cold=True)
         seconds.append(round(used() - begin, 1))
         assert done.returncode == 0, done.stderr
         with open(root / "runs" / "predict" / "predictions.csv") as file:

@@ -2,15 +2,14 @@
 
 import importlib
 import json
-import os
 import re
 import shlex
 import subprocess
-import sys
 
 import imageio.v3 as imageio
 import numpy as np
 import pytest
+import warm
 from conftest import REPO
 
 import benchmark
@@ -150,14 +149,8 @@ def test_the_method_of_the_page_trains_resumes_and_passes_its_own_test(tmp_path)
     for name, text in blocks.items():
         (tmp_path / name).write_text(text)
     assert blocks["linear.py"].strip().count("\n") < 75
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{REPO}"},
-        capture_output=True,
-        text=True,
-        timeout=3600,
-    )
+    own_test = ["-m", "pytest", "-q", "-p", "no:cacheprovider", tmp_path]
+    done = warm.run(*own_test, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{REPO}"})
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr
     lint = ["ruff", "check", "--ignore", "I001", "--config", str(REPO / "pyproject.toml"), str(tmp_path)]
     checked = subprocess.run(lint, capture_output=True, text=True)

@@ -35,7 +35,8 @@ def enter(command: list[str], cwd: str, env: dict[str, str], out: str, err: str)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    paths = [path for path in sys.path if path not in OURS]
+    paths = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
+    paths += [path for path in sys.path if path not in OURS]
     if command[0] == "-m":
         sys.path[:], sys.argv = [cwd, *paths], command[1:]
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
@@ -49,7 +50,7 @@ class Process:
 
     def __init__(self, *command, cwd, env: dict[str, str] | None = None):
         self.args = [str(word) for word in command]
-        self.files = [tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()]  # noqa: SIM115
+        self.files = [tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()]
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
         names = [file.name for file in self.files]
         self.process = context.Process(target=enter, args=(self.args, str(cwd), dict(environment), *names))
