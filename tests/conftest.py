@@ -1,5 +1,6 @@
 """Shared by all tests: a scratch working directory with a warm data cache, and data whose answer is known."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -111,13 +112,32 @@ def run_script(work):
 
 @pytest.fixture(scope="session")
 def trained_protonet(work, tmp_path_factory):
-    """A small network trained on the glyphs for some seconds."""
+    """A small network trained on the glyphs for some seconds, by the first test process that asks for it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "proto"
+    with lock(folder.with_suffix(".lock")):
+        if not (folder / "returned.json").exists():
+            metrics = train_protonet(work, folder)
+            (folder / "returned.json").write_text(json.dumps(metrics))
+    return folder / "small", json.loads((folder / "returned.json").read_text())
+
+
+@contextlib.contextmanager
+def lock(path):
+    """One test process at a time."""
+    import fcntl
+
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def train_protonet(work, folder):
     import protonet
 
-    folder = tmp_path_factory.mktemp("proto")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
-        metrics = protonet.main(
+        return protonet.main(
             [
                 "--smoke",
                 "--dataset",
@@ -142,7 +162,6 @@ def trained_protonet(work, tmp_path_factory):
                 "small",
             ]
         )
-    return folder / "small", metrics
 
 
 def draw_folder(folder, names, size):

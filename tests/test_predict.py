@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import pickle
+import shutil
 
 import imageio.v3 as iio
 import numpy as np
@@ -39,8 +40,22 @@ STYLES = [
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def pictures(tmp_path, drawn_pictures):
+    """A copy of `drawn_pictures` for each test."""
+    return shutil.copytree(drawn_pictures, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="module")
+def drawn_pictures(work, tmp_path_factory):
     """support/<class>/* and query/* of five glyphs of the test split, in several styles and sizes."""
+    tmp_path = tmp_path_factory.mktemp("pictures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        draw_pictures(tmp_path)
+    return tmp_path
+
+
+def draw_pictures(tmp_path):
     data = load_data.load_dataset("glyphs")
     rng = np.random.default_rng(3)
     classes = rng.choice(data.splits["test"], 5, replace=False)
@@ -54,7 +69,6 @@ def pictures(tmp_path):
         for i, style in enumerate(STYLES):
             suffix = ("png", "jpg")[i % 2]
             iio.imwrite(tmp_path / "query" / f"letter {n} style {i}.{suffix}", photograph(drawings[10 + i], **style))
-    return tmp_path
 
 
 def test_predict_labels_pictures_of_any_look(trained_protonet, pictures, capsys):
