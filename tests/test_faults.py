@@ -368,6 +368,7 @@ import load_data, experiment
 gather, precision = load_data.EpisodeSampler.gather, experiment.precision
 def gather_wide(self, rows):
     torch.set_default_dtype(torch.float32)
+    self.limits = self.limits.to(torch.float32)  # made with the sampler, in float64
     images = gather(self, rows).double()
     torch.set_default_dtype(torch.float64)
     return images

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, has_omniglot, one_line_error
+from matplotlib.figure import Figure
 
 import experiment
 import load_data
@@ -43,6 +44,21 @@ STYLES = [
 def pictures(tmp_path, drawn_pictures):
     """A copy of `drawn_pictures` for each test."""
     return shutil.copytree(drawn_pictures, tmp_path, dirs_exist_ok=True)
+
+
+DRAW = (
+    "test_predict_labels_pictures_of_any_look",
+    "test_the_network_that_ships",
+    "test_fifty_real_drawings",
+    "test_the_figure",
+)
+
+
+@pytest.fixture(autouse=True)
+def _small_figure(request, monkeypatch):
+    """An empty figure but in the tests that look at it: matplotlib's many axes are most of a prediction's time."""
+    if not request.node.name.startswith(DRAW):
+        monkeypatch.setattr(predict, "prediction_figure", lambda *_: Figure((1, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -290,6 +306,16 @@ def test_unknown_needs_a_threshold_and_obeys_it(trained_protonet, pictures, tmp_
     plain = predict.main([str(pictures), "--checkpoint", str(run)])
     assert [row["probability"] for row in plain] == [row["probability"] for row in rows]
     assert not any(row["predicted_class"] == predict.NONE for row in plain)
+
+
+def test_the_figure_has_a_row_for_what_is_none_of_the_classes():
+    images = torch.rand(2, 1, 28, 28)
+    rows = [
+        {"predicted_class": name, "file": f"{i}.png", "probability": 0.5} for i, name in enumerate(["b", predict.NONE])
+    ]
+    figure = predict.prediction_figure(predict.Classes(["a", "b"], images, torch.arange(2)), images, rows)
+    found = [ax.get_title() for ax in figure.axes]
+    assert found == ["class a", "", "class b", "0.png 0.50", predict.NONE, "1.png 0.50"]
 
 
 def test_queries_in_class_folders_give_a_table(trained_protonet, pictures, capsys):
