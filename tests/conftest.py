@@ -66,7 +66,7 @@ def pytest_terminal_summary(terminalreporter, config):
         experiment.write_json(path, found)
 
 
-LONG = ["readme", "reproduce", "protonet", "faults", "predict", "homework", "field", "mae", "hw1", "meta_lstm", "maml"]
+LONG = ["faults", "readme", "homework", "mae", "field", "hw1", "predict", "meta_lstm", "maml", "reproduce", "protonet"]
 
 
 def pytest_collection_modifyitems(items):
