@@ -88,24 +88,42 @@ def make_encoder(args, channels: int) -> nn.Module:
 
 
 @torch.no_grad()
-def embed_split(encoder: nn.Module, sampler: EpisodeSampler, dtype: torch.dtype, views: int = 1, limits=(0.1, 0.1)):
+def embed_split(
+    encoder: nn.Module, sampler: EpisodeSampler, dtype: torch.dtype, views: int = 1, limits=(0.1, 0.1), rows=None
+):
     """Features [images, D] of all images of the sampler's split, each embedded once for all tasks.
 
     With running averages an image's features depend on nothing but itself. With views > 1 they are the mean over the
     image and views - 1 copies of it, distorted at random by up to `limits`, the jitter and shift of training.
+    rows: the only images that are needed, as `rows_of` gives them; the features of the others are then 0.
     """
     images = sampler.images
     limits = torch.tensor([limits[0]] * 4 + [limits[1]] * 2)
     generator = torch.Generator().manual_seed(sampler.seed)
+    sizes = [len(part) for part in images.split(500)]  # the noise is drawn for all, whichever are needed
+    noise = torch.cat([torch.stack([torch.rand(n, 6, generator=generator) for _ in range(views)]) for n in sizes], 1)
     features = []
-    for part in images.split(500):
-        part, total = part.float() / 255, 0
+    for some in (torch.arange(len(images)) if rows is None else rows.cpu()).split(500):
+        part, total = images[some.to(images.device)].float() / 255, 0
         for view in range(views):
-            noise = 2 * torch.rand(len(part), 6, generator=generator) - 1
-            seen = distort(part, (limits * noise).to(part.device)) if view else part
-            total = total + embed(encoder, seen[None], dtype)[0]
+            moved = limits * (2 * noise[view, some] - 1)
+            total = total + embed(encoder, (distort(part, moved.to(part.device)) if view else part)[None], dtype)[0]
         features.append(total / views)
-    return torch.cat(features)
+    found = torch.cat(features)
+    return found if rows is None else found.new_zeros(len(images), found.shape[1]).index_copy(0, rows, found)
+
+
+def rows_of(*tasks: tuple[EpisodeSampler, int]) -> torch.Tensor:
+    """The images int64 [n], in order, that the first so many tasks of each sampler hold; the samplers are of one split.
+
+    They are found by drawing the tasks with the number of each image in the place of its features.
+    """
+    rows = []
+    for sampler, num_tasks in tasks:
+        numbers = torch.arange(len(sampler.images), device=sampler.images.device)
+        for support, _, query, _ in sampler.first(num_tasks, features=numbers):
+            rows += [support.flatten(), query.flatten()]
+    return torch.cat(rows).unique()
 
 
 @torch.no_grad()
@@ -232,6 +250,7 @@ def main(argv=None) -> dict:
         return loss.detach()
 
     gradient = Gradient(compute, encoder, device, [train.generator])
+    val_rows, test_rows = (rows_of((tasks, args.num_val_tasks)) for tasks in (val, test))
     for _ in run.steps():
         loss = gradient()
         experiment.average_gradients(encoder)
@@ -240,9 +259,11 @@ def main(argv=None) -> dict:
         run.record(loss)
         if run.time_to_evaluate():
             with run.clock_stopped():
-                val_accuracy, val_loss = evaluate(embed_split(encoder, val, dtype), val, args.num_val_tasks)
+                features = embed_split(encoder, val, dtype, rows=val_rows)
+                val_accuracy, val_loss = evaluate(features, val, args.num_val_tasks)
                 # The curve on the test classes is for plots; nothing is decided by it.
-                test_accuracy, test_loss = evaluate(embed_split(encoder, test, dtype), test, args.num_val_tasks)
+                features = embed_split(encoder, test, dtype, rows=test_rows)
+                test_accuracy, test_loss = evaluate(features, test, args.num_val_tasks)
             val_accuracy, test_accuracy = val_accuracy.mean().item(), test_accuracy.mean().item()
             run.evaluated(
                 val_accuracy,
@@ -266,28 +287,26 @@ def test_report(args, encoder: nn.Module, dataset: Dataset, dtype: torch.dtype, 
     transductively too; with --within_alphabet on tasks whose support set is by one drawer.
     """
     test = fixed_tasks(dataset, "test", args, device, within_alphabet=args.within_alphabet)
-    features = embed_split(encoder, test, dtype, args.views, (args.jitter, args.shift))
-    accuracies = evaluate(features, test, args.num_test_tasks)[0]
-    one_view = features if args.views == 1 else embed_split(encoder, test, dtype)
-    alone = evaluate(one_view, test, args.num_test_tasks)[0]
-    some = min(args.num_test_tasks, 600)
-    metrics = {"num_test_tasks": args.num_test_tasks, "accuracies": [round(a, 4) for a in accuracies.tolist()]}
-    named = {"": accuracies, "_one_view": alone, "_transductive": evaluate_transductive(encoder, test, some, dtype)}
+    tasks, n = {"": test}, args.num_test_tasks
     if args.split == "lake" and dataset.name == "omniglot":
-        named["_lake_runs"] = evaluate(features, LakeRuns(dataset, device), 20)[0]
+        tasks["_lake_runs"] = LakeRuns(dataset, device)
     if args.within_alphabet and test.same_count:
-        lake = fixed_tasks(dataset, "test", args, device, within_alphabet=True, one_drawer=True)
-        named["_one_drawer"] = evaluate(features, lake, args.num_test_tasks)[0]
-    in_plane = {}
+        tasks["_one_drawer"] = fixed_tasks(dataset, "test", args, device, within_alphabet=True, one_drawer=True)
     for N, K in ((5, 1), (5, 5), (20, 1), (20, 5)):
         if N <= test.num_available and K + args.num_query <= int(test.counts.min()) and not args.within_alphabet:
             setting = Namespace(num_classes=N, num_shot=K, num_query=args.num_query)
-            tasks = fixed_tasks(dataset, "test", setting, device)
-            named[f"_{N}way{K}shot"] = evaluate(features, tasks, args.num_test_tasks)[0]
-            if dataset.turned:  # published figures of this protocol are of either kind
-                named[f"_{N}way{K}shot_transductive"] = evaluate_transductive(encoder, tasks, some, dtype)
-            if (N, K) == (5, 1):
-                in_plane = {"episode": embedded_episode(features, tasks)}
+            tasks[f"_{N}way{K}shot"] = fixed_tasks(dataset, "test", setting, device)
+    counts = {name: 20 if name == "_lake_runs" else n for name in tasks}
+    rows = rows_of(*((tasks[name], counts[name]) for name in tasks))
+    features = embed_split(encoder, test, dtype, args.views, (args.jitter, args.shift), rows)
+    one_view = features if args.views == 1 else embed_split(encoder, test, dtype, rows=rows_of((test, n)))
+    named = {name: evaluate(features, tasks[name], counts[name])[0] for name in tasks}
+    named["_one_view"] = evaluate(one_view, test, n)[0]
+    for name in tasks:  # published figures of --split vinyals are of either kind
+        if name == "" or (dataset.turned and name.endswith("shot")):
+            named[f"{name}_transductive"] = evaluate_transductive(encoder, tasks[name], min(n, 600), dtype)
+    metrics = {"num_test_tasks": n, "accuracies": [round(a, 4) for a in named[""].tolist()]}
+    in_plane = {"episode": embedded_episode(features, tasks["_5way1shot"])} if "_5way1shot" in tasks else {}
     for name, values in named.items():
         metrics[f"test_accuracy{name}"], metrics[f"ci95{name}"] = experiment.mean_and_ci95(values)
     return (

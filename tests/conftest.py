@@ -1,5 +1,6 @@
 """Shared by all tests: a scratch working directory with a warm data cache, and data whose answer is known."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -14,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two co
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
+
+import warm  # noqa: E402
 
 import experiment  # noqa: E402
 
@@ -64,7 +67,7 @@ def pytest_terminal_summary(terminalreporter, config):
         experiment.write_json(path, found)
 
 
-LONG = ["readme", "reproduce", "protonet", "faults", "predict", "homework", "field", "mae", "hw1", "meta_lstm", "maml"]
+LONG = ["faults", "readme", "homework", "mae", "field", "hw1", "predict", "meta_lstm", "maml", "reproduce", "protonet"]
 
 
 def pytest_collection_modifyitems(items):
@@ -93,25 +96,49 @@ def _in_work(work, monkeypatch):
 
 @pytest.fixture(scope="session")
 def run_script(work):
-    """run_script("hw1.py", "--smoke", ...) in the working directory; returns the CompletedProcess."""
+    """run_script("hw1.py", "--smoke", ...) in the working directory; returns the CompletedProcess.
 
-    def run(script, *args, env=None, cwd=work, **kwargs):
+    cold: in an interpreter of its own, for what Python reads when it starts.
+    """
+
+    def run(script, *args, env=None, cwd=work, cold=False):
+        if not cold:
+            return warm.run(REPO / script, *args, cwd=cwd, env=env)
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
         command = [sys.executable, str(REPO / script), *map(str, args)]
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=3600, **kwargs)
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=3600)
 
     return run
 
 
 @pytest.fixture(scope="session")
 def trained_protonet(work, tmp_path_factory):
-    """A small network trained on the glyphs for some seconds."""
+    """A small network trained on the glyphs for some seconds, by the first test process that asks for it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "proto"
+    with lock(folder.with_suffix(".lock")):
+        if not (folder / "returned.json").exists():
+            metrics = train_protonet(work, folder)
+            (folder / "returned.json").write_text(json.dumps(metrics))
+    return folder / "small", json.loads((folder / "returned.json").read_text())
+
+
+@contextlib.contextmanager
+def lock(path):
+    """One test process at a time."""
+    import fcntl
+
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def train_protonet(work, folder):
     import protonet
 
-    folder = tmp_path_factory.mktemp("proto")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
-        metrics = protonet.main(
+        return protonet.main(
             [
                 "--smoke",
                 "--dataset",
@@ -136,7 +163,6 @@ def trained_protonet(work, tmp_path_factory):
                 "small",
             ]
         )
-    return folder / "small", metrics
 
 
 def draw_folder(folder, names, size):

@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 from conftest import REPO, draw_folder
 
 import predict
@@ -350,7 +351,7 @@ def test_batch_norm_over_two_processes_is_that_of_one(kind, tmp_path):
         (tmp_path / "port").write_text(str(free.getsockname()[1]))
     torch.save(encoder.state_dict(), tmp_path / "encoder.pt")
     torch.save((images, target), tmp_path / "batch.pt")
-    torch.multiprocessing.spawn(half_of_a_batch, (str(tmp_path), kind), 2)
+    torch.multiprocessing.start_processes(half_of_a_batch, (str(tmp_path), kind), 2, start_method=warm.kind)
     (encoder(images, norm="batch", momentum=0.1) * target).sin().mean().backward()
     found = torch.load(tmp_path / "found.pt")
     for name, p in encoder.named_parameters():
@@ -368,6 +369,7 @@ import load_data, experiment
 gather, precision = load_data.EpisodeSampler.gather, experiment.precision
 def gather_wide(self, rows):
     torch.set_default_dtype(torch.float32)
+    self.limits = self.limits.to(torch.float32)  # made with the sampler, in float64
     images = gather(self, rows).double()
     torch.set_default_dtype(torch.float64)
     return images
@@ -391,7 +393,7 @@ PLAIN = {  # in float32, of more than one step
     "memorization": ["--smoke", "--task", "basis", "--regulariser", "activations", "--train_steps", "4"],
     "bayes": ["--smoke", "--train_steps", "4", "--eval_freq", "4"],
 }  # fmt: skip
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 @pytest.fixture(scope="module")
@@ -410,15 +412,8 @@ def in_one_and_two_processes(work, tmp_path_factory):
         flags[script] = flags_of(script, *fixed, *steps)
     plain = {script: [*of_script, "--log_dir", str(folder)] for script, of_script in PLAIN.items()}
     (folder / "run.py").write_text(RUN_ALL)
-    for name, start in (("one", [sys.executable]), ("two", TORCHRUN)):
-        result = subprocess.run(
-            [*start, folder / "run.py", json.dumps([plain, flags]), name],
-            cwd=work,
-            timeout=3600,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
+    for name, start in (("one", []), ("two", TORCHRUN)):
+        result = warm.run(*start, folder / "run.py", json.dumps([plain, flags]), name, cwd=work)
         assert result.returncode == 0, result.stderr
         assert result.stdout.count('"git_commit"') == len(plain) + len(flags)  # only rank 0 reports
     return folder
@@ -457,11 +452,8 @@ def test_two_processes_train_the_network_of_one(script, in_one_and_two_processes
 def test_a_killed_worker_ends_the_whole_run_and_it_resumes(work, tmp_path):
     """kill -9 of one of two processes: torchrun ends with an error, no process is left, --resume goes on."""
     flags = flags_of("hw1", "--train_steps", "100000", "--eval_freq", "20", "--log_dir", tmp_path, "--run_name", "two")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     script, saved = REPO / "hw1.py", tmp_path / "two" / "checkpoint.pt"
-    run = subprocess.Popen(
-        [*TORCHRUN, script, *flags], cwd=work, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    run = warm.Process(*TORCHRUN, script, *flags, cwd=work)
     deadline = time.time() + 3600
     while not saved.exists() and run.poll() is None and time.time() < deadline:
         time.sleep(0.05)
@@ -474,13 +466,7 @@ def test_a_killed_worker_ends_the_whole_run_and_it_resumes(work, tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     step = experiment.load_checkpoint(saved)["step"]
     assert step >= 20 and not (tmp_path / "two" / "metrics.json").exists()
-    resumed = subprocess.Popen(
-        [*TORCHRUN, script, "--resume", tmp_path / "two"],
-        cwd=work,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    resumed = warm.Process(*TORCHRUN, script, "--resume", tmp_path / "two", cwd=work)
     deadline = time.time() + 3600
     try:
         while experiment.load_checkpoint(saved)["step"] <= step and resumed.poll() is None and time.time() < deadline:

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import REPO, known_dataset, one_line_error
 from PIL import Image, ImageCms
 
@@ -792,7 +793,7 @@ def test_names_that_a_console_lacks(encoding, runs, tmp_path, run_script):
     shutil.copy(tmp_path / "support" / "日本" / "0.png", tmp_path / "query" / "z日.png")
     shutil.copytree(runs / "protonet", tmp_path / "run")
     env = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
-    result = run_script("predict.py", tmp_path, "--checkpoint", tmp_path / "run", env=env)
+    result = run_script("predict.py", tmp_path, "--checkpoint", tmp_path / "run", env=env, cold=True)
     assert result.returncode == 0, result.stderr
     assert "日本" in (tmp_path / "run" / "predictions.csv").read_text(encoding="utf-8")
     assert "\\u65e5" in result.stdout
@@ -850,8 +851,7 @@ def test_few_tasks_of_evaluation(flags, work, tmp_path):
 def test_the_resume_line_can_be_typed(work, tmp_path):
     folder = tmp_path / "my runs (1)"
     command = [
-        sys.executable,
-        str(REPO / "hw1.py"),
+        REPO / "hw1.py",
         "--dataset",
         "glyphs",
         "--num_classes",
@@ -873,11 +873,11 @@ def test_the_resume_line_can_be_typed(work, tmp_path):
         "--eval_freq",
         "2",
     ]
-    run = subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
+    run = warm.Process(*command, cwd=work)
     saved = folder / "a b" / "checkpoint.pt"
     while not saved.exists() and run.poll() is None:
         time.sleep(0.1)
-    other = subprocess.run([*command[:2], "--resume", str(folder / "a b")], cwd=work, capture_output=True, text=True)
+    other = warm.run(REPO / "hw1.py", "--resume", folder / "a b", cwd=work)
     one_line_error(other, "--resume", "another process")  # a lock against two trainings of one run
     run.send_signal(signal.SIGINT)
     err = run.communicate(timeout=3600)[1]

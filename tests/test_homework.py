@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import REPO
 
 sys.path.insert(1, str(REPO / "homework"))  # the modules beside homework.py
@@ -462,7 +463,7 @@ def test_the_autograder_as_gradescope_runs_it(a, built, tmp_path):
     ],
 )
 def test_errors_in_one_line(argv, words):
-    result = run([sys.executable, str(REPO / "homework.py"), *argv], REPO)
+    result = warm.run(REPO / "homework.py", *argv, cwd=REPO)
     lines = result.stderr.strip().splitlines()
     assert result.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     assert all(word in lines[0] for word in words)

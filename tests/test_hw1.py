@@ -2,16 +2,14 @@
 
 import json
 import math
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
+import warm
 from conftest import REPO, known_dataset, one_line_error
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -303,6 +301,8 @@ TRAIN = [
     "32",
     "--meta_batch_size",
     "16",
+    "--num_val_tasks",
+    "100",
     "--num_test_tasks",
     "50",
 ]
@@ -316,10 +316,7 @@ def uninterrupted(run_script, work):
 
 
 def start(work, name):
-    command = [sys.executable, str(REPO / "hw1.py"), *TRAIN, "--run_name", name]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=work, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return warm.Process(REPO / "hw1.py", *TRAIN, "--run_name", name, cwd=work)
 
 
 def wait_for(path, process, seconds=3600):

@@ -476,7 +476,7 @@ VIT = [
 
 
 def test_protonet_starts_from_the_encoder(tmp_path):
-    deep = ["--depth", "4", "--train_steps", "2", "--eval_freq", "2", "--log_dir", str(tmp_path)]
+    deep = ["--depth", "4", "--train_steps", "2", "--eval_freq", "2", "--views", "1", "--log_dir", str(tmp_path)]
     mae.main([*SMOKE, *deep, "--run_name", "mae"])
     weights = torch.load(tmp_path / "mae" / "best.pt", weights_only=True)["model"]
     args = protonet.parse_args([*VIT, "--init_from", str(tmp_path / "mae")])

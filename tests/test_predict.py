@@ -7,12 +7,14 @@ import csv
 import json
 import os
 import pickle
+import shutil
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 from conftest import REPO, has_omniglot, one_line_error
+from matplotlib.figure import Figure
 
 import load_data
 import omniglot
@@ -40,8 +42,37 @@ STYLES = [
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def pictures(tmp_path, drawn_pictures):
+    """A copy of `drawn_pictures` for each test."""
+    return shutil.copytree(drawn_pictures, tmp_path, dirs_exist_ok=True)
+
+
+DRAW = (
+    "test_predict_labels_pictures_of_any_look",
+    "test_the_network_that_ships",
+    "test_fifty_real_drawings",
+    "test_the_figure",
+)
+
+
+@pytest.fixture(autouse=True)
+def _small_figure(request, monkeypatch):
+    """An empty figure but in the tests that look at it: matplotlib's many axes are most of a prediction's time."""
+    if not request.node.name.startswith(DRAW):
+        monkeypatch.setattr(predict, "prediction_figure", lambda *_: Figure((1, 1)))
+
+
+@pytest.fixture(scope="module")
+def drawn_pictures(work, tmp_path_factory):
     """support/<class>/* and query/* of five glyphs of the test split, in several styles and sizes."""
+    tmp_path = tmp_path_factory.mktemp("pictures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        draw_pictures(tmp_path)
+    return tmp_path
+
+
+def draw_pictures(tmp_path):
     data = load_data.load_dataset("glyphs")
     rng = np.random.default_rng(3)
     classes = rng.choice(data.splits["test"], 5, replace=False)
@@ -55,7 +86,6 @@ def pictures(tmp_path):
         for i, style in enumerate(STYLES):
             suffix = ("png", "jpg")[i % 2]
             iio.imwrite(tmp_path / "query" / f"letter {n} style {i}.{suffix}", photograph(drawings[10 + i], **style))
-    return tmp_path
 
 
 def test_predict_labels_pictures_of_any_look(trained_protonet, pictures, capsys):
@@ -170,7 +200,7 @@ def test_fifty_real_drawings_of_a_fresh_folder(tmp_path, run_script):
                 image = 255 - data.images[data.starts[c] + drawer, 0]
                 iio.imwrite(root / ("support" if i == 0 else "query") / name / f"{drawer}.png", image)
         begin = used()
-        done = run_script("predict.py", root, env=environment, cwd=root)
+        done = run_script("predict.py", root, env=environment, cwd=root, cold=True)
         seconds.append(round(used() - begin, 1))
         assert done.returncode == 0, done.stderr
         with open(root / "runs" / "predict" / "predictions.csv") as file:
@@ -277,6 +307,16 @@ def test_unknown_needs_a_threshold_and_obeys_it(trained_protonet, pictures, tmp_
     plain = predict.main([str(pictures), "--checkpoint", str(run)])
     assert [row["probability"] for row in plain] == [row["probability"] for row in rows]
     assert not any(row["predicted_class"] == predict.NONE for row in plain)
+
+
+def test_the_figure_has_a_row_for_what_is_none_of_the_classes():
+    images = torch.rand(2, 1, 28, 28)
+    rows = [
+        {"predicted_class": name, "file": f"{i}.png", "probability": 0.5} for i, name in enumerate(["b", predict.NONE])
+    ]
+    figure = predict.prediction_figure(predict.Classes(["a", "b"], images, torch.arange(2)), images, rows)
+    found = [ax.get_title() for ax in figure.axes]
+    assert found == ["class a", "", "class b", "0.png 0.50", predict.NONE, "1.png 0.50"]
 
 
 def test_queries_in_class_folders_give_a_table(trained_protonet, pictures, capsys):

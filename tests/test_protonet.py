@@ -17,6 +17,7 @@ from protonet import (
     episode_loss,
     evaluate,
     proto_logits,
+    rows_of,
     squared_distances,
 )
 
@@ -89,6 +90,26 @@ def test_features_of_each_image_give_the_tasks_of_the_images():
     assert torch.allclose(seen, features, atol=1e-3)
     again = [embed_split(encoder, sampler, torch.float32, views=3) for _ in range(2)]
     assert torch.equal(*again) and not torch.allclose(again[0], features, atol=1e-3)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_only_the_images_of_the_tasks_are_embedded(views):
+    """The same features of these images, distorted copies and all, and the same accuracies; nothing of the others."""
+    torch.manual_seed(0)
+    encoder, dataset = Conv4(width=8), known_dataset(40)
+    dataset.images[:] = np.random.default_rng(0).integers(0, 256, dataset.images.shape, np.uint8)
+    few, many = (EpisodeSampler(dataset, "test", N, 1, 2, 3, seed=N) for N in (3, 5))
+    rows = rows_of((few, 5), (many, 7))
+    held = torch.zeros(len(few.images), dtype=torch.bool)
+    for sampler, batches in ((few, [3, 2]), (many, [3, 3, 1])):
+        sampler.reset()
+        for n in batches:
+            held[sampler.draw()[0][:n].flatten()] = True
+    assert torch.equal(rows, held.nonzero()[:, 0]) and 100 < len(rows) < 400  # 800 there are, in two parts
+    whole, part = (embed_split(encoder, few, torch.float32, views, rows=r) for r in (None, rows))
+    assert torch.allclose(part[rows], whole[rows], atol=1e-6) and not part[~held].any() and whole[~held].any(1).all()
+    for sampler, n in ((few, 5), (many, 7)):
+        assert torch.equal(evaluate(part, sampler, n)[0], evaluate(whole, sampler, n)[0])
 
 
 def test_swapped_roles_equal_the_swapped_task():
