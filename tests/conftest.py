@@ -16,9 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two co
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-import warm  # noqa: E402
-
 import experiment  # noqa: E402
+
+import warm  # noqa: E402
 
 import load_data  # noqa: E402
 import omniglot  # noqa: E402
