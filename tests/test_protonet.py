@@ -120,12 +120,12 @@ def test_swapped_roles_equal_the_swapped_task():
     loss = episode_loss(encoder, (support, labels, query, query_labels), 5, torch.float32)
     in_order = query_labels.argsort(1)
     query_sorted = torch.stack([q[o] for q, o in zip(query, in_order, strict=True)])
-    features = encoder(torch.cat([support, query_sorted], 1).flatten(0, 1), norm="batch").float().view(2, 10, -1)
+    features = encoder(torch.cat([support, query_sorted], 1).flatten(0, 1), norm="batch").view(2, 10, -1)
     features = protonet.temper(features)
     s, q = features[:, :5], features[:, 5:]
     cross = lambda a, b: nn.functional.cross_entropy(proto_logits(a, b, 5).flatten(0, 1), labels.flatten())
     both = [cross(s, q), cross(q, s)]
-    assert torch.allclose(loss, sum(both) / 2, atol=1e-5)
+    assert torch.allclose(loss, sum(both) / 2, atol=1e-12)
 
 
 def test_tasks_of_one_drawer():
