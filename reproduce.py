@@ -165,7 +165,7 @@ CASES = [
          beyond=True),
     Case("mae", "mae", "mae.py", "", "", "--train_steps 30000", 3, 60, beyond=True),
     *[Case("mae", f"{kind}_{ratio}_masked", "mae.py", f"{flags}--mask_ratio 0.{ratio}",
-           "--train_steps 500 --eval_freq 500", "", 1, 8, beyond=True)
+           "--train_steps 200 --eval_freq 200", "", 1, 4, beyond=True)
       for kind, flags in (("mae", ""), ("mae_alone", "--contrast 0 ")) for ratio in (25, 50, 75, 90)],
     *[Case("mae", f"vit_{n}_characters", "protonet.py", f"--encoder vit --train_characters {n}", TASKS, TASKS, 3, 12,
            beyond=True) for n in (50, 200, 1100)],
