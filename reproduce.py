@@ -114,7 +114,7 @@ CASES = [
            "--train_steps 6000", minutes=minutes)
       for name, recipe, minutes in (("short", "", 3), ("pool", "--fixed_pool 6", 3),
                                     ("second_order", "--second_order --trained_share 1", 11))],
-    Case("comparison", "transfer", "transfer.py", "", "", "--train_steps 16000 --finetune_steps 6000", 3, 5),
+    Case("comparison", "transfer", "transfer.py", "", "", "--train_steps 16000 --finetune_steps 6000", 1, 5),
     Case("comparison", "protonet", "protonet.py", "", TASKS, TASKS, 3, 2),
     Case("comparison", "protonet_long", "protonet.py", "", f"{TASKS} --train_steps 15000 --eval_freq 1500",
          f"{TASKS} --train_steps 60000 --eval_freq 2000", 3, 10),
@@ -122,7 +122,7 @@ CASES = [
          f"{TASKS} --train_steps 8000 --eval_freq 1000", f"{TASKS} --train_steps 30000 --eval_freq 2000", 3, 15),
     Case("comparison", "protonet_lake", "protonet.py",
          f"{LAKE} {RESIDUAL} --jitter 0.2 --shift 0.15 --views 32",
-         f"{TASKS} --train_steps 10000 --eval_freq 1000", f"{TASKS} --train_steps 30000 --eval_freq 2000", 3, 20),
+         f"{TASKS} --train_steps 10000 --eval_freq 1000", f"{TASKS} --train_steps 30000 --eval_freq 2000", 1, 20),
     # The network that ships (pretrained/): other people's pens and sizes, each picture read once as predict.py does.
     Case("comparison", "pretrained", "protonet.py", "--width 48 --jitter 0.2 --shift 0.15 --views 1",
          "--train_steps 800 --eval_freq 400", "--train_steps 15000 --eval_freq 1500", 1, 2),
@@ -131,7 +131,7 @@ CASES = [
     Case("comparison", "protomaml", "maml.py", "--head proto --first_order --inner_lr 0.01", "",
          "--train_steps 60000 --eval_freq 1000", 3, 7),
     Case("comparison", "maml", "maml.py", "", "", "--train_steps 60000 --eval_freq 1000", 3, 8),
-    Case("comparison", "anil", "maml.py", "--freeze_body", "", "--train_steps 60000 --eval_freq 1000", 3, 7),
+    Case("comparison", "anil", "maml.py", "--freeze_body", "", "--train_steps 60000 --eval_freq 1000", 1, 7),
     *[Case("comparison", f"maml_{N}way{K}shot", "maml.py", f"--num_classes {N} --num_shot {K}",
            "--num_val_tasks 100", "--train_steps 60000 --eval_freq 1000", 3, minutes, beyond=True)
       for N, K, minutes in ((5, 5, 10), (10, 1, 12), (20, 1, 20), (20, 5, 25))],
