@@ -640,10 +640,14 @@ def few_labels(out: Path) -> dict[int, dict[str, list[dict]]]:
 
 
 def masks(out: Path) -> dict[bool, dict[float, list[dict]]]:
-    """{with the second loss?: {masking ratio: its seeds}}; empty unless one of the two is measured at two ratios."""
+    """{with the second loss?: {masking ratio: its seeds}}; empty unless one of the two is measured at two ratios.
+
+    Of the short runs that are there for this, all of one length, and not of the default one.
+    """
     curves: dict[bool, dict[float, list[dict]]] = {True: {}, False: {}}
-    for runs in mae_runs(out).values():
-        curves[runs[0]["contrast"] > 0][runs[0]["mask_ratio"]] = runs
+    for name, runs in mae_runs(out).items():
+        if name.endswith("_masked"):
+            curves[runs[0]["contrast"] > 0][runs[0]["mask_ratio"]] = runs
     curves = {second: dict(sorted(runs_at.items())) for second, runs_at in curves.items() if runs_at}
     return curves if any(len(runs_at) > 1 for runs_at in curves.values()) else {}
 
@@ -686,7 +690,9 @@ def draw_mae(out: Path) -> None:
             untrained = interval(frozen, "test_accuracy_untrained")[0]
             ax.axhline(untrained, color=GREY, linestyle="--", lw=1, label="untrained")
         ax.set_xticks(sorted({100 * ratio for runs_at in curves.values() for ratio in runs_at}))
-        ax.set(title="Frozen features by masking ratio: 5-way 1-shot, new characters", ylabel="test accuracy (%)")
+        steps = next(iter(next(iter(curves.values())).values()))[0]["steps"]
+        title = f"Frozen features after {steps:,} steps by masking ratio: 5-way 1-shot, new characters"
+        ax.set(title=title, ylabel="test accuracy (%)")
         ax.set_xlabel("squares hidden (%)")
         ax.legend(frameon=False, fontsize=9)
         save(figure, out / "mae_masks.png")

@@ -898,7 +898,7 @@ def masks_text(out: Path) -> str:
     lines = [
         "## How much to hide",
         "",
-        f"Test accuracy by the share of squares that is hidden: {'; '.join(parts)}.",
+        f"Test accuracy of short runs by the share of squares that is hidden: {'; '.join(parts)}.",
         "The default's share was chosen on validation characters, before these runs.",
         "",
         "![accuracy by masking ratio](../results/mae_masks.png)",
