@@ -160,7 +160,7 @@ CASES = [
          f"{SCRATCH} --features plain --head_lr 0.4 --meta_batch_size 32 --train_query 15 --schedule constant "
          "--learning_rate 1e-3", "--train_steps 60000 --eval_freq 2000", "--train_steps 60000 --eval_freq 2000", 1, 600,
          beyond=True),
-    Case("memorization", "characters_maml_shared_body", "maml.py",
+    Case("comparison", "maml_fixed_labels", "maml.py",
          "--num_classes 20 --fixed_labels --warmup_steps 0 --features plain", "--num_val_tasks 100", "", 1, 20,
          beyond=True),
     Case("mae", "mae", "mae.py", "", "", "--train_steps 30000", 3, 60, beyond=True),
