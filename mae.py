@@ -11,7 +11,7 @@ tasks of new characters are solved by prototypes. docs/mae.md has the derivation
     python mae.py --test --checkpoint RUN_DIR --num_classes 20
     python protonet.py --encoder vit --init_from RUN_DIR     train on with labels
 
-Measured: 5-way 1-shot 97.1 ± 0.3 % without a label (three seeds, 600 tasks), 1.4 to 2.5 minutes on an H200 that others shared.
+Measured: 5-way 1-shot 97.1 ± 0.3 % without a label (three seeds, 600 tasks), 1.4 to 2.5 minutes on a shared H200.
 """
 
 from __future__ import annotations
