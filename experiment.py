@@ -55,6 +55,9 @@ RUN_FLAGS = {"resume", "checkpoint", "test", "device", "num_test_tasks"}  # may 
 WHERE_FLAGS = ("--log_dir", "--run_name", "--out")
 NOT_FLAGS = ("command", "git_commit", "resume", "checkpoint", "test")  # of the attributes of parsed arguments
 CURVE_POINTS = 50  # of each curve in metrics.json, at most twice as many
+# What metrics.json holds and neither the last line of stdout nor TensorBoard shows: too long to be read.
+ONLY_IN_FILE = {"accuracies", "curves", "flags", "versions", "episode", "examples", "errors", "history", "path"}
+ONLY_IN_FILE |= {"reconstruction"}
 
 
 class UserError(Exception):
@@ -684,7 +687,8 @@ class Run:
         trained |= {"train_seconds": round(self.seconds, 2), "train_cpu_seconds": round(self.cpu_seconds, 2)}
         trained |= {"tasks_per_second": round(rate, 1), "processes": shard()[1]}
         if self.writes:
-            self.writer.add_text("metrics", markdown_table(trained | metrics), self.step)
+            shown = {k: v for k, v in (trained | metrics).items() if k not in ONLY_IN_FILE}
+            self.writer.add_text("metrics", markdown_table(shown), self.step)
             self.writer.close()
             release(self.folder)
         metrics = trained | metrics | {"curves": {tag: thinned(curve) for tag, curve in self.curves.items()}}
@@ -717,8 +721,7 @@ def report(args, script: str, dataset: str, metrics: dict, path: Path | None = N
     if shard()[0] == 0:
         if path:
             write_json(path, metrics)
-        only_in_file = ("accuracies", "curves", "flags", "versions", "episode", "examples", "errors", "history", "path")
-        print(json.dumps({k: v for k, v in metrics.items() if k not in only_in_file}))
+        print(json.dumps({k: v for k, v in metrics.items() if k not in ONLY_IN_FILE}))
     return metrics
 
 

@@ -20,8 +20,11 @@ import experiment
 from experiment import VAL_SEED, Run, UserError, number, whole
 
 import argparse
+import base64
 from pathlib import Path
 
+import imageio.v3 as iio
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -350,9 +353,8 @@ def main(argv=None) -> dict:
     if args.test:
         step = experiment.load_best(args.checkpoint, model)
         metrics = {"best_step": step} | test_report(args, model, dataset, dtype, device)
-        figure = reconstruction_figure(args, model, dataset, dtype, device)
         path = Path(args.checkpoint) / f"reconstruction_{dataset.name}.png"
-        experiment.write_atomically(path, lambda out: figure.savefig(out, dpi=150, format="png"))
+        experiment.write_atomically(path, lambda out: out.write(base64.b64decode(metrics["reconstruction"])))
         return experiment.report(args, "mae", dataset.name, metrics, digest=dataset.digest)
 
     if args.meta_batch_size % experiment.shard()[1]:
@@ -388,8 +390,8 @@ def main(argv=None) -> dict:
                 val_accuracy = task_accuracy(features["whitened"], val, args.num_val_tasks).mean().item()
                 val_error = reconstruct(args, model, pictures(dataset, "val", device)[:500], dtype)[0].item()
                 if run.writes:
-                    figure = reconstruction_figure(args, model, dataset, dtype, device)
-                    run.writer.add_figure("reconstruction", figure, run.step)
+                    sheet = reconstruction(args, model, dataset, dtype, device)
+                    run.writer.add_image("reconstruction", sheet, run.step, dataformats="HWC")
             # Labels choose no checkpoint: the last one counts.
             run.evaluated(
                 None,
@@ -426,7 +428,9 @@ def test_report(args, model: MAE, dataset: Dataset, dtype: torch.dtype, device: 
     for name, values in named.items():
         interval = name.replace("test_accuracy", "ci95").replace("accuracy", "ci95")
         metrics[name], metrics[interval] = experiment.mean_and_ci95(values)
+    sheet = np.squeeze(reconstruction(args, model, dataset, dtype, device))  # grey pictures have no third dimension
     return metrics | {
+        "reconstruction": base64.b64encode(iio.imwrite("<bytes>", sheet, extension=".png")).decode(),
         "test_error": reconstruct(args, model, pictures(dataset, "test", device)[:500], dtype)[0].item(),
         "labels_used": "none",
         "mask_ratio": args.mask_ratio,
@@ -458,22 +462,18 @@ def reconstruct(args, model: MAE, images: torch.Tensor, dtype: torch.dtype, seed
     return error, *(unpatchify(x, PATCH, images.shape[1]) for x in (masked, completed))
 
 
-def reconstruction_figure(args, model: MAE, dataset: Dataset, dtype: torch.dtype, device):
-    """Twelve test characters as they are, as the encoder sees them, and completed; always the same, equally masked."""
-    from matplotlib.figure import Figure  # not pyplot: no window system, nothing to close
+def reconstruction(args, model: MAE, dataset: Dataset, dtype: torch.dtype, device: torch.device) -> np.ndarray:
+    """Twelve test characters, always the same and equally masked: uint8 [3 * (H + 2), 12 * (W + 2), C], black on white.
 
+    Three rows: as they are, as the encoder sees them, and completed.
+    """
     classes = dataset.splits["test"][:12]
     images = torch.from_numpy(dataset.images[dataset.starts[classes]]).to(device)
     _, masked, completed = reconstruct(args, model, images, dtype, seed=1)
-    figure = Figure(figsize=(0.8 * len(images), 2.7), layout="constrained")
-    axes = figure.subplots(3, len(images), squeeze=False)
-    for row, (name, kind) in enumerate({"original": images / 255, "visible": masked, "completed": completed}.items()):
-        for ax, picture in zip(axes[row], kind, strict=True):
-            picture = picture.cpu().permute(1, 2, 0).numpy()
-            ax.imshow(1 - picture if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=1)
-            ax.set_xticks([]), ax.set_yticks([])
-        axes[row, 0].set_ylabel(name, fontsize=8)
-    return figure
+    rows = torch.stack([images / 255, masked, completed])  # [3, n, C, H, W]
+    rows = rows if rows.shape[2] == 3 else 1 - rows
+    rows = F.pad(rows, (1, 1, 1, 1), value=1.0).permute(0, 3, 1, 4, 2)  # [3, H, n, W, C]
+    return (255 * rows.flatten(2, 3).flatten(0, 1)).round().byte().cpu().numpy()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from experiment import UserError, write_atomically
 
+import base64
 import json
 import math
 import re
@@ -642,7 +643,7 @@ def few_labels(out: Path) -> dict[int, dict[str, list[dict]]]:
 def masks(out: Path) -> dict[bool, dict[float, list[dict]]]:
     """{with the second loss?: {masking ratio: its seeds}}; empty unless one of the two is measured at two ratios.
 
-    Of the short runs that are there for this, all of one length, and not of the default one.
+    Of the short runs that are there for this, each curve of one length, and not of the default one.
     """
     curves: dict[bool, dict[float, list[dict]]] = {True: {}, False: {}}
     for name, runs in mae_runs(out).items():
@@ -685,17 +686,51 @@ def draw_mae(out: Path) -> None:
         figure, ((ax,),) = new_figure(1, 1, (7, 3.8))
         for second, runs_at in curves.items():
             label, colour = ("with the second loss", BLUE) if second else ("masked auto-encoding alone", RED)
+            label += f", {next(iter(runs_at.values()))[0]['steps']:,} steps"
             draw_curve(ax, [100 * ratio for ratio in runs_at], list(runs_at.values()), colour, label)
         if frozen:
             untrained = interval(frozen, "test_accuracy_untrained")[0]
             ax.axhline(untrained, color=GREY, linestyle="--", lw=1, label="untrained")
         ax.set_xticks(sorted({100 * ratio for runs_at in curves.values() for ratio in runs_at}))
-        steps = next(iter(next(iter(curves.values())).values()))[0]["steps"]
-        title = f"Frozen features after {steps:,} steps by masking ratio: 5-way 1-shot, new characters"
-        ax.set(title=title, ylabel="test accuracy (%)")
+        ax.set(title="Frozen features by masking ratio: 5-way 1-shot, new characters", ylabel="test accuracy (%)")
         ax.set_xlabel("squares hidden (%)")
         ax.legend(frameon=False, fontsize=9)
         save(figure, out / "mae_masks.png")
+
+
+def reconstructed(out: Path) -> list[dict]:
+    """Runs whose completed drawings are shown: first seeds of the auto-encoders alone, by ratio, then of both losses.
+
+    Of both losses the short ones, which only compare ratios, are left out.
+    """
+    first = [runs[0] for name, runs in mae_runs(out).items() if "alone" in name or not name.endswith("_masked")]
+    first = [run for run in first if "reconstruction" in run]
+    return sorted(first, key=lambda run: (run["contrast"] > 0, run["mask_ratio"], run["steps"]))
+
+
+def draw_reconstructions(out: Path) -> None:
+    """mae_reconstruction.png: test characters, and of each run what it saw of them and how it completed that."""
+    import imageio.v3 as iio
+    from matplotlib.figure import Figure
+
+    if not (runs := reconstructed(out)):
+        return
+    sheets = [iio.imread(base64.b64decode(run["reconstruction"]), extension=".png") for run in runs]
+    row = len(sheets[0]) // 3  # a sheet has the rows original, visible, completed
+    titles = ["as drawn", *map(reconstruction_title, runs)]
+    heights = [1] + [2] * len(runs)
+    figure = Figure(figsize=(7.4, 0.85 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(heights), 1, gridspec_kw={"height_ratios": heights})
+    for ax, title, picture in zip(axes, titles, [sheets[0][:row], *(sheet[row:] for sheet in sheets)], strict=True):
+        ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
+        ax.axis("off")
+        ax.set_title(title, fontsize=9, loc="left", pad=3)
+    save(figure, out / "mae_reconstruction.png")
+
+
+def reconstruction_title(run: dict) -> str:
+    second = "both losses" if run["contrast"] else "masked auto-encoding alone"
+    return f"{100 * run['mask_ratio']:.0f} % hidden; {second}, {run['steps']:,} steps"
 
 
 def draw_plates(path: Path) -> None:
@@ -806,5 +841,6 @@ def draw_everything(out: Path) -> None:
     draw_memorization(out)
     draw_bayes(out)
     draw_mae(out)
+    draw_reconstructions(out)
     if (out / "costs_train.json").exists():
         draw_adapted(read(out / "costs_train.json"), out / "costs_train.png")

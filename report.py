@@ -906,6 +906,25 @@ def masks_text(out: Path) -> str:
     return "\n".join(lines)
 
 
+def reconstructions_text(out: Path) -> str:
+    """The picture of what the networks draw, where a run has kept its drawings."""
+    if not (runs := pictures.reconstructed(out)):
+        return ""
+    errors = [f"{run['test_error']:.2f} ({pictures.reconstruction_title(run)})" for run in runs]
+    lines = [
+        "## What it draws",
+        "",
+        "Twelve test characters, none of them seen in training; for each network what it saw (grey: hidden) and how it",
+        "completed that. A completed square borrows its true mean and variance, so what the network draws is the shape",
+        "of the stroke in it, and an empty square stays empty.",
+        "",
+        "![test characters, hidden squares, and what networks made of them](../results/mae_reconstruction.png)",
+        "",
+        f"Squared error on the hidden squares of 500 test drawings: {'; '.join(errors)}.",
+    ]
+    return "\n".join(lines)
+
+
 def speed_table(out: Path) -> str:
     """A table for each benchmark, a row for each race: milliseconds and their ratio to those of its first column."""
     races = sorted(read(out / "speed.json"), key=lambda race: race["title"])
@@ -1201,6 +1220,7 @@ BLOCKS = {
     "mae_lessons": mae_lessons,
     "mae_labels": few_labels_text,
     "mae_masks": masks_text,
+    "mae_reconstruction": reconstructions_text,
     "speed": speed_table,
     "growth": growth_table,
     "faults": faults_text,

@@ -3,6 +3,7 @@
 import experiment
 from experiment import UserError
 
+import base64
 import json
 
 import numpy as np
@@ -341,7 +342,7 @@ def test_a_saved_run_tests_the_same_and_at_other_n(trained):
     folder, metrics = trained
     base = ["--test", "--checkpoint", str(folder)]
     assert mae.main(base)["accuracies"] == metrics["accuracies"]
-    assert (folder / "reconstruction_glyphs.png").stat().st_size > 2000
+    assert (folder / "reconstruction_glyphs.png").read_bytes() == base64.b64decode(metrics["reconstruction"])
     assert mae.main([*base, "--num_classes", "20"])["test_accuracy"] < metrics["test_accuracy"]
 
 
@@ -371,6 +372,20 @@ def test_reconstruction_keeps_visible_pixels():
     assert error > 0 and (shown.sum(1) >= 25).all()  # an empty patch may be all grey
     assert torch.equal(patchify(completed, 4)[shown], patchify(true, 4)[shown])
     assert not torch.allclose(completed, true, atol=0.1)
+
+
+def test_the_sheet_of_reconstructions_shows_the_pictures_black_on_white():
+    args = mae.parse_args([*SMOKE])
+    data = mae.load_dataset("glyphs", None, "course", 28)
+    for repeat in (1, 3):  # grey and coloured
+        many = data._replace(images=np.repeat(data.images, repeat, axis=1))
+        model = mae.make_model(args, repeat)
+        sheet = mae.reconstruction(args, model, many, torch.float32, torch.device("cpu"))
+        assert sheet.shape == (3 * 30, 12 * 30, repeat) and sheet.dtype == np.uint8
+        first = many.images[many.starts[many.splits["test"][0]]].transpose(1, 2, 0)  # [H, W, C]
+        assert np.array_equal(sheet[1:29, 1:29], first if repeat == 3 else 255 - first)
+        hidden = (sheet[31:59] == 127) | (sheet[31:59] == 128)
+        assert 0.3 < hidden.mean() < 0.5 and (sheet[60:] != 127).mean() > 0.9  # half, but for the margins
 
 
 def test_resume_is_bit_exact(trained, tmp_path, monkeypatch):

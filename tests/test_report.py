@@ -2,6 +2,7 @@
 
 from experiment import UserError
 
+import base64
 import json
 import math
 import os
@@ -10,7 +11,9 @@ import shutil
 import struct
 from pathlib import Path
 
+import imageio.v3 as iio
 import matplotlib
+import numpy as np
 import pytest
 from conftest import REPO, one_line_error
 
@@ -275,6 +278,26 @@ def test_gains_are_of_the_same_tasks_and_seeds():
     assert report.gain([run(1, 0.5, 0.7)], [run(2, 0.4, 0.6)]) == ""
     assert report.gain([run(1, 0.5, 0.7)], [run(1, 0.4, 0.6) | {"device": "NVIDIA H200"}]) == ""
     assert report.gain([run(1, 0.5, 0.7), run(3, 0.0, 0.0)], [run(1, 0.6, 0.8)]) == "-10.00 ± 0.00"
+
+
+def test_the_picture_of_reconstructions_is_drawn_from_the_kept_drawings(tmp_path):
+    assert report.reconstructions_text(tmp_path) == ""
+    sheet = np.full((3 * 30, 12 * 30), 255, np.uint8)
+    sheet[30:60, ::2] = 128
+    kept = base64.b64encode(iio.imwrite("<bytes>", sheet, extension=".png")).decode()
+    figures = {"reconstruction": kept, "test_error": 0.41, "steps": 600}
+    made_up_mae(tmp_path, "mae")  # measured before drawings were kept
+    pictures.draw_reconstructions(tmp_path)
+    assert report.reconstructions_text(tmp_path) == "" and not (tmp_path / "mae_reconstruction.png").exists()
+    made_up_mae(tmp_path, "mae_1000_steps", **figures | {"steps": 1000})
+    made_up_mae(tmp_path, "mae_alone_75_masked", **figures | {"contrast": 0.0, "mask_ratio": 0.75})
+    made_up_mae(tmp_path, "mae_75_masked", **figures | {"mask_ratio": 0.75})  # only there for its ratio
+    titles = list(map(pictures.reconstruction_title, pictures.reconstructed(tmp_path)))
+    assert titles == ["75 % hidden; masked auto-encoding alone, 600 steps", "50 % hidden; both losses, 1,000 steps"]
+    pictures.draw_reconstructions(tmp_path)
+    assert len((tmp_path / "mae_reconstruction.png").read_bytes()) > 5_000
+    text = report.reconstructions_text(tmp_path)
+    assert "mae_reconstruction.png" in text and f"0.41 ({titles[0]}); 0.41 ({titles[1]})." in text
 
 
 def test_pictures_of_the_auto_encoder_are_drawn_where_it_is_measured(tmp_path):

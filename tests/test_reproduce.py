@@ -2,9 +2,11 @@
 
 from experiment import UserError
 
+import gc
 import json
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import imageio.v3 as imageio
 import numpy as np
@@ -108,6 +110,20 @@ def test_where_two_pulses_part():
     assert pulse.difference(PULSE, {"error": "boom"}) == "fails: boom"
     near = PULSE | {"losses": [0.7, 0.6001], "parameters": ["other bits"]}
     assert pulse.difference(PULSE, near, tolerance=1e-3) is None and pulse.difference(PULSE, other, tolerance=1e-3)
+
+
+def test_threads_may_ask_for_the_digest_of_the_code_at_once():
+    """While one reads the imports, the garbage collector lets another begin: Python 3.11 then raised SystemError."""
+    seen, thresholds = [], gc.get_threshold()
+    gc.callbacks.append(lambda phase, info: (seen.append(phase), time.sleep(1e-4)))
+    gc.set_threshold(100)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            digests = list(pool.map(reproduce.code_of, ["glyphs.py"] * 8))
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.pop()
+    assert seen and len(set(digests)) == 1
 
 
 def test_status_tells_the_four_states_apart(tmp_path, monkeypatch, capsys):
