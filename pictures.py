@@ -403,7 +403,7 @@ def growth_figure(rows: list[dict], fits: list[dict], note: str):
             low, high = min(figures), max(figures)
             ax.set_ylim(low / 1.6, high * 1.6)
             ticks = [low, (low * high) ** 0.5, high] if high > 2 * low else [high]
-            ax.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
+            ax.set_yticks(ticks, [f"{tick:,.0f}" if tick >= 100 else f"{tick:.3g}" for tick in ticks])
             if fit[key] is not None:
                 over = fit["fitted_over"]
                 rests = [math.log(y / v ** fit[key]) for v, y in zip(over, figures[-len(over) :], strict=True)]

@@ -934,7 +934,8 @@ def speed_table(out: Path) -> str:
         found = {name: value for name, value in race.items() if timed(value)}
         # "auto: vmap, 32 at once" says what auto chose: of the row, not of the column
         found = {name.split(":")[0]: value | {"what": name.partition(": ")[2]} for name, value in found.items()}
-        kind = "training tasks a second" if ".py " in race["title"] else race["title"].split(",")[0]
+        whole_run = ".py " in race["title"] and not race["title"].startswith("busy, ")
+        kind = "training tasks a second" if whole_run else race["title"].split(",")[0]
         tables.setdefault(kind, []).append((race, found))
     for kind, rows in tables.items():
         names = list(dict.fromkeys(name for _, found in rows for name in found))

@@ -7,10 +7,13 @@ import json
 import math
 import os
 import pickle
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
 import torch
+from conftest import REPO
 
 import hw1
 
@@ -220,3 +223,36 @@ def test_json_keeps_lists_on_one_line_and_strings_as_they_are(tmp_path):
 def test_the_command_is_a_newcomers_one():
     words = ["--num_shot", "1", "--log_dir", "/tmp/x", "--run_name=a b", "--dataset", "glyphs"]
     assert experiment.newcomers_command("hw1.py", words) == "python hw1.py --num_shot 1 --dataset glyphs"
+
+
+def test_denormal_numbers_count_as_zero_in_every_thread():
+    """Gradients of saturated gates are full of them, and arithmetic with them is up to a hundred times slower."""
+    code = """
+import experiment, argparse, threading, torch
+experiment.setup(argparse.Namespace(random_seed=1, device="cpu"))
+torch.set_num_threads(2)
+tiny, left = torch.full((1_000_000,), 1e-30), []
+count = lambda: left.append(int((tiny * 1e-10).count_nonzero()))
+count()
+other = threading.Thread(target=count)
+other.start(), other.join()
+x = torch.ones(1_000_000, requires_grad=True)
+(x * 1e-30 * 1e-10).sum().backward()
+print(left + [int(x.grad.count_nonzero())] if torch.set_flush_denormal(True) else "cannot")
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    if found.stdout.strip() == "cannot":
+        pytest.skip("this processor has no such mode")
+    assert found.stdout.strip() == "[0, 0, 0]", found.stderr
+
+
+@pytest.mark.parametrize("given", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}], ids=str)
+def test_threads_spin_briefly_unless_told_otherwise(given):
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    code = f"import experiment, os; print([os.environ.get(name) for name in {names}])"
+    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True, check=True
+    )
+    expected = ["PASSIVE", given.get("GOMP_SPINCOUNT", "1000")]
+    assert found.stdout.strip() == str(["ACTIVE", None] if "OMP_WAIT_POLICY" in given else expected)
