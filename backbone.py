@@ -15,6 +15,7 @@ train/eval switch:
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -297,8 +298,24 @@ class Muon(torch.optim.Optimizer):
             key = tuple(map(id, momenta))
             if key not in self.replayed:
                 self.replayed[key] = Replayed(partial(muon_steps, momenta, group["momentum"]), moved[0].device, momenta)
-            for p, step in zip(moved, self.replayed[key](*(p.grad for p in moved)), strict=True):
-                p.sub_(step, alpha=group["lr"])
+            with one_thread_for(moved):
+                for p, step in zip(moved, self.replayed[key](*(p.grad for p in moved)), strict=True):
+                    p.sub_(step, alpha=group["lr"])
+
+
+@contextmanager
+def one_thread_for(tensors: list[torch.Tensor]):
+    """One thread where all tensors are small and of a CPU: what is done with each ends before a second thread wakes."""
+    threads = torch.get_num_threads()
+    small = all(x.device.type == "cpu" and x.numel() < 200_000 for x in tensors)
+    if not small or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def muon_steps(momenta: list[torch.Tensor], momentum: float, *gradients: torch.Tensor) -> list[torch.Tensor]:

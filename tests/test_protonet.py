@@ -8,6 +8,7 @@ import torch
 from conftest import known_dataset
 from torch import nn
 
+import backbone
 import protonet
 from backbone import Conv4, Muon, Residual, orthogonal, prototypes
 from load_data import EpisodeSampler
@@ -225,6 +226,24 @@ def test_muon_survives_a_gradient_of_zero():
     p.grad = torch.zeros(3, 4)
     Muon([p], lr=0.1).step()
     assert torch.equal(p, torch.ones(3, 4))
+
+
+def test_muon_steps_small_tensors_in_one_thread_and_gives_the_others_back(monkeypatch):
+    seen, threads = [], torch.get_num_threads()
+    real = backbone.muon_steps
+    monkeypatch.setattr(backbone, "muon_steps", lambda *args: seen.append(torch.get_num_threads()) or real(*args))
+    torch.set_num_threads(3)
+    try:
+        for sizes in ((8, 8), (400, 600)), ((8, 8),):
+            parameters = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+            for p in parameters:
+                p.grad = torch.randn_like(p)
+            Muon(parameters, lr=0.1).step()
+        with pytest.raises(RuntimeError), backbone.one_thread_for(parameters):
+            raise RuntimeError
+        assert seen == [3, 1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_training_learns(trained_protonet):
