@@ -105,7 +105,10 @@ def number(low: float = 0.0, high: float = math.inf, above: bool = False):
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Prints the script's docstring as it stands and each flag's default."""
+    """Prints the script's docstring as it stands and each flag's default, where it has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
 
 
 DEVICES = ["auto", "cpu", "cuda", "mps"]

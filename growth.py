@@ -1,6 +1,6 @@
 """How a training step grows: its seconds and peak memory against N, K, Q, B and the image size, of every method.
 
-    python growth.py --out results            every method, about eight minutes on two CPU cores
+    python growth.py --out results            every method, about eight minutes on two cores of an Intel Xeon
     python growth.py --method maml            one method
     python growth.py --smoke                  a complete run in seconds, of tiny networks
 

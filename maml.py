@@ -5,7 +5,7 @@ loop takes L gradient steps on a task's support loss, starting from theta; the o
 loss of the queries after these steps falls. The gradient goes through the inner steps exactly (second order),
 or treats their gradients as constants (`--first_order`).
 
-    python maml.py --num_classes 5 --num_shot 1                MAML, seven minutes of training on a CPU core
+    python maml.py --num_classes 5 --num_shot 1                MAML after a prototype warm-up
     python maml.py --first_order --zero_head                   first-order MAML
     python maml.py --head proto --first_order --inner_lr 0.01  Proto-MAML: the head starts from the prototypes
     python maml.py --freeze_body                               ANIL: only the head is adapted

@@ -5,8 +5,8 @@ prototype of a class is the mean embedding of its support images; a softmax over
 Euclidean distances to the prototypes labels the queries. Nothing is adapted at test time, and batch
 norm uses running averages, so no query influences another (non-transductive).
 
-    python protonet.py --num_classes 5 --num_shot 1            a minute of training on two CPU cores
-    python protonet.py --encoder residual --image_size 32      a deeper encoder, at twice the time a step
+    python protonet.py --num_classes 5 --num_shot 1            train, then test at the four usual N and K
+    python protonet.py --encoder residual --image_size 32      a deeper encoder, two to three times the time a step
     python protonet.py --smoke                                 a complete run in seconds
     python protonet.py --test --checkpoint RUN_DIR --num_classes 20 --num_shot 5
     python predict.py DIR --checkpoint RUN_DIR                 label your own pictures with the trained network
