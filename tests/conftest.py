@@ -70,10 +70,38 @@ def pytest_terminal_summary(terminalreporter, config):
 LONG = ["faults", "readme", "homework", "mae", "field", "hw1", "predict", "meta_lstm", "maml", "reproduce", "protonet"]
 
 
+# Parts of the names of tests that together take as long as half of the others: rare accidents, whole trainings, races.
+# `pytest` leaves them out, .ci/run has them.
+THOROUGH = (
+    "benchmark",
+    "test_two_processes_have_the_meta_gradient_of_one",
+    "test_a_killed_worker_ends_the_whole_run",
+    "test_images_of_one_and_of_25_million_pixels_are_read[5000]",
+    "test_batch_norm_over_two_processes",
+    "test_the_autograder_as_gradescope_runs_it",
+    "test_the_notebook_runs_as_a_script",
+    "test_the_threshold_is_of_validation_classes_alone",
+    "test_interrupted_and_started_again_nothing_is_lost_or_twice[9]",
+    "test_float32_and_bfloat16_agree",
+    "test_the_courses_own_loop_learns",
+    "test_it_learns_and_metadata_helps",
+    "test_workers_of_every_kind[spawn",
+    "test_protonet_starts_from_the_encoder",
+    "test_cosine_grows_as_the_formula_says",
+    "test_meta_lstm.py::test_every_flag_in_a_smoke_run[flags2]",
+    "test_mae.py::test_every_flag_in_a_smoke_run[flags0]",
+    "test_what_needs_the_support_set_fails_without_it",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
-    """The long files first, so that both test processes end at about the same time."""
+    """The long files first, so that both test processes end at about the same time; the thorough tests marked."""
     place = {f"test_{name}.py": i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+    for item in items:
+        if any(part in item.nodeid for part in THOROUGH):
+            item.add_marker("thorough")
 
 
 @pytest.fixture(scope="session")

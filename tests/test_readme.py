@@ -93,8 +93,12 @@ def different_commands() -> list[str]:
         if script in SMALLEST:
             found.setdefault((script, *smallest(script, flags)), command)
     # The transformer's commands with few characters take long and differ in nothing else: test_mae.py has one of them.
-    slow = lambda command: [pytest.mark.slow] if "--encoder vit" in command and "--train_characters" in command else []
-    return [pytest.param(command, marks=slow(command)) for command in found.values()]
+    slow = lambda command: "--encoder vit" in command and "--train_characters" in command
+    front = (REPO / "README.md").read_text()
+    marks = lambda command: (
+        [pytest.mark.slow] if slow(command) else [] if f"python {command}" in front else [pytest.mark.thorough]
+    )
+    return [pytest.param(command, marks=marks(command)) for command in found.values()]
 
 
 @pytest.mark.parametrize("command", different_commands())
