@@ -1039,7 +1039,8 @@ def faults_text(out: Path) -> str:
             "",
             f"In all {kills} kills, {values:,} bad values, {folders} strange run folders and {huge} values too large "
             "for any memory. Differences are relative, in float64, the largest of a script's optimisers. Commands: "
-            "`RECORD=1 pytest -m slow -n 0 tests/test_faults.py`, `RECORD=1 pytest -m 'not slow' tests/test_faults.py`.",
+            "`RECORD=1 pytest -m slow -n 0 tests/test_faults.py`, "
+            "`RECORD=1 pytest -m 'not slow' tests/test_faults.py`.",
             *(["", *table("Python and torch | on | `RECORD=1 pytest`", versions)] if versions else []),
         ]
     )
