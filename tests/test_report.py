@@ -18,10 +18,12 @@ import pytest
 from conftest import REPO, one_line_error
 
 import feature_weights
+import findings
 import hw1
 import pictures
 import profile_costs
 import report
+import tables
 
 RESULTS = REPO / "results"
 DOCUMENTS = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -147,7 +149,7 @@ def test_students_t_by_integration():
 
 
 def test_rows_say_what_they_are():
-    rows = {row["what"]: row for row in report.claim_rows(RESULTS)}
+    rows = {row["what"]: row for row in tables.claim_rows(RESULTS)}
     fine = rows["Fine-tuning, 423-way"]
     assert fine["over"] == "2,115 drawings"  # five held-out drawings of each of 423 characters, not 600 tasks
     assert rows["MANN, 1-shot 4-way"]["over"] == "3 seeds"
@@ -168,7 +170,7 @@ def test_rows_say_what_they_are():
 
 def test_what_is_not_measured_is_said(tmp_path):
     page = report.page(tmp_path)
-    assert page.count("| not measured |") == len(report.CLAIMS)
+    assert page.count("| not measured |") == len(tables.CLAIMS)
 
 
 def made_up(folder: Path, name: str, **figures) -> None:
@@ -179,7 +181,7 @@ def made_up(folder: Path, name: str, **figures) -> None:
 
 
 def test_rows_of_the_published_protocol_and_from_scratch_appear_when_they_are_measured(tmp_path):
-    assert report.vinyals_table(tmp_path) == "" and report.inner_loop_text(tmp_path) == ""
+    assert tables.vinyals_table(tmp_path) == "" and tables.inner_loop_text(tmp_path) == ""
     before = report.page(tmp_path)
     assert "scratch" not in before and "published protocol" not in before
     made_up(tmp_path, "maml_vinyals_20way1shot", test_accuracy_transductive=0.9571, test_accuracy_support=0.9432)
@@ -189,7 +191,7 @@ def test_rows_of_the_published_protocol_and_from_scratch_appear_when_they_are_me
             of_protonet[f"test_accuracy_{N}way{K}shot{mode}"] = value + more
             of_protonet[f"ci95_{N}way{K}shot{mode}"] = 0.002
     made_up(tmp_path, "protonet_vinyals", **of_protonet)
-    text = report.vinyals_table(tmp_path)
+    text = tables.vinyals_table(tmp_path)
     assert text.count("| ProtoNet, ") == 4 and text.count("MAML after a prototype warm-up, ") == 1
     assert "| ProtoNet, 20-way 1-shot | 96.0 (non-transductive) | 95.5 ± 0.2 | 95.1 ± 0.2 | 1 |" in text
     assert re.search(r"20-way 1-shot \| 95.8 \(transductive\) \| 95.7 ± \S+ \| 94.3 ± ", text)
@@ -201,7 +203,7 @@ def test_rows_of_the_published_protocol_and_from_scratch_appear_when_they_are_me
 def test_the_inner_loop_is_drawn_of_the_rows_that_tell_it(tmp_path):
     made_up(tmp_path, "fomaml")  # an older result, which does not tell it
     pictures.draw_inner_loop(tmp_path)
-    assert not (tmp_path / "inner_loop.png").exists() and report.inner_loop_text(tmp_path) == ""
+    assert not (tmp_path / "inner_loop.png").exists() and tables.inner_loop_text(tmp_path) == ""
     layers = ("conv1", "conv2", "conv3", "conv4", "head")
     moved = {name: dict(zip(layers, values, strict=True)) for name, values in {
         "maml": (1e-4, 2e-4, 3e-4, 4e-3, 0.5), "anil": (0.0, 0.0, 0.0, 0.0, 0.5),
@@ -215,7 +217,7 @@ def test_the_inner_loop_is_drawn_of_the_rows_that_tell_it(tmp_path):
     assert len(first) > 8_000
     pictures.draw_inner_loop(tmp_path)
     assert (tmp_path / "inner_loop.png").read_bytes() == first
-    text = report.inner_loop_text(tmp_path)
+    text = tables.inner_loop_text(tmp_path)
     assert "| MAML after a prototype warm-up | 2" in text and "| 1.0e-04 | 2.0e-04 | 3.0e-04 | 4.0e-03 |" in text
     assert "| 0 | 0 | 0 | 0 | 5.0e-01 |" in text and "| First-order MAML from scratch |" in text
     assert text.count("| - |") == 1
@@ -246,19 +248,19 @@ def made_up_mae(folder: Path, name: str, **figures) -> None:
 
 
 def test_the_transformers_of_protonet_stand_beside_the_auto_encoder_and_not_among_its_rows(tmp_path):
-    for text in (report.few_labels_text, report.masks_text, report.mae_lessons):
+    for text in (findings.few_labels_text, findings.masks_text, findings.mae_lessons):
         assert text(tmp_path) == ""
     for seed in (1, 2):
         made_up_vit(tmp_path, "vit_50_characters", seed, [0.8, 0.9, 1.0, 0.9])
         made_up_vit(tmp_path, "vit_50_characters_from_mae", seed, [0.9, 1.0, 1.0, 1.0])
     made_up_vit(tmp_path, "vit_1100_characters", 1, [1.0, 0.9, 1.0, 0.9])
-    assert report.mae_table(tmp_path) == "Not measured." and "Masked" not in report.page(tmp_path)
+    assert findings.mae_table(tmp_path) == "Not measured." and "Masked" not in report.page(tmp_path)
     assert list(pictures.few_labels(tmp_path)) == [50, 1100]  # nothing is made of 200
     made_up_mae(tmp_path, "mae")
-    rows = [line for line in report.mae_table(tmp_path).splitlines() if line.startswith("| ")]
+    rows = [line for line in findings.mae_table(tmp_path).splitlines() if line.startswith("| ")]
     assert len(rows) == 2 and rows[1].startswith("| mae | 50 % | yes | 97.0 ± 0.4 | 96.0 ± 0.4 | 95.0 ± 0.4 |")
-    assert "| Masked auto-encoding, 5-way 1-shot, no label in training |" in report.front_table(tmp_path)
-    text = report.few_labels_text(tmp_path)
+    assert "| Masked auto-encoding, 5-way 1-shot, no label in training |" in tables.front_table(tmp_path)
+    text = findings.few_labels_text(tmp_path)
     # Each task is 0.1, 0.1, 0, 0.1 better: 7.5 points, standard error 2.5, and the seeds agree.
     assert "| 50 | 90.0 ± 1.0 | 90.0, 90.0 | 97.5 ± 1.0 | 97.5, 97.5 | +7.5 ± 4.9 |  |" in text
     assert "| 1,100 | 95.0 ± 1.0 | 95.0 |  |  |  |  |" in text  # a start that was not measured leaves its cells empty
@@ -268,27 +270,27 @@ def test_the_transformers_of_protonet_stand_beside_the_auto_encoder_and_not_amon
     made_up_vit(tmp_path, "vit_200_characters", 1, [0.97, 0.98])  # 97.5 ± 1.0 is not apart from 97.0 ± 0.4
     curve = {"curves": {"Accuracy/val": [[250, 0.92], [500, 0.81], [750, 0.95]]}}
     made_up_vit(tmp_path, "vit_50_characters_from_mae", 1, [0.9, 1.0, 1.0, 1.0], **curve)
-    text = report.few_labels_text(tmp_path)
+    text = findings.few_labels_text(tmp_path)
     assert "more than 50 and 1,100; within the intervals of 200." in text
     assert "With 50 the start is lost" in text and "92.0 % at step 250 of that training and 81.0 % at step 500" in text
 
 
 def test_gains_are_of_the_same_tasks_and_seeds():
     run = lambda seed, *accuracies: {"seed": seed, "accuracies": list(accuracies), "device": "cpu, 2 threads"}
-    assert report.gain([run(1, 0.5, 0.7)], [run(2, 0.4, 0.6)]) == ""
-    assert report.gain([run(1, 0.5, 0.7)], [run(1, 0.4, 0.6) | {"device": "NVIDIA H200"}]) == ""
-    assert report.gain([run(1, 0.5, 0.7), run(3, 0.0, 0.0)], [run(1, 0.6, 0.8)]) == "-10.00 ± 0.00"
+    assert findings.gain([run(1, 0.5, 0.7)], [run(2, 0.4, 0.6)]) == ""
+    assert findings.gain([run(1, 0.5, 0.7)], [run(1, 0.4, 0.6) | {"device": "NVIDIA H200"}]) == ""
+    assert findings.gain([run(1, 0.5, 0.7), run(3, 0.0, 0.0)], [run(1, 0.6, 0.8)]) == "-10.00 ± 0.00"
 
 
 def test_the_picture_of_reconstructions_is_drawn_from_the_kept_drawings(tmp_path):
-    assert report.reconstructions_text(tmp_path) == ""
+    assert findings.reconstructions_text(tmp_path) == ""
     sheet = np.full((3 * 30, 12 * 30), 255, np.uint8)
     sheet[30:60, ::2] = 128
     kept = base64.b64encode(iio.imwrite("<bytes>", sheet, extension=".png")).decode()
     figures = {"reconstruction": kept, "test_error": 0.41, "steps": 600}
     made_up_mae(tmp_path, "mae")  # measured before drawings were kept
     pictures.draw_reconstructions(tmp_path)
-    assert report.reconstructions_text(tmp_path) == "" and not (tmp_path / "mae_reconstruction.png").exists()
+    assert findings.reconstructions_text(tmp_path) == "" and not (tmp_path / "mae_reconstruction.png").exists()
     made_up_mae(tmp_path, "mae_1000_steps", **figures | {"steps": 1000})
     made_up_mae(tmp_path, "mae_alone_75_masked", **figures | {"contrast": 0.0, "mask_ratio": 0.75})
     made_up_mae(tmp_path, "mae_75_masked", **figures | {"mask_ratio": 0.75})  # only there for its ratio
@@ -296,7 +298,7 @@ def test_the_picture_of_reconstructions_is_drawn_from_the_kept_drawings(tmp_path
     assert titles == ["75 % hidden; masked auto-encoding alone, 600 steps", "50 % hidden; both losses, 1,000 steps"]
     pictures.draw_reconstructions(tmp_path)
     assert len((tmp_path / "mae_reconstruction.png").read_bytes()) > 5_000
-    text = report.reconstructions_text(tmp_path)
+    text = findings.reconstructions_text(tmp_path)
     assert "mae_reconstruction.png" in text and f"0.41 ({titles[0]}); 0.41 ({titles[1]})." in text
 
 
@@ -306,27 +308,26 @@ def test_pictures_of_the_auto_encoder_are_drawn_where_it_is_measured(tmp_path):
     made_up_mae(tmp_path, "mae")
     made_up_mae(tmp_path, "mae_alone_75_masked", contrast=0.0, mask_ratio=0.75, test_accuracy=0.7)
     pictures.draw_mae(tmp_path)  # two ratios, but neither curve has two
-    assert not labels.exists() and not masks.exists() and report.masks_text(tmp_path) == ""
+    assert not labels.exists() and not masks.exists() and findings.masks_text(tmp_path) == ""
     made_up_mae(tmp_path, "mae_alone_25_masked", contrast=0.0, mask_ratio=0.25, test_accuracy=0.65)
     pictures.draw_mae(tmp_path)
     assert masks.exists() and not labels.exists()
-    assert "without the second loss best 70.0 ± 0.4 % at 75 % masked, worst 65.0 ± 0.4 % at 25 %" in report.masks_text(
-        tmp_path
-    )
+    text = findings.masks_text(tmp_path)
+    assert "without the second loss best 70.0 ± 0.4 % at 75 % masked, worst 65.0 ± 0.4 % at 25 %" in text
     made_up_vit(tmp_path, "vit_200_characters_from_mae", 1, [0.9, 1.0])
     pictures.draw_mae(tmp_path)
     first = labels.read_bytes()
     pictures.draw_mae(tmp_path)
     assert len(first) > 8_000 and labels.read_bytes() == first
-    for text in (report.few_labels_text(tmp_path), report.masks_text(tmp_path)):
+    for text in (findings.few_labels_text(tmp_path), findings.masks_text(tmp_path)):
         (picture,) = re.findall(r"results/(\w+\.png)", text)
         assert (tmp_path / picture).exists()
 
 
 def test_memories_stand_side_by_side_with_what_is_measured_of_them(tmp_path):
-    empty = report.memories_table(tmp_path)
+    empty = tables.memories_table(tmp_path)
     assert empty.count("| `") == 4 and "training step" not in empty and "LSTM answers" not in empty
-    assert report.sights_table(tmp_path) == ""
+    assert tables.sights_table(tmp_path) == ""
     (tmp_path / "mann").mkdir()
     lstm = json.loads((RESULTS / "mann" / "conv_K1N5_seed1.json").read_text())
     attention = lstm | {"test_accuracy": 0.99, "ci95": 0.001, "test_accuracy_alone": 0.99, "ci95_alone": 0.001}
@@ -338,16 +339,16 @@ def test_memories_stand_side_by_side_with_what_is_measured_of_them(tmp_path):
     race |= {f"{memory}, 64 features an image": {"ms": ms, "ratio": 1} for memory, ms in times.items()}
     race["megabytes_kept"] = {"lstm": 30.2, "attention": 52.1}
     (tmp_path / "speed.json").write_text(json.dumps([race]))
-    text = report.memories_table(tmp_path)
+    text = tables.memories_table(tmp_path)
     assert "| 4.0 ms, 30 MB | 96.7 ± 0.2 | 95.0 ± 0.2 |" in text and "| 7.0 ms, 52 MB | 99.00 ± 0.10 |" in text
     assert "1.7 points" in text and "errs 5.0 times as often as attention" in text  # 5.02 % against 1.00 %
     assert "52.1" not in report.speed_table(tmp_path)  # bytes are no contestant
-    rows = [line for line in report.mann_table(tmp_path).splitlines() if "attention" in line or "conv" in line]
+    rows = [line for line in tables.mann_table(tmp_path).splitlines() if "attention" in line or "conv" in line]
     assert rows[0].endswith("(1 thread of AMD EPYC) |") and rows[1].endswith("(NVIDIA H200) |")
     assert "| 5-way 1-shot, attention | - | 99.07 (SNAIL, Vinyals' split) | 99.00 ± 0.10 |" in rows[1]
     sequence = lstm | {"accuracy_by_sight": [i / 10 for i in range(10)], "ci95_by_sight": [0.01] * 10}
     (tmp_path / "mann" / "external_sequence_seed1.json").write_text(json.dumps(sequence))
-    text = report.sights_table(tmp_path)
+    text = tables.sights_table(tmp_path)
     assert "| external memory, the paper | 36.4 | 82.8 | 91.0 | 94.9 | 98.1 |" in text and "LSTM" not in text
     assert "| external memory, ours | 0.0 ± 1.0 | 10.0 ± 1.0 | 20.0 ± 1.0 | 40.0 ± 1.0 | 90.0 ± 1.0 | 1 |" in text
 
@@ -420,7 +421,7 @@ def test_every_script_stands_in_the_tree():
 
 
 def test_the_measured_line_of_a_script_is_that_of_the_table():
-    rows = {row["name"]: row for row in report.claim_rows(RESULTS)}
+    rows = {row["name"]: row for row in tables.claim_rows(RESULTS)}
     for script, name in {
         "protonet": "comparison/protonet",
         "maml": "comparison/maml",
