@@ -13,19 +13,11 @@ import benchmark
 import peers
 import report
 from backbone import Conv4
-from benchmark import (
-    CourseMANN,
-    ListSampler,
-    PlainConv4,
-    course_step,
-    keep,
-    our_step,
-    plain_protonet_step,
-    seconds_to_accuracy,
-)
+from benchmark import keep, our_step, seconds_to_accuracy
 from hw1 import MANN
 from load_data import EpisodeSampler
 from protonet import proto_logits
+from references import CourseMANN, ListSampler, PlainConv4, course_step, plain_protonet_step
 
 
 def test_course_network_and_ours_are_the_same_function():

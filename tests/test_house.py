@@ -17,7 +17,7 @@ FLOORS = [  # a room imports only from floors below its own; ground rooms import
     {"tasks"},
     {"hw1", "protonet", "transfer", "maml", "meta_lstm", "profile_costs", "feature_weights", "memorization", "bayes",
      "mae"},
-    {"page", "peers"},
+    {"page", "peers", "references"},
     {"predict", "benchmark", "pictures", "homework", "pulse"},
     {"tables", "reproduce", "ship", "growth"},
     {"findings"},

@@ -14,10 +14,10 @@ from torch.func import vmap
 
 import maml
 from backbone import Conv4
-from benchmark import plain_maml_step
 from load_data import EpisodeSampler
 from maml import MAML, Setting, adapt, evaluate, meta_gradient, query_logits, task_loss
 from protonet import proto_logits
+from references import plain_maml_step
 
 SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]
 N, K, Q = 3, 2, 2

@@ -18,6 +18,7 @@ from torch import nn
 
 import benchmark
 import meta_lstm
+import references
 from load_data import EpisodeSampler
 from meta_lstm import (
     EPS,
@@ -654,8 +655,8 @@ def test_benchmark_runs(capsys):
 
 def test_the_benchmark_compares_the_same_arithmetic():
     support, labels, query, query_labels = episode(B=1, N=5, K=1, Q=2)
-    first, copy = (benchmark.PlainLearner(5, 0.9).double() for _ in range(2))
-    meta = benchmark.PlainMetaLSTM(nn.utils.parameters_to_vector(first.parameters()).detach()).double()
+    first, copy = (references.PlainLearner(5, 0.9).double() for _ in range(2))
+    meta = references.PlainMetaLSTM(nn.utils.parameters_to_vector(first.parameters()).detach()).double()
     rule = doubles(Learner(1, 28, 5))
     with torch.no_grad():
         for ours, theirs in (
@@ -670,7 +671,7 @@ def test_the_benchmark_compares_the_same_arithmetic():
             (rule.theta0, meta.theta0[:, 0]),
         ):
             theirs.copy_(ours)
-    plain = benchmark.plain_episode_loss(meta, first, copy, (support[0], labels[0], query[0], query_labels[0]), 3)
+    plain = references.plain_episode_loss(meta, first, copy, (support[0], labels[0], query[0], query_labels[0]), 3)
     plain.backward()
     loss, _ = meta_lstm.meta_gradient(
         rule, Learner(1, 28, 5), (support, labels, query, query_labels), Inner(3, 5, 0.9), f64

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import benchmark
 import profile_costs
+import references
 from profile_costs import (
     Initialisation,
     es_gradient,
@@ -43,7 +44,7 @@ def network(layers=2, hidden=7, seed=0):
     """An initialisation in float64, and the same function as an nn.Sequential."""
     torch.manual_seed(seed)
     model = Initialisation(layers, hidden).double()
-    plain = benchmark.plain_mlp(layers, hidden).double()
+    plain = references.plain_mlp(layers, hidden).double()
     with torch.no_grad():
         for linear, (W, b) in zip([m for m in plain if isinstance(m, nn.Linear)], model(), strict=True):
             linear.weight.copy_(W.T)
@@ -556,20 +557,20 @@ def test_plain_steps_of_the_benchmark_equal_ours():
         sgd = torch.optim.SGD(plain.parameters(), 1.0)
         before = flat(plain, [p.detach().clone() for p in plain.parameters()])
         if method == "maml":
-            loss = benchmark.course_maml_step(plain, sgd, list(zip(*data, strict=True)), 3, RATE)
+            loss = references.course_maml_step(plain, sgd, list(zip(*data, strict=True)), 3, RATE)
             expected, expected_loss = gradient(model, data, RATE, 3, 4)
             step = before - flat(plain, [p.detach() for p in plain.parameters()])
             assert torch.allclose(step, expected, atol=1e-10)
             assert loss == pytest.approx(expected_loss.item())
         else:
-            losses = [benchmark.course_es_step(plain, sgd, list(zip(*data, strict=True)), 3, RATE, 1e-5)]
+            losses = [references.course_es_step(plain, sgd, list(zip(*data, strict=True)), 3, RATE, 1e-5)]
             assert losses[0] == pytest.approx(gradient(model, data, RATE, 3, 4)[1].item(), rel=1e-3)
             # Its estimate follows the exact gradient: over many draws the mean step comes near it.
             steps = []
             for _ in range(400):
                 with torch.no_grad():
                     start = torch.cat([p.reshape(-1) for p in plain.parameters()])
-                benchmark.course_es_step(plain, sgd, list(zip(*data, strict=True))[:1], 1, RATE, 1e-5)
+                references.course_es_step(plain, sgd, list(zip(*data, strict=True))[:1], 1, RATE, 1e-5)
                 with torch.no_grad():
                     steps.append(start - torch.cat([p.reshape(-1) for p in plain.parameters()]))
                     torch.nn.utils.vector_to_parameters(start, plain.parameters())
