@@ -12,8 +12,8 @@ import re
 import statistics
 from pathlib import Path
 
-import pictures
-from pictures import COST_TITLES, SWEEPS, interval, interval_of, load, processor, read
+import study_pictures
+from evidence import COST_TITLES, SWEEPS, interval, interval_of, load, processor, read
 from tables import device_notes, figure_of, minutes, plain_command, table, with_interval
 
 # What the documents say of the feature weights: (what, weights, training points, their test error)
@@ -199,15 +199,15 @@ Command: `{plain_command(e)}`; random points: `{plain_command(random)}`."""
 def memorization_table(out: Path) -> str:
     """A row for each task, learner and regulariser; accuracies in per cent, squared errors as they are."""
     results, rows = [read(path) for path in sorted(out.glob("memorization/*.json"))], []
-    for task in pictures.TASKS:
+    for task in study_pictures.TASKS:
         for learner in ("maml", "blackbox"):
-            for regulariser in pictures.REGULARISERS:
+            for regulariser in study_pictures.REGULARISERS:
                 chosen = (task, learner, regulariser)
                 runs = [run for run in results if (run["task"], run["learner"], run["regulariser"]) == chosen]
                 cells = [
                     interval_of(runs, f"{part}_{condition}")
                     for part in ("train", "test")
-                    for condition in pictures.CONDITIONS
+                    for condition in study_pictures.CONDITIONS
                     if runs
                 ]
                 if runs and runs[0]["figure"] == "accuracy":
@@ -267,7 +267,7 @@ def mae_table(out: Path) -> str:
         "probe_accuracy": "probe, all characters",
     }
     rows, commands = [], []
-    found = pictures.mae_runs(out)
+    found = study_pictures.mae_runs(out)
     on, marks = device_notes([processor(runs[0]) for runs in found.values()])
     for name, runs in found.items():
         figures = [figure_of(runs, key) if key in runs[0] else "" for key in ways]
@@ -323,7 +323,7 @@ def mae_lessons(out: Path) -> str:
 
 def few_labels_text(out: Path) -> str:
     """The transformer trained on with few labels, from scratch and from masked auto-encoding; nothing where neither."""
-    found, rows, commands = pictures.few_labels(out), [], []
+    found, rows, commands = study_pictures.few_labels(out), [], []
     if not found:
         return ""
     for n, starts in found.items():
@@ -408,7 +408,7 @@ def few_labels_lesson(out: Path, found: dict[int, dict[str, list[dict]]]) -> lis
 
 def masks_text(out: Path) -> str:
     """The best masking ratio with and without the second loss, and the picture; nothing where one ratio is measured."""
-    if not (curves := pictures.masks(out)):
+    if not (curves := study_pictures.masks(out)):
         return ""
     parts = []
     for second, runs_at in curves.items():
@@ -430,9 +430,9 @@ def masks_text(out: Path) -> str:
 
 def reconstructions_text(out: Path) -> str:
     """The picture of what the networks draw, where a run has kept its drawings."""
-    if not (runs := pictures.reconstructed(out)):
+    if not (runs := study_pictures.reconstructed(out)):
         return ""
-    errors = [f"{run['test_error']:.2f} ({pictures.reconstruction_title(run)})" for run in runs]
+    errors = [f"{run['test_error']:.2f} ({study_pictures.reconstruction_title(run)})" for run in runs]
     lines = [
         "## What it draws",
         "",

@@ -22,8 +22,9 @@ from pathlib import Path
 
 import findings
 import pictures
+import study_pictures
 import tables
-from pictures import PARTS, TITLES, processor, read
+from evidence import PARTS, TITLES, processor, read, refuse_other_images
 from tables import speed_processor, table, with_interval
 
 HERE = Path(__file__).resolve().parent
@@ -368,11 +369,11 @@ def main(argv=None) -> None:
         print(f"written: {pictures.draw_run(Path(args.run))}")
         return
     out = args.results
-    pictures.refuse_other_images(out, args.dataset)
+    refuse_other_images(out, args.dataset)
     pictures.draw_everything(out)
     if out.resolve() == HERE / "results":
         pictures.draw_glyphs(out / "glyphs.png")
-        pictures.draw_plates(out / "bayes_plates.png")
+        study_pictures.draw_plates(out / "bayes_plates.png")
         if args.tensorboard or not (out / "tensorboard.png").exists():
             pictures.draw_tensorboard(out)
         kept = "kept as it is" if (out / "tensorboard.png").exists() else "missing: it needs chromium"

@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 
 import pictures
-from pictures import digits_of, interval, interval_of, load, processor, read, tasks_a_step, warmed_up
+from evidence import digits_of, interval, interval_of, load, processor, read, tasks_a_step, warmed_up
 
 # (method, setting, folder/name of our runs, metric, figure of the source documents, best published one).
 # Published figures are of Vinyals' split unless the row says otherwise: 1,200 characters and their rotations for

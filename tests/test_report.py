@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 from conftest import REPO, one_line_error
 
+import evidence
 import feature_weights
 import findings
 import hw1
 import pictures
 import profile_costs
 import report
+import study_pictures
 import tables
 
 RESULTS = REPO / "results"
@@ -70,8 +72,8 @@ def test_every_picture_comes_back(restored):
 def test_without_a_browser_the_picture_of_tensorboard_is_kept_and_that_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "HERE", tmp_path)
     monkeypatch.setattr(pictures, "find_browser", lambda: None)
-    for name in ("draw_glyphs", "draw_plates", "draw_everything"):
-        monkeypatch.setattr(pictures, name, lambda *args: None)
+    for room, name in ((pictures, "draw_glyphs"), (study_pictures, "draw_plates"), (pictures, "draw_everything")):
+        monkeypatch.setattr(room, name, lambda *args: None)
     (tmp_path / "results").mkdir()
     (tmp_path / "README.md").touch()
     report.main(["--results", str(tmp_path / "results")])
@@ -97,7 +99,7 @@ def test_a_result_on_glyphs_in_an_omniglot_row_is_refused(run_script, tmp_path):
     report.main(["--results", str(tmp_path), "--dataset", "glyphs"])
     assert "**Figures on glyphs, not on Omniglot" in (tmp_path / "README.md").read_text()
     with pytest.raises(UserError, match="is a result on omniglot, its row is of glyphs"):
-        pictures.refuse_other_images(RESULTS, "glyphs")
+        evidence.refuse_other_images(RESULTS, "glyphs")
 
 
 def test_bad_flags_and_files_get_one_line(run_script, tmp_path):
@@ -119,22 +121,22 @@ def runs(*accuracies, half=0.01):
 
 
 def test_where_seeds_agree_the_interval_is_over_tasks_and_does_not_shrink_with_seeds():
-    assert pictures.interval(runs(0.919, 0.92, 0.921)) == (pytest.approx(92), pytest.approx(1.0), "600 tasks")
-    assert pictures.interval(runs(0.92))[1:] == (pytest.approx(1.0), "600 tasks")
+    assert evidence.interval(runs(0.919, 0.92, 0.921)) == (pytest.approx(92), pytest.approx(1.0), "600 tasks")
+    assert evidence.interval(runs(0.92))[1:] == (pytest.approx(1.0), "600 tasks")
 
 
 def test_where_seeds_differ_by_more_the_interval_is_over_seeds():
     """The textbook's example by hand: mean 0.9, s = 0.02, n = 3, t = 4.303."""
-    mean, half, over = pictures.interval(runs(0.88, 0.90, 0.92, half=0.003))
+    mean, half, over = evidence.interval(runs(0.88, 0.90, 0.92, half=0.003))
     assert (mean, over) == (pytest.approx(90), "3 seeds")
     assert half == pytest.approx(100 * 4.303 * 0.02 / math.sqrt(3))
     # The border is the tasks' standard error.
-    assert pictures.interval(runs(0.88, 0.90, 0.92, half=1.96 * 0.0201))[2] == "600 tasks"
+    assert evidence.interval(runs(0.88, 0.90, 0.92, half=1.96 * 0.0201))[2] == "600 tasks"
 
 
 def test_students_t_by_integration():
     """The table's points leave 2.5 % above them (Simpson's rule on the density of t)."""
-    for n, t in pictures.STUDENT.items():
+    for n, t in evidence.STUDENT.items():
         nu, steps = n - 1, 20_000
         density = lambda x, nu=nu: (
             math.gamma((nu + 1) / 2)
@@ -156,16 +158,16 @@ def test_rows_say_what_they_are():
     of_maml = {what: row for what, row in rows.items() if "MAML" in what or what.startswith("ANIL")}
     assert len(of_maml) > 5
     for what, row in of_maml.items():
-        assert ("after a prototype warm-up" in what) == pictures.warmed_up(pictures.load(RESULTS, row["name"])[0])
+        assert ("after a prototype warm-up" in what) == evidence.warmed_up(evidence.load(RESULTS, row["name"])[0])
         assert ("from scratch" in what) == row["name"].endswith("_scratch")
     assert all(
         "Vinyals" in row["published"]
         for what, row in rows.items()
         if what.startswith("ProtoNet") and row["published"][:2] == "98"
     )
-    assert pictures.warmed_up({"script": "maml", "flags": {"warmup_steps": 4000}})
-    assert not pictures.warmed_up({"script": "maml", "flags": {"warmup_steps": 0}})
-    assert not pictures.warmed_up({"script": "hw1"})
+    assert evidence.warmed_up({"script": "maml", "flags": {"warmup_steps": 4000}})
+    assert not evidence.warmed_up({"script": "maml", "flags": {"warmup_steps": 0}})
+    assert not evidence.warmed_up({"script": "hw1"})
 
 
 def test_what_is_not_measured_is_said(tmp_path):
@@ -255,7 +257,7 @@ def test_the_transformers_of_protonet_stand_beside_the_auto_encoder_and_not_amon
         made_up_vit(tmp_path, "vit_50_characters_from_mae", seed, [0.9, 1.0, 1.0, 1.0])
     made_up_vit(tmp_path, "vit_1100_characters", 1, [1.0, 0.9, 1.0, 0.9])
     assert findings.mae_table(tmp_path) == "Not measured." and "Masked" not in report.page(tmp_path)
-    assert list(pictures.few_labels(tmp_path)) == [50, 1100]  # nothing is made of 200
+    assert list(study_pictures.few_labels(tmp_path)) == [50, 1100]  # nothing is made of 200
     made_up_mae(tmp_path, "mae")
     rows = [line for line in findings.mae_table(tmp_path).splitlines() if line.startswith("| ")]
     assert len(rows) == 2 and rows[1].startswith("| mae | 50 % | yes | 97.0 ± 0.4 | 96.0 ± 0.4 | 95.0 ± 0.4 |")
@@ -289,14 +291,14 @@ def test_the_picture_of_reconstructions_is_drawn_from_the_kept_drawings(tmp_path
     kept = base64.b64encode(iio.imwrite("<bytes>", sheet, extension=".png")).decode()
     figures = {"reconstruction": kept, "test_error": 0.41, "steps": 600}
     made_up_mae(tmp_path, "mae")  # measured before drawings were kept
-    pictures.draw_reconstructions(tmp_path)
+    study_pictures.draw_reconstructions(tmp_path)
     assert findings.reconstructions_text(tmp_path) == "" and not (tmp_path / "mae_reconstruction.png").exists()
     made_up_mae(tmp_path, "mae_1000_steps", **figures | {"steps": 1000})
     made_up_mae(tmp_path, "mae_alone_75_masked", **figures | {"contrast": 0.0, "mask_ratio": 0.75})
     made_up_mae(tmp_path, "mae_75_masked", **figures | {"mask_ratio": 0.75})  # only there for its ratio
-    titles = list(map(pictures.reconstruction_title, pictures.reconstructed(tmp_path)))
+    titles = list(map(study_pictures.reconstruction_title, study_pictures.reconstructed(tmp_path)))
     assert titles == ["75 % hidden; masked auto-encoding alone, 600 steps", "50 % hidden; both losses, 1,000 steps"]
-    pictures.draw_reconstructions(tmp_path)
+    study_pictures.draw_reconstructions(tmp_path)
     assert len((tmp_path / "mae_reconstruction.png").read_bytes()) > 5_000
     text = findings.reconstructions_text(tmp_path)
     assert "mae_reconstruction.png" in text and f"0.41 ({titles[0]}); 0.41 ({titles[1]})." in text
@@ -304,20 +306,20 @@ def test_the_picture_of_reconstructions_is_drawn_from_the_kept_drawings(tmp_path
 
 def test_pictures_of_the_auto_encoder_are_drawn_where_it_is_measured(tmp_path):
     labels, masks = tmp_path / "mae_labels.png", tmp_path / "mae_masks.png"
-    pictures.draw_mae(tmp_path)
+    study_pictures.draw_mae(tmp_path)
     made_up_mae(tmp_path, "mae")
     made_up_mae(tmp_path, "mae_alone_75_masked", contrast=0.0, mask_ratio=0.75, test_accuracy=0.7)
-    pictures.draw_mae(tmp_path)  # two ratios, but neither curve has two
+    study_pictures.draw_mae(tmp_path)  # two ratios, but neither curve has two
     assert not labels.exists() and not masks.exists() and findings.masks_text(tmp_path) == ""
     made_up_mae(tmp_path, "mae_alone_25_masked", contrast=0.0, mask_ratio=0.25, test_accuracy=0.65)
-    pictures.draw_mae(tmp_path)
+    study_pictures.draw_mae(tmp_path)
     assert masks.exists() and not labels.exists()
     text = findings.masks_text(tmp_path)
     assert "without the second loss best 70.0 ± 0.4 % at 75 % masked, worst 65.0 ± 0.4 % at 25 %" in text
     made_up_vit(tmp_path, "vit_200_characters_from_mae", 1, [0.9, 1.0])
-    pictures.draw_mae(tmp_path)
+    study_pictures.draw_mae(tmp_path)
     first = labels.read_bytes()
-    pictures.draw_mae(tmp_path)
+    study_pictures.draw_mae(tmp_path)
     assert len(first) > 8_000 and labels.read_bytes() == first
     for text in (findings.few_labels_text(tmp_path), findings.masks_text(tmp_path)):
         (picture,) = re.findall(r"results/(\w+\.png)", text)
@@ -355,9 +357,9 @@ def test_memories_stand_side_by_side_with_what_is_measured_of_them(tmp_path):
 
 def test_the_processor_is_named_shortly():
     intel = {"device": "cpu, 2 threads", "processor": "Intel(R) Xeon(R) Processor @ 2.80GHz, AVX512"}
-    assert pictures.processor(intel) == "2 threads of Intel Xeon"
-    assert pictures.processor({"device": "cpu, 1 threads"}) == "1 thread of AMD EPYC"
-    assert pictures.processor({"device": "NVIDIA H100"}) == "NVIDIA H100"
+    assert evidence.processor(intel) == "2 threads of Intel Xeon"
+    assert evidence.processor({"device": "cpu, 1 threads"}) == "1 thread of AMD EPYC"
+    assert evidence.processor({"device": "NVIDIA H100"}) == "NVIDIA H100"
 
 
 # ----------------------------------------------------------------------------------- pictures
@@ -417,7 +419,7 @@ def test_every_tag_of_tensorboard_is_explained():
 
 def test_every_script_stands_in_the_tree():
     readme = (REPO / "README.md").read_text()
-    assert all(f"{path.name} " in readme for path in Path(REPO).glob("*.py"))
+    assert not [path.name for path in Path(REPO).glob("*.py") if path.name not in readme]
 
 
 def test_the_measured_line_of_a_script_is_that_of_the_table():
