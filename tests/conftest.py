@@ -53,7 +53,9 @@ def pytest_terminal_summary(terminalreporter, config):
                 row = kinds.setdefault(kind.replace("_", " "), {"tried": 0, "right": 0, "cases": []})
                 row["tried"], row["right"] = row["tried"] + 1, row["right"] + (outcome == "passed")
                 row["cases"] += [case.removesuffix("]")] if case else []
-        experiment.write_json(results / "field.json", {"command": "pytest tests/test_field.py", "kinds": kinds})
+        experiment.write_json(
+            results / "field.json", {"command": "RECORD=1 pytest -m 'not slow' tests/test_field.py", "kinds": kinds}
+        )
     path = results / "faults.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     for group, values in counted.items():

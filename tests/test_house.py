@@ -107,6 +107,15 @@ def test_a_result_tells_the_whole_truth_of_its_run(path):
             assert mean == pytest.approx(result["test_accuracy"], abs=1e-4)
 
 
+def test_every_race_and_every_study_tells_its_command_and_commit():
+    read = lambda name: json.loads((REPO / "results" / name).read_text())
+    told = [*read("speed.json"), read("costs.json"), read("growth.json"), read("shipped.json")]
+    told += [*read("costs_train.json").values(), *read("features.json").values()]
+    for result in told:
+        assert result["command"].startswith("python ") and "--resume" not in result["command"]
+        assert re.fullmatch(r"[0-9a-f]{7,40}", result["git_commit"]), "the tree was dirty"
+
+
 def test_every_result_stands_in_the_ledger():
     ledger = json.loads((REPO / "results" / "reproduce.json").read_text())
     pulses = json.loads((REPO / "results" / "pulses.json").read_text())
