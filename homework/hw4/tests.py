@@ -404,9 +404,9 @@ def panel_rows():
 
 
 def probe_panels(rows):
-    import pictures
+    import study_pictures
 
-    figure = pictures.cost_figure(rows, "vmap", {"device": "cpu"})
+    figure = study_pictures.cost_figure(rows, "vmap", {"device": "cpu"})
     figure.savefig("figure.png")
     panels = []
     for ax in figure.axes:
@@ -425,7 +425,7 @@ def probe_panels(rows):
                 "curves": curves,
             }
         )
-    return {"panels": panels, "labels": pictures.COST_TITLES, "axes": pictures.SWEEPS}
+    return {"panels": panels, "labels": study_pictures.COST_TITLES, "axes": study_pictures.SWEEPS}
 
 
 def panels_of(student):
