@@ -27,6 +27,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse
+import ast
 import atexit
 import contextlib
 import ctypes
@@ -39,6 +40,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -413,6 +415,18 @@ def load_state(target, state: dict, path: Path) -> None:
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is of another model ({reason}); give the run's own flags") from error
+
+
+PARSING = threading.Lock()
+
+
+def parse_python(text: str) -> ast.Module:
+    """The syntax tree of a program, from one thread at a time: Python 3.11 miscounts when two parse at once.
+
+    It then raises SystemError (python/cpython#106905).
+    """
+    with PARSING:
+        return ast.parse(text)
 
 
 def git_commit() -> str | None:

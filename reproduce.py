@@ -269,9 +269,6 @@ def make_jobs(cases: list[Case], scale: str, device: str, dataset: str, only: st
     return jobs
 
 
-PARSING = threading.Lock()  # Python 3.11 miscounts when two threads parse at once (python/cpython#106905)
-
-
 def code_of(script: str) -> str:
     """A digest of the files that `script` consists of: itself and what it imports of this folder, directly or not."""
     files, todo = set(), [HERE / script]
@@ -280,9 +277,7 @@ def code_of(script: str) -> str:
         if file in files or not file.exists():
             continue
         files.add(file)
-        with PARSING:
-            tree = ast.parse(file.read_text())
-        for node in ast.walk(tree):
+        for node in ast.walk(experiment.parse_python(file.read_text())):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             todo += [HERE / f"{name}.py" for name in names]

@@ -6,6 +6,8 @@ function is found by its name and exchanged as a whole, with its decorators, by 
 
 from __future__ import annotations
 
+from experiment import parse_python
+
 import ast
 import functools
 import importlib.util
@@ -102,7 +104,7 @@ class Missing(Exception):
 
 @functools.lru_cache(32)
 def parsed(text: str) -> list[ast.stmt]:
-    return ast.parse(text).body
+    return parse_python(text).body  # the grader's threads ask at once
 
 
 def locate(text: str, name: str, file: str = "the file") -> ast.FunctionDef:

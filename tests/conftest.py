@@ -72,7 +72,7 @@ def pytest_terminal_summary(terminalreporter, config):
 LONG = ["faults", "readme", "homework", "mae", "field", "hw1", "predict", "meta_lstm", "maml", "reproduce", "protonet"]
 
 
-# Parts of the names of tests that together take as long as half of the others: rare accidents, whole trainings, races.
+# Parts of the names of tests that together take nearly as long as all others: rare accidents, whole trainings, races.
 # `pytest` leaves them out, .ci/run has them.
 THOROUGH = (
     "benchmark",
