@@ -240,7 +240,9 @@ def ridge(support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor, N: i
     """The same by a linear head with bias on the support set, in closed form (Bertinetto et al. 2019, eq. 5)."""
     X, Q = F.pad(support, (0, 1), value=1.0), F.pad(query, (0, 1), value=1.0)  # [B, N*K, D + 1]
     square = X.transpose(1, 2) @ X + torch.eye(X.shape[2], device=X.device)
-    return Q @ torch.linalg.solve(square, X.transpose(1, 2) @ F.one_hot(labels, N).to(X.dtype))
+    # Cholesky: torch 2.13's LU (solve, inv) of several matrices of 193 rows never ends on two threads of a CPU.
+    factor = torch.linalg.cholesky(square)
+    return Q @ torch.cholesky_solve(X.transpose(1, 2) @ F.one_hot(labels, N).to(X.dtype), factor)
 
 
 def task_accuracy(features: torch.Tensor, sampler: EpisodeSampler, num_tasks: int, head=nearest) -> torch.Tensor:

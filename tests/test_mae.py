@@ -5,6 +5,9 @@ from experiment import UserError
 
 import base64
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from backbone import Block, ViT, patchify, sines_and_cosines, unpatchify
 from load_data import EpisodeSampler
 from mae import MAE, Drawings, agreement, count_visible, masked_error, random_order, targets, unshuffle
 
+HERE = Path(__file__).parents[1]
 SMOKE = [
     "--smoke",
     "--dataset",
@@ -285,6 +289,26 @@ def test_ridge_head_is_the_minimum_of_its_objective():
     means = torch.stack([support[:, 2 * c : 2 * c + 2].mean(dim=1) for c in range(3)], dim=1)
     distances = (query[:, :, None] - means[:, None]).norm(dim=-1)
     assert torch.allclose(mae.nearest(support, labels, query, 3), -distances, atol=1e-10)
+
+
+def test_ridge_head_on_several_threads():
+    """Of the default's size, on two threads, in a process of its own: there torch's batched LU went wrong or hung."""
+    code = """
+import experiment, torch, mae
+torch.manual_seed(0)
+torch.set_num_threads(2)
+labels = torch.arange(5).expand(8, 5)
+for D in (192, 256):
+    support, query = torch.randn(8, 5, D), torch.randn(8, 25, D)
+    for _ in range(5):
+        found = mae.ridge(support, labels, query, 5)
+    parts = zip(support.double().split(1), labels.split(1), query.double().split(1))
+    truth = torch.cat([mae.ridge(*part, 5) for part in parts])
+    assert (found - truth).abs().max() < 1e-4
+print("the same")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=3600)
+    assert done.stdout == "the same\n", done.stderr
 
 
 def test_pictures_are_in_the_samplers_order():
