@@ -20,11 +20,9 @@ from __future__ import annotations
 
 import os
 
-# Read when torch is loaded: its threads wait for some microseconds for their next piece of work, then asleep. Spinning
-# for milliseconds, as they do by themselves, they would hold the cores of a busy computer for nothing.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Read when torch is loaded: threads that wait for work spin before they sleep. See `share_cores`.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ.update({"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "300000"})
 
 import argparse
 import ast
@@ -54,6 +52,7 @@ try:  # locks of files; Windows has others
 except ImportError:
     fcntl = None
 
+SPIN = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "300000"}  # ours, as set above, and not the user's choice
 VAL_SEED, TEST_SEED = 1_000_001, 1_000_002  # of the fixed tasks, the same for every method and seed
 INIT_FROM = {"metavar": "RUN_DIR", "help": "start from the weights of this run, of whatever method"}  # of --init_from
 RUN_FLAGS = {"resume", "checkpoint", "test", "device", "num_test_tasks"}  # may differ when a run continues
@@ -297,6 +296,7 @@ def setup(args) -> torch.device:
         dist.init_process_group("nccl" if one_each else "gloo")  # NCCL refuses processes that share a GPU
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     if not gpu:
+        share_cores()
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
@@ -313,6 +313,63 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def share_cores(seconds: float = 0.5) -> None:
+    """From now on let waiting threads spin while the computer is idle, and sleep while others need its cores.
+
+    Awake, a thread takes up its next piece of work at once, but holds a core meanwhile: beside one busy process a step
+    of spinning threads takes two to four times as long. libgomp spins GOMP_SPINCOUNT times, and no more than 1,000
+    while it has more threads than there are cores (its manual, "GOMP_SPINCOUNT"). So a thread of ours looks every few
+    `seconds` at what other processes take, and where that is too much, another one owns idle threads: "more". Figures
+    do not depend on it. On other systems than Linux, or where the user has said how to wait, nothing happens.
+    """
+    spins = all(os.environ.get(name) == value for name, value in SPIN.items())
+    threads = torch.get_num_threads()
+    watched = any(thread.name == "share_cores" for thread in threading.enumerate())
+    if threads == 1 or not spins or watched or busy_seconds() is None:
+        return
+
+    def doze(awake: threading.Event) -> None:
+        torch.ones(2**20).add_(1)  # large enough for a team of this thread's own, which then lies idle
+        awake.wait()
+
+    def watch() -> None:
+        awake, dozing, begin, busy, own = None, None, time.monotonic(), busy_seconds(), time.process_time()
+        while not over.wait(seconds):
+            now = time.monotonic(), busy_seconds(), time.process_time()
+            others = (now[1] - busy - (now[2] - own)) / (now[0] - begin)  # the cores that other processes took
+            begin, busy, own = now
+            crowded = others > os.cpu_count() - threads + 0.25
+            if crowded and not dozing:
+                awake = threading.Event()
+                dozing = threading.Thread(target=doze, args=(awake,), name="doze", daemon=True)
+                dozing.start()
+            elif dozing and not crowded:
+                awake.set()
+                dozing = None
+        if dozing:
+            awake.set()
+            dozing.join()
+
+    def end() -> None:  # Python must not end while a thread is inside torch
+        over.set()
+        watcher.join()
+
+    over = threading.Event()
+    watcher = threading.Thread(target=watch, name="share_cores", daemon=True)
+    watcher.start()
+    atexit.register(end)
+
+
+def busy_seconds() -> float | None:
+    """Seconds that all cores together have worked since the computer started; None where no file tells."""
+    try:
+        line = Path("/proc/stat").read_text().split("\n", 1)[0]
+        user, nice, system, _, _, interrupts, soft = map(int, line.split()[1:8])
+        return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def shard() -> tuple[int, int]:

@@ -246,13 +246,46 @@ print(left + [int(x.grad.count_nonzero())] if torch.set_flush_denormal(True) els
     assert found.stdout.strip() == "[0, 0, 0]", found.stderr
 
 
-@pytest.mark.parametrize("given", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}], ids=str)
-def test_threads_spin_briefly_unless_told_otherwise(given):
-    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-    code = f"import experiment, os; print([os.environ.get(name) for name in {names}])"
-    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+@pytest.mark.parametrize("given", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "PASSIVE"}], ids=str)
+def test_how_threads_wait_is_the_users_choice_where_there_is_one(given):
+    code = """
+import os, threading, argparse, experiment, torch
+torch.set_num_threads(2)
+for _ in range(2):
+    experiment.setup(argparse.Namespace(random_seed=1, device="cpu"))
+watching = [thread.name for thread in threading.enumerate()].count("share_cores")
+print([os.environ.get(name) for name in experiment.SPIN], watching)
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in experiment.SPIN} | given
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True, check=True
     )
-    expected = ["PASSIVE", given.get("GOMP_SPINCOUNT", "1000")]
-    assert found.stdout.strip() == str(["ACTIVE", None] if "OMP_WAIT_POLICY" in given else expected)
+    expected = [given.get(name) for name in experiment.SPIN] if given else list(experiment.SPIN.values())
+    watched = int(not given and experiment.busy_seconds() is not None)
+    assert found.stdout.strip() == f"{expected} {watched}"
+
+
+def test_threads_doze_while_other_processes_need_the_cores():
+    """Told that others fill the computer, a thread opens a team of its own; told that none does, it goes."""
+    code = """
+import os, threading, time, experiment, torch
+torch.set_num_threads(2)
+others, clock = 0.0, [time.monotonic(), 0.0]
+
+def busy_seconds():
+    now = time.monotonic()
+    clock[:] = now, clock[1] + others * (now - clock[0])
+    return clock[1] + time.process_time()
+
+def becomes(expected):
+    while any(thread.name == "doze" for thread in threading.enumerate()) != expected:
+        time.sleep(0.01)
+    return len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0
+
+experiment.busy_seconds = busy_seconds
+experiment.share_cores(0.05)
+for others, expected in ((os.cpu_count(), True), (0, False), (os.cpu_count(), True)):
+    print(becomes(expected))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0 and len(done.stdout.split()) == 3, done.stderr
