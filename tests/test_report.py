@@ -333,7 +333,7 @@ def test_memories_stand_side_by_side_with_what_is_measured_of_them(tmp_path):
     (tmp_path / "mann").mkdir()
     lstm = json.loads((RESULTS / "mann" / "conv_K1N5_seed1.json").read_text())
     lstm |= {"test_accuracy": 0.967, "ci95": 0.002, "test_accuracy_alone": 0.9498, "ci95_alone": 0.002}
-    lstm |= {"device": "cpu, 1 thread", "processor": "AMD EPYC, AVX512"}
+    lstm |= {"device": "cpu, 1 threads", "processor": "AMD EPYC, AVX512"}
     attention = lstm | {"test_accuracy": 0.99, "ci95": 0.001, "test_accuracy_alone": 0.99, "ci95_alone": 0.001}
     attention |= {"device": "NVIDIA H200", "parameters": 186952}
     for name, run in (("K1N2", lstm), ("conv_K1N5", lstm), ("attention_K1N5", attention)):
