@@ -557,7 +557,7 @@ def keep(results: list[dict], args, path: Path) -> None:
 
 
 def main(argv=None) -> list[dict]:
-    parser, groups = experiment.make_parser(__doc__)
+    parser, groups = experiment.make_parser(__doc__, without=("--out",))
     parser.prog = "benchmark.py"
     parser.add_argument("benchmark", choices=list(BENCHMARKS), help="what to measure")
     groups["model"].add_argument("--hidden_dim", type=experiment.whole(1), default=128, help="units: mann, costs")

@@ -55,9 +55,10 @@ except ImportError:
 SPIN = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "300000"}  # ours, as set above, and not the user's choice
 VAL_SEED, TEST_SEED = 1_000_001, 1_000_002  # of the fixed tasks, the same for every method and seed
 INIT_FROM = {"metavar": "RUN_DIR", "help": "start from the weights of this run, of whatever method"}  # of --init_from
-RUN_FLAGS = {"resume", "checkpoint", "test", "device", "num_test_tasks"}  # may differ when a run continues
+# What may differ when a run continues
+RUN_FLAGS = {"resume", "checkpoint", "test", "device", "num_test_tasks", "report_file"}
 WHERE_FLAGS = ("--log_dir", "--run_name", "--out")
-NOT_FLAGS = ("command", "git_commit", "resume", "checkpoint", "test")  # of the attributes of parsed arguments
+NOT_FLAGS = ("command", "git_commit", "resume", "checkpoint", "test", "report_file")  # of parsed arguments
 CURVE_POINTS = 50  # of each curve in metrics.json, at most twice as many
 # What metrics.json holds and neither the last line of stdout nor TensorBoard shows: too long to be read.
 ONLY_IN_FILE = {"accuracies", "curves", "flags", "versions", "episode", "examples", "errors", "history", "path"}
@@ -88,6 +89,14 @@ def whole(low: int, high: int | None = None):
         return value
 
     return parse_whole
+
+
+def new_file(text: str) -> Path:
+    """An argparse type: a file that can be written, in a folder that is there."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} cannot be a file; name one in a folder that exists")
+    return path
 
 
 def number(low: float = 0.0, high: float = math.inf, above: bool = False):
@@ -139,6 +148,8 @@ def make_parser(doc: str, without: tuple[str, ...] = (), **defaults) -> tuple[ar
     add("--resume", metavar="RUN_DIR", help="continue this run where its last checkpoint stands")
     add("--test", action="store_true", help="only test the run named by --checkpoint")
     add("--checkpoint", metavar="RUN_DIR", help="the run whose best.pt is used")
+    report = "the whole report goes there too, that of --test nowhere else"
+    add("--out", dest="report_file", metavar="FILE", type=new_file, help=report)
     add("--smoke", action="store_true", help="a complete tiny run in under 20 seconds")
     add = adder("data")
     sets = ["auto", "omniglot", "glyphs", "folder", "mnist"]
@@ -791,7 +802,7 @@ def report(args, script: str, dataset: str, metrics: dict, path: Path | None = N
     """Complete the metrics by all that a result must tell, write them to `path` and print them as one line of JSON.
 
     Added are the setting, every flag, the command, the commit, versions, processor and the dataset's digest. The line
-    leaves out what only the file needs.
+    leaves out what only the file needs. Where --out names a file it holds them too.
     """
     setting = {"script": script, "dataset": dataset}
     names = {"split": "split", "N": "num_classes", "K": "num_shot", "Q": "num_query"}
@@ -799,8 +810,8 @@ def report(args, script: str, dataset: str, metrics: dict, path: Path | None = N
     metrics = setting | metrics | {"seed": args.random_seed, "command": args.command, "git_commit": args.git_commit}
     metrics |= {"flags": flags_of(args), "versions": versions(), "processor": processor(), "dataset_digest": digest}
     if shard()[0] == 0:
-        if path:
-            write_json(path, metrics)
+        for file in filter(None, (path, getattr(args, "report_file", None))):
+            write_json(file, metrics)
         print(json.dumps({k: v for k, v in metrics.items() if k not in ONLY_IN_FILE}))
     return metrics
 

@@ -61,6 +61,7 @@ MEASURED_FLAGS = (
     "num_test_tasks",
 )
 UNUSED = (
+    "--out",
     "--dtype",
     "--test",
     "--checkpoint",

@@ -42,9 +42,9 @@ from load_data import Dataset
 from profile_costs import memory_meter
 
 LIMIT, ENOUGH = 20.0, 2.0  # seconds that a point may take, and after which no further step of it is timed
-UNUSED = """--log_dir --run_name --resume --test --checkpoint --dataset --data_folder --split --image_size --num_classes
---num_shot --num_query --rotations --meta_batch_size --train_steps --eval_freq --patience --num_val_tasks
---num_test_tasks""".split()
+UNUSED = """--out --log_dir --run_name --resume --test --checkpoint --dataset --data_folder --split --image_size
+--num_classes --num_shot --num_query --rotations --meta_batch_size --train_steps --eval_freq --patience
+--num_val_tasks --num_test_tasks""".split()
 
 
 class Method(NamedTuple):

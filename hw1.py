@@ -22,6 +22,9 @@ import experiment
 from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
 
 import argparse
+import contextlib
+import json
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -320,8 +323,10 @@ def parse_args(argv=None):
     add("--shift", type=number(0, 1), default=0.0, help="random shift of training images, a share of half their size")
     add("--fixed_labels", action="store_true", help="training characters keep their labels: the memorisation lesson")
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chosen.add_argument("--memory", nargs="?", default="lstm")
-    kind = chosen.parse_known_args(argv)[0].memory
+    chosen.add_argument("--memory", nargs="?")
+    chosen.add_argument("--checkpoint", nargs="?")
+    early = chosen.parse_known_args(argv)[0]
+    kind = early.memory or memory_of(early.checkpoint)
     parser.set_defaults(**RECIPES.get(kind, {}))
     smoke = {
         "train_steps": 40,
@@ -350,6 +355,13 @@ def parse_args(argv=None):
     if args.memory == "attention" and (64 if args.encoder != "none" else args.image_size**2) % args.heads:
         raise UserError(f"--heads {args.heads} does not divide the features of an image; use 1, 2 or 4")
     return args
+
+
+def memory_of(run: str | None) -> str:
+    """--memory of a saved run, whose flags `experiment.parse` judges later; lstm where there is none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads((Path(run) / "flags.json").read_text())["flags"]["memory"]
+    return "lstm"
 
 
 def main(argv=None) -> dict:

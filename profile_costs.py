@@ -51,6 +51,7 @@ ENGINES = {
 SWEEPS = {"inner_steps": (1, 2, 5, 10, 15, 20), "layers": (1, 2, 3, 4, 6), "hidden_dim": (32, 64, 128, 256, 512)}
 SMOKE_SWEEPS = {"inner_steps": (1, 2, 4), "layers": (1, 2, 3), "hidden_dim": (8, 16, 32)}
 UNUSED = (
+    "--out",
     "--dtype",
     "--test",
     "--checkpoint",

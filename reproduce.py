@@ -35,6 +35,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +55,8 @@ LAKE = "--split lake --num_classes 20 --within_alphabet"
 RESIDUAL = "--encoder residual --image_size 32"
 LONG = "--jitter 0.1 --train_steps 12000 --eval_freq 500"
 TASKS = "--num_test_tasks 2000"
+TEST = "--test --num_test_tasks 600"
+MNIST = f"{TEST} --dataset mnist --num_classes 10"  # another hand's digits
 SCRATCH = "--warmup_steps 0 --encoder strided"  # by the inner loop from the first step
 SEQUENCE = "--protocol sequence --num_shot 9 --hidden_dim 200 --meta_batch_size 16 --learning_rate 1e-3 --shift 0.1"
 MUON = "--meta_batch_size 16 --optimizer muon --learning_rate 0.05"
@@ -71,7 +74,12 @@ class Case(NamedTuple):
     seeds: int = 1
     minutes: float = 5  # of one seed at --scale cpu with one core, for the progress bar
     beyond: bool = False  # more than three hours hold: at --scale cpu only where --only names it
-    start: str = ""  # the case, with the same seed, whose weights it starts from; at smoke scale it starts afresh
+    start: str = ""  # part/name of the case, with the same seed, whose weights it starts from or tests
+
+    @property
+    def tests(self) -> bool:
+        """Whether it trains nothing and only tests the run of `start`."""
+        return "--test" in self.recipe.split()
 
 
 CASES = [
@@ -109,12 +117,14 @@ CASES = [
          "--train_steps 30000", 3, 25, beyond=True),
     # 10 shots leave 10 of a character's 20 images for queries, where the preset wants 15
     Case("meta_lstm", "10way10shot", "meta_lstm.py", "--preset 10way10shot --train_query 5 --num_query 5",
-         "--train_steps 250 --eval_freq 125 --num_val_tasks 40", "", 1, 6),
+         "--train_steps 250 --eval_freq 125 --num_val_tasks 40", "", 1, 15),
+    Case("meta_lstm", "10way10shot_reset", "meta_lstm.py", f"{TEST} --reset_theta0", minutes=15, beyond=True,
+         start="meta_lstm/10way10shot"),
     *[Case("meta_lstm", f"5way1shot_{name}", "meta_lstm.py", recipe, "--train_steps 600 --eval_freq 200",
            "--train_steps 6000", minutes=minutes)
       for name, recipe, minutes in (("short", "", 3), ("pool", "--fixed_pool 6", 3),
                                     ("second_order", "--second_order --trained_share 1", 11))],
-    Case("comparison", "transfer", "transfer.py", "", "", "--train_steps 16000 --finetune_steps 6000", 1, 5),
+    Case("comparison", "transfer", "transfer.py", "", "", "--train_steps 16000 --finetune_steps 6000", 3, 5),
     Case("comparison", "protonet", "protonet.py", "", TASKS, TASKS, 3, 2),
     Case("comparison", "protonet_long", "protonet.py", "", f"{TASKS} --train_steps 15000 --eval_freq 1500",
          f"{TASKS} --train_steps 60000 --eval_freq 2000", 3, 10),
@@ -122,7 +132,7 @@ CASES = [
          f"{TASKS} --train_steps 8000 --eval_freq 1000", f"{TASKS} --train_steps 30000 --eval_freq 2000", 3, 15),
     Case("comparison", "protonet_lake", "protonet.py",
          f"{LAKE} {RESIDUAL} --jitter 0.2 --shift 0.15 --views 32",
-         f"{TASKS} --train_steps 10000 --eval_freq 1000", f"{TASKS} --train_steps 30000 --eval_freq 2000", 1, 20),
+         f"{TASKS} --train_steps 10000 --eval_freq 1000", f"{TASKS} --train_steps 30000 --eval_freq 2000", 3, 20),
     # The network that ships (pretrained/): other people's pens and sizes, each picture read once as predict.py does.
     Case("comparison", "pretrained", "protonet.py", "--width 48 --jitter 0.2 --shift 0.15 --views 1",
          "--train_steps 800 --eval_freq 400", "--train_steps 15000 --eval_freq 1500", 1, 2),
@@ -163,6 +173,16 @@ CASES = [
     Case("comparison", "maml_fixed_labels", "maml.py",
          "--num_classes 20 --fixed_labels --warmup_steps 0 --features plain", "--num_val_tasks 100", "", 1, 20,
          beyond=True),
+    *[Case("comparison", f"mnist_{name}_{K}shot", script, f"{MNIST} --num_shot {K}{flags}", seeds=seeds, minutes=3,
+           beyond=True, start=start)
+      for name, script, flags, start, seeds in (
+          ("protonet", "protonet.py", "", "comparison/protonet", 3),
+          ("transfer", "transfer.py", "", "comparison/transfer", 3),
+          ("maml", "maml.py", "", "comparison/maml_10way1shot", 3),
+          ("attention", "hw1.py", "", "mann/attention_K1N5", 3),
+          ("meta_lstm", "meta_lstm.py", "", "meta_lstm/10way10shot", 1),
+          ("meta_lstm_reset", "meta_lstm.py", " --reset_theta0", "meta_lstm/10way10shot", 1))
+      for K in (1, 5, 10, 20)],
     Case("mae", "mae", "mae.py", "", "", "--train_steps 30000", 3, 60, beyond=True),
     Case("mae", "mae_1000_steps", "mae.py", "", *["--train_steps 1000 --eval_freq 250"] * 2, 3, 18, beyond=True),
     # By what is hidden, shorter: one reading of a drawing costs half of two, and teaches more slowly.
@@ -174,7 +194,7 @@ CASES = [
     # A tenth of the rate: at the usual one the start is forgotten.
     *[Case("mae", f"vit_{n}_characters_from_mae", "protonet.py",
            f"--encoder vit --train_characters {n} --learning_rate 0.01 --train_steps 500 --eval_freq 100",
-           TASKS, TASKS, 3, 3, beyond=True, start="mae") for n in (50, 200, 1100)],
+           TASKS, TASKS, 3, 3, beyond=True, start="mae/mae") for n in (50, 200, 1100)],
     *[Case("memorization", f"{task}_{learner}_{regulariser}", "memorization.py",
            f"--task {task} --learner {learner} --regulariser {regulariser}", seeds=3, minutes=2, beyond=True)
       for task in ("sinusoid", "basis", "diseased", "grasping") for learner in ("maml", "blackbox")
@@ -211,11 +231,17 @@ PULSES = {
 
 
 class Job(NamedTuple):
-    name: str  # of the run folder
+    name: str
     case: Case
     seed: int
     flags: list[str]
     key: str  # of script, flags and dataset: the same key, the same result
+    start: Job | None = None  # the run that must be there before
+
+    @property
+    def folder(self) -> str:
+        """Name of its run folder."""
+        return f"{self.name}_{self.key}"
 
 
 def cases_of(what: str, mini_imagenet: str | None = None) -> list[Case]:
@@ -237,6 +263,12 @@ def cases_of(what: str, mini_imagenet: str | None = None) -> list[Case]:
     return [case for case in cases if what in ("all", case.part)]
 
 
+def case_of(start: str) -> Case:
+    """The case that another names part/name as its start."""
+    (case,) = (case for case in CASES if f"{case.part}/{case.name}" == start)
+    return case
+
+
 def make_jobs(cases: list[Case], scale: str, device: str, dataset: str, only: str = "") -> list[Job]:
     """A job for each seed of each case; `only`: texts of which a job's name must hold one."""
     jobs, kinds = [], set()
@@ -245,8 +277,8 @@ def make_jobs(cases: list[Case], scale: str, device: str, dataset: str, only: st
     pixels = hashlib.sha256(repr(ARCHIVES).encode()).hexdigest()[:16] if dataset == "omniglot" else dataset
     for case in cases:
         kind = case.part, re.sub(r"\d+", "", case.name)
-        if scale == "smoke" and kind in kinds:
-            continue  # the same code with other numbers
+        if scale == "smoke" and (kind in kinds or case.tests):
+            continue  # the same code with other numbers; what a test needs is not there
         kinds.add(kind)
         for seed in range(1, (1 if scale == "smoke" else case.seeds) + 1):
             name = f"{case.part}_{case.name}_seed{seed}"
@@ -260,12 +292,13 @@ def make_jobs(cases: list[Case], scale: str, device: str, dataset: str, only: st
             if case.part not in OWN_OUTPUT and "--dataset" not in flags:
                 flags += ["--dataset", dataset]
             flags += ["--random_seed", str(seed)]
-            if case.start and scale != "smoke":
-                (start,) = (c for c in cases_of(case.part) if c.name == case.start)
-                (of_seed,) = (j for j in make_jobs([start], scale, device, dataset, "seed") if j.seed == seed)
-                flags += ["--init_from", str(Path("runs") / f"reproduce_{scale}" / f"{of_seed.name}_{of_seed.key}")]
+            start = None
+            if case.start and scale != "smoke":  # at smoke scale it starts afresh
+                (start,) = (j for j in make_jobs([case_of(case.start)], scale, device, dataset, "_") if j.seed == seed)
+                weights = Path("runs") / f"reproduce_{scale}" / start.folder
+                flags += ["--checkpoint" if case.tests else "--init_from", str(weights)]
             key = hashlib.sha256(json.dumps([case.script, flags, pixels]).encode()).hexdigest()[:16]
-            jobs.append(Job(name, case, seed, [*flags, "--device", device], key))
+            jobs.append(Job(name, case, seed, [*flags, "--device", device], key, start))
     return jobs
 
 
@@ -321,7 +354,11 @@ class Ledger:
 
 
 def take_pulse(case: Case, code: Path = HERE) -> dict:
-    """The pulse of a case's recipe with the code in folder `code`: on glyphs, in float32, one thread."""
+    """The pulse of a case's recipe with the code in folder `code`: on glyphs, in float32, one thread.
+
+    That of a test is the pulse of the run it tests, whose end is such a test.
+    """
+    case = case_of(case.start) if case.tests else case
     flags = shlex.split(f"{case.recipe} {PULSES[case.script]}") + ["--random_seed", "1", "--device", "cpu"]
     flags += ["--warmup_steps", "0"] if "--warmup_steps 0" in case.recipe else []  # without it stays without
     with tempfile.TemporaryDirectory() as folder:
@@ -337,6 +374,7 @@ def take_pulse(case: Case, code: Path = HERE) -> dict:
 
 def known_pulse(case: Case) -> dict:
     """take_pulse(case), or what it was for this very code when it was last taken here."""
+    case = case_of(case.start) if case.tests else case
     name = hashlib.sha256(json.dumps([code_of(case.script), PULSES[case.script], case.recipe]).encode()).hexdigest()
     path = Path("runs") / "pulses" / f"{name[:16]}.json"
     if path.exists():
@@ -352,6 +390,8 @@ def drift(job: Job, ledger: Ledger, out: Path) -> str | None:
     found, reasons = collected(job, out), []
     if found.exists():
         now, before = flags_now(job), json.loads(found.read_text())["flags"]
+        if job.case.tests:  # its own flags are in its key
+            now = {name: value for name, value in now.items() if f"--{name}" not in job.flags}
         for name in sorted(now.keys() & before.keys() - WHERE):
             if now[name] != before[name]:
                 reasons.append(f"--{name} {before[name]} -> {now[name]}")
@@ -368,7 +408,8 @@ def drift(job: Job, ledger: Ledger, out: Path) -> str | None:
 
 
 def flags_now(job: Job) -> dict:
-    """Every flag of a job as its script resolves them now."""
+    """Every flag of a job as its script resolves them now; of a test those of the run it tests."""
+    job = job.start if job.case.tests else job
     module = importlib.import_module(job.case.script.removesuffix(".py"))
     return json.loads(json.dumps(experiment.flags_of(module.parse_args(job.flags))))
 
@@ -428,11 +469,13 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
 
 
-def run_job(job: Job, out: Path, runs: Path, threads: int, lock_file, children: set) -> str | None:
-    """Run or resume one job; collects its results. Returns why it failed, or None."""
-    folder = runs / f"{job.name}_{job.key}"
-    if (folder / "metrics.json").exists():  # finished, and stopped before it was collected
-        return collect(job, folder, out)
+def run_job(job: Job, out: Path, runs: Path, threads: int, lock_file, children: set, drifted: bool) -> str | None:
+    """Run or resume one job. Returns why it failed, or None."""
+    folder = runs / job.folder
+    if (folder / "metrics.json").exists():  # finished, and stopped before it was collected; or of older code
+        if not drifted:
+            return None
+        shutil.rmtree(folder)
     command = [sys.executable, str(HERE / job.case.script)]
     if (folder / "checkpoint.pt").exists():
         command += ["--resume", str(folder)]
@@ -441,6 +484,9 @@ def run_job(job: Job, out: Path, runs: Path, threads: int, lock_file, children: 
         command += [*job.flags, "--log_dir", str(runs)]
         # Scripts with an output of their own name their own runs.
         command += ["--out", str(out)] if job.case.part in OWN_OUTPUT else ["--run_name", folder.name]
+        if job.case.tests:
+            folder.mkdir()
+            command += ["--out", str(folder / "metrics.json")]
     threads = min(threads, int(os.environ.get("OMP_NUM_THREADS", threads)))
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(runs / f"{job.name}.log", "ab") as log:
@@ -452,26 +498,26 @@ def run_job(job: Job, out: Path, runs: Path, threads: int, lock_file, children: 
     if code != 0:
         last = (runs / f"{job.name}.log").read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
         return f"exit code {code}: {last[0][:200]}"
-    return collect(job, folder, out)
+    return None
 
 
 def collected(job: Job, out: Path) -> Path:
     return out / job.case.part / f"{job.case.name}_seed{job.seed}.json"
 
 
-def collect(job: Job, folder: Path, out: Path) -> None:
+def collect(job: Job, out: Path, runs: Path) -> None:
     """Copy a run's metrics to `<out>/<part>/<name>_seed<S>.json`."""
     if job.case.part in OWN_OUTPUT:
         return
     target = collected(job, out)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_json(target, json.loads((folder / "metrics.json").read_text()))
+    write_json(target, json.loads((runs / job.folder / "metrics.json").read_text()))
 
 
 def trained_minutes(job: Job, out: Path) -> float:
     """Minutes in which a collected run trained, all its parts together; 0 for the parts that do not tell."""
     path = collected(job, out)
-    return json.loads(path.read_text())["train_seconds"] / 60 if path.exists() else 0.0
+    return json.loads(path.read_text()).get("train_seconds", 0) / 60 if path.exists() else 0.0
 
 
 def lock(file, wait: bool) -> None:
@@ -497,23 +543,36 @@ def run_all(jobs: list[Job], out: Path, runs: Path, num_jobs: int) -> list[str]:
     bar = tqdm(total=sum(job.case.minutes for job in jobs), disable=None, bar_format="{l_bar}{bar}| left: {remaining}")
     threads, stop = max(1, (os.cpu_count() or 1) // num_jobs), threading.Event()
     smoke = any("--smoke" in job.flags for job in jobs)
+    due = {job.folder for job in jobs}
+    one_at_a_time, ended = defaultdict(threading.Lock), {}  # by folder: two tests may wait for one training
+
+    def done(job: Job) -> bool:
+        """Run a job, after the one whose weights it needs; that one's result stays as it is where it is not due."""
+        if stop.is_set() or (job.start and not done(job.start)):
+            return False
+        with one_at_a_time[job.folder]:
+            if job.folder in ended:
+                return ended[job.folder]
+            begin, new = time.perf_counter(), job.folder in due or not ledger.has(job)
+            drifted = job.folder in due and ledger.has(job)
+            why = run_job(job, out, runs, threads, lock_file, children, drifted)
+            minutes = (time.perf_counter() - begin) / 60
+            if stop.is_set() and why:
+                return False
+            if why is None and new:
+                collect(job, out, runs)
+                # The training's minutes where they are more: the run had been interrupted.
+                taken = None if smoke else known_pulse(job.case)
+                ledger.add(job, max(minutes, trained_minutes(job, out)), taken)
+            elif why:
+                failures.append(f"{job.name}: {why} (see {runs / job.name}.log)")
+            bar.write(f"{job.name}: {'failed' if why else 'done'} in {minutes:.1f} minutes")
+            ended[job.folder] = why is None
+            return ended[job.folder]
 
     def work(job: Job) -> None:
-        if stop.is_set():
-            return
-        begin = time.perf_counter()
-        why = run_job(job, out, runs, threads, lock_file, children)
-        minutes = (time.perf_counter() - begin) / 60
-        if stop.is_set() and why:
-            return
-        if why is None:
-            # The training's minutes where they are more: the run had been interrupted.
-            taken = None if smoke else known_pulse(job.case)
-            ledger.add(job, max(minutes, trained_minutes(job, out)), taken)
-        else:
-            failures.append(f"{job.name}: {why} (see {runs / job.name}.log)")
+        done(job)
         bar.update(job.case.minutes)
-        bar.write(f"{job.name}: {'failed' if why else 'done'} in {minutes:.1f} minutes")
 
     order = lambda job: (job.seed, -job.case.minutes)  # a first seed of everything, long runs before short ones
     with ThreadPoolExecutor(num_jobs) as pool:
@@ -529,6 +588,7 @@ def run_all(jobs: list[Job], out: Path, runs: Path, num_jobs: int) -> list[str]:
             raise
         finally:
             bar.close()
+    lock_file.close()
     return failures
 
 

@@ -21,6 +21,7 @@ import experiment
 from experiment import Run, UserError, number, whole
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -207,6 +208,8 @@ def main(argv=None) -> dict:
     device = experiment.setup(args)
     dtype = experiment.precision(args, device)
     dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
+    if args.test and (elsewhere := few_shot_elsewhere(args, dataset, dtype, device)):
+        return experiment.report(args, "transfer", dataset.name, elsewhere, digest=dataset.digest)
     splits = dataset.splits
     channels = dataset.images.shape[1]
     known = [*splits["train"], *splits["val"]]
@@ -269,17 +272,42 @@ def main(argv=None) -> dict:
     return run.finish(report(args, model, first, second, tasks, dtype, device))
 
 
-def report(args, model, first: Drawings, second: Drawings, tasks: EpisodeSampler, dtype, device) -> dict:
-    """Held-out accuracy of both phases and the few-shot figure on the common test tasks."""
-    pretrained, pretrained_ci95 = experiment.mean_and_ci95(held_out_accuracy(model["pretrained"], first, dtype))
-    finetuned, finetuned_ci95 = experiment.mean_and_ci95(held_out_accuracy(model["finetuned"], second, dtype))
-    accuracies = few_shot(args, model["pretrained"].encoder, tasks, dtype)
+def few_shot_elsewhere(args, dataset: Dataset, dtype: torch.dtype, device: torch.device) -> dict | None:
+    """Where the run of --checkpoint knew other classes: the few-shot figure alone, on them its heads say nothing."""
+    saved = experiment.read_json(Path(args.checkpoint) / "flags.json", "checkpoint")
+    if (saved["dataset"], saved["flags"]["split"]) == (dataset.name, args.split):
+        return None
+    path = Path(args.checkpoint) / "best.pt"
+    best = experiment.load_checkpoint(path)
+    encoder, prefix = Conv4(dataset.images.shape[1], args.width, args.image_size), "pretrained.encoder."
+    state = {name.removeprefix(prefix): value for name, value in best["model"].items() if name.startswith(prefix)}
+    experiment.load_state(encoder, state, path)
+    encoder.to(device, memory_format=torch.channels_last)
+    tasks = fixed_tasks(dataset, "test", args, device)
+    return {"best_step": best["step"]} | few_shot_report(args, encoder, tasks, dtype, device)
+
+
+def few_shot_report(args, encoder: Conv4, tasks: EpisodeSampler, dtype, device) -> dict:
+    """The few-shot figure on the common test tasks, and how it was made."""
+    accuracies = few_shot(args, encoder, tasks, dtype)
     accuracy, ci95 = experiment.mean_and_ci95(accuracies)
     return {
         "test_accuracy": accuracy,
         "ci95": ci95,
         "num_test_tasks": args.num_test_tasks,
         "adapt": args.adapt,
+        "batch_norm": "running",
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": experiment.device_name(device),
+        "accuracies": [round(a, 4) for a in accuracies.tolist()],
+    }
+
+
+def report(args, model, first: Drawings, second: Drawings, tasks: EpisodeSampler, dtype, device) -> dict:
+    """Held-out accuracy of both phases and the few-shot figure on the common test tasks."""
+    pretrained, pretrained_ci95 = experiment.mean_and_ci95(held_out_accuracy(model["pretrained"], first, dtype))
+    finetuned, finetuned_ci95 = experiment.mean_and_ci95(held_out_accuracy(model["finetuned"], second, dtype))
+    return {
         "pretrained_accuracy": pretrained,
         "pretrained_ci95": pretrained_ci95,
         "pretrained_classes": model["pretrained"].head.out_features,
@@ -287,11 +315,7 @@ def report(args, model, first: Drawings, second: Drawings, tasks: EpisodeSampler
         "finetuned_ci95": finetuned_ci95,
         "finetuned_classes": model["finetuned"].head.out_features,
         "held_out": args.held_out,
-        "batch_norm": "running",
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": experiment.device_name(device),
-        "accuracies": [round(a, 4) for a in accuracies.tolist()],
-    }
+    } | few_shot_report(args, model["pretrained"].encoder, tasks, dtype, device)
 
 
 if __name__ == "__main__":

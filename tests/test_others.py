@@ -4,6 +4,7 @@ from experiment import UserError
 
 import csv
 import gzip
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import torch
 from conftest import REPO, has_omniglot
 
+import hw1
 import protonet
+import transfer
 from load_data import Dataset, EpisodeSampler, LakeRuns, load_dataset
 from omniglot import read_image, resize
 
@@ -147,6 +150,35 @@ def test_a_network_of_characters_on_mnist(trained_protonet, tmp_path):
     run, _ = trained_protonet
     folder = write_mnist(tmp_path / "m")
     flags = ["--test", "--checkpoint", str(run), "--dataset", "mnist", "--data_folder", str(folder)]
-    metrics = protonet.main([*flags, "--num_classes", "10", "--num_query", "3", "--num_test_tasks", "4"])
+    kept = tmp_path / "report.json"
+    flags += ["--num_classes", "10", "--num_query", "3", "--num_test_tasks", "4", "--out", str(kept)]
+    metrics = protonet.main(flags)
     assert metrics["dataset"] == "mnist" and 0 <= metrics["test_accuracy"] <= 1
     assert torch.isfinite(torch.tensor(metrics["ci95"]))
+    assert json.loads(kept.read_text()) == json.loads(json.dumps(metrics)) and len(metrics["accuracies"]) == 4
+    assert "--out" not in metrics["command"]
+    for nowhere in (str(tmp_path), str(tmp_path / "no" / "report.json")):
+        with pytest.raises(UserError, match="argument --out: .* name one in a folder that exists"):
+            protonet.parse_args([*flags, "--out", nowhere])
+
+
+@pytest.mark.parametrize("adapt", ["head", "all"])
+def test_a_classifier_of_characters_on_mnist(adapt, tmp_path):
+    """Its heads know no digit: only the few-shot figure is told."""
+    flags = ["--smoke", "--dataset", "glyphs", "--log_dir", str(tmp_path), "--run_name", "a", "--device", "cpu"]
+    transfer.main(flags)
+    folder = write_mnist(tmp_path / "m")
+    flags = ["--test", "--checkpoint", str(tmp_path / "a"), "--dataset", "mnist", "--data_folder", str(folder)]
+    flags += ["--adapt", adapt, "--head_steps", "2", "--num_classes", "4", "--num_query", "1", "--num_test_tasks", "3"]
+    metrics = transfer.main(flags)
+    assert metrics["dataset"] == "mnist" and len(metrics["accuracies"]) == 3 and metrics["adapt"] == adapt
+    assert "finetuned_accuracy" not in metrics and "pretrained_accuracy" not in metrics
+
+
+def test_attention_on_mnist_needs_no_word_of_its_memory(tmp_path):
+    flags = ["--memory", "attention", "--smoke", "--dataset", "glyphs", "--log_dir", str(tmp_path), "--device", "cpu"]
+    hw1.main([*flags, "--run_name", "a"])
+    folder = write_mnist(tmp_path / "m")
+    flags = ["--test", "--checkpoint", str(tmp_path / "a"), "--dataset", "mnist", "--data_folder", str(folder)]
+    metrics = hw1.main([*flags, "--num_classes", "10", "--num_shot", "2", "--num_test_tasks", "4"])
+    assert (metrics["N"], metrics["K"], metrics["flags"]["memory"]) == (10, 2, "attention")

@@ -1,9 +1,11 @@
 """reproduce.py: runs once what is not done, survives kills, and knows which results the code has left behind."""
 
+import experiment
 from experiment import UserError
 
 import gc
 import json
+import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +15,11 @@ import numpy as np
 import pytest
 import warm
 from conftest import REPO, one_line_error
+from test_others import write_mnist
 
 import pulse
 import reproduce
-from reproduce import cases_of
+from reproduce import Case, cases_of
 
 SMOKE = ["mann", "--scale", "smoke", "--only", "K1N2", "--dataset", "glyphs", "--device", "cpu"]
 
@@ -271,7 +274,7 @@ def test_a_pulse_is_the_same_twice_and_a_failure_is_named(before, work, tmp_path
 def test_every_pulse_crosses_the_phases_of_its_recipe():
     """Warm-up and MAML, halves of --query_norm, pre-training and fine-tuning, an evaluation before the last step."""
     for case in cases_of("all"):
-        if case.part in reproduce.OWN_OUTPUT:
+        if case.part in reproduce.OWN_OUTPUT or case.tests:  # a test has the pulse of the run it tests
             continue
         module = __import__(case.script.removesuffix(".py"))
         args = module.parse_args(f"{reproduce.PULSES[case.script]} {case.recipe}".split())
@@ -319,6 +322,72 @@ def test_the_smallest_form_leaves_out_what_only_has_other_numbers():
     assert {job.case.script for job in jobs("smoke", "glyphs")} == {job.case.script for job in jobs("cpu", "omniglot")}
 
 
+@pytest.fixture
+def two_cases(tmp_path, monkeypatch):
+    """A training as short as can be and a test of it on MNIST's digits; what they come to, and how to ask for them."""
+    write_mnist(tmp_path / "digits")
+    monkeypatch.setenv("MNIST_DIR", str(tmp_path / "digits"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "known_pulse", lambda case: PULSE)
+    train = Case("comparison", "a", "protonet.py", f"{TINY['protonet.py']} --dataset glyphs", beyond=True)
+    recipe = "--test --dataset mnist --num_classes 3 --num_query 2 --num_test_tasks 4"
+    test = Case("comparison", "mnist_a", "protonet.py", recipe, beyond=True, start="comparison/a")
+    monkeypatch.setattr(reproduce, "CASES", [test, train])
+
+    def ask(only):
+        reproduce.main(["comparison", "--only", only, "--out", str(tmp_path / "out"), "--device", "cpu", "--jobs", "2"])
+        return [read_result(tmp_path, name) for name in ("a", "mnist_a")]
+
+    return ask
+
+
+def read_result(folder, name):
+    path = folder / "out" / "comparison" / f"{name}_seed1.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def test_a_test_trains_what_it_tests_where_that_is_not_there(two_cases, tmp_path):
+    trained, tested = two_cases("mnist_a")
+    assert trained["dataset"] == "glyphs" and tested["dataset"] == "mnist" and "curves" not in tested
+    assert len(tested["accuracies"]) == 4 and (tested["N"], tested["flags"]["width"]) == (3, 4)
+    assert "--checkpoint runs/reproduce_cpu/comparison_a_seed1_" in tested["command"]
+    assert "--out" not in tested["command"] and "report_file" not in tested["flags"]
+    ledger = json.loads((tmp_path / "out" / "reproduce.json").read_text())
+    assert set(ledger) == {"comparison_a_seed1", "comparison_mnist_a_seed1"}
+    # Where its result stands in the ledger and only the weights are missing, they are made; the result stays.
+    shutil.rmtree(tmp_path / "runs" / "reproduce_cpu")
+    del ledger["comparison_mnist_a_seed1"]
+    (tmp_path / "out" / "reproduce.json").write_text(json.dumps(ledger))
+    (tmp_path / "out" / "comparison" / "mnist_a_seed1.json").unlink()
+    kept = tmp_path / "out" / "comparison" / "a_seed1.json"
+    kept.write_text(json.dumps(trained | {"remark": "of another machine"}))
+    again, tested_again = two_cases("mnist_a")
+    assert again["remark"] and tested_again["accuracies"] == tested["accuracies"]
+
+
+def test_a_drifted_run_is_trained_anew_and_not_collected_again(two_cases, tmp_path, monkeypatch):
+    two_cases("comparison_a")
+    (run,) = (tmp_path / "runs" / "reproduce_cpu").glob("comparison_a_seed1_*")
+    old = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(old | {"test_accuracy": 2}))
+    ledger = json.loads((tmp_path / "out" / "reproduce.json").read_text())
+    ledger["comparison_a_seed1"]["code"] = "older"
+    (tmp_path / "out" / "reproduce.json").write_text(json.dumps(ledger))
+    monkeypatch.setattr(reproduce, "known_pulse", lambda case: PULSE | {"losses": [0.7, 0.5]})
+    trained, _ = two_cases("comparison_a")
+    assert trained["test_accuracy"] == old["test_accuracy"]
+    ledger = json.loads((tmp_path / "out" / "reproduce.json").read_text())
+    assert ledger["comparison_a_seed1"]["code"] != "older"
+
+
+def test_a_failed_start_is_named_once(two_cases, tmp_path, monkeypatch, capsys):
+    broken = reproduce.CASES[1]._replace(recipe=reproduce.CASES[1].recipe + " --data_folder nowhere --dataset folder")
+    monkeypatch.setattr(reproduce, "CASES", [reproduce.CASES[0], broken])
+    with pytest.raises(SystemExit):
+        two_cases("mnist_a,comparison_a")
+    assert capsys.readouterr().err.count("comparison_a_seed1: exit code 2") == 1
+
+
 def test_a_run_that_starts_from_another_names_that_run():
     """The weights of the same seed; at smoke scale and for the pulse it starts afresh."""
     jobs = {job.name: job for job in reproduce.make_jobs(cases_of("mae"), "cpu", "cpu", "omniglot", "seed")}
@@ -351,12 +420,19 @@ ALL = cases_of("all", "mini imagenet")
     reproduce.make_jobs(ALL, "cpu", "cpu", "auto") + reproduce.make_jobs(ALL, "full", "cpu", "auto"),
     ids=lambda job: job.name,
 )
-def test_every_command_parses(job):
+def test_every_command_parses(job, tmp_path, monkeypatch):
     module = __import__(job.case.script.removesuffix(".py"))
+    if job.case.tests:  # it reads the flags of the run it tests
+        flags = experiment.flags_of(module.parse_args(job.start.flags))
+        saved = tmp_path / job.flags[job.flags.index("--checkpoint") + 1]
+        saved.mkdir(parents=True)
+        experiment.write_json(saved / "flags.json", {"script": module.__name__, "dataset": "omniglot", "flags": flags})
+        monkeypatch.chdir(tmp_path)
     args = module.parse_args(job.flags)
     assert args.random_seed == job.seed
     sinusoids = job.case.part in ("memorization", "bayes")
-    if getattr(args, "dataset", "folder") != "folder" and not sinusoids:  # a character of Omniglot has 20 images
+    # A character of Omniglot has 20 images.
+    if getattr(args, "dataset", "folder") not in ("folder", "mnist") and not sinusoids:
         assert args.num_shot + max(getattr(args, "num_query", 1), getattr(args, "train_query", 0)) <= 20
 
 
