@@ -39,6 +39,17 @@ TITLES = {
     "anil": "ANIL",
     "meta_lstm": "meta-LSTM",
 }
+# Networks of characters asked about MNIST's digits: what a row says, the results, the metric, the colour
+MNIST_SHOTS = (1, 5, 10, 20)
+MNIST = [
+    ("ProtoNet", "protonet", "test_accuracy", COLOURS["protonet"]),
+    ("fine-tuning, a new head", "transfer", "test_accuracy", COLOURS["transfer"]),
+    ("MAML", "maml", "test_accuracy_support", COLOURS["maml"]),
+    ("MAML, transductive", "maml", "test_accuracy_transductive", SKY),
+    ("attention", "attention", "test_accuracy_alone", COLOURS["mann"]),
+    ("meta-LSTM", "meta_lstm", "test_accuracy", COLOURS["meta_lstm"]),
+    ("meta-LSTM, random start", "meta_lstm_reset", "test_accuracy", YELLOW),
+]
 COST_TITLES = {"maml": "MAML", "es": "ES", "fomaml": "first-order MAML", "checkpoint": "checkpointed MAML"}
 COST_COLOURS = {"maml": BLUE, "es": RED, "fomaml": GREEN, "checkpoint": PINK}
 SWEEPS = {"inner_steps": "inner steps", "layers": "hidden layers", "hidden_dim": "hidden units"}
@@ -59,11 +70,15 @@ def load(out: Path, name: str) -> list[dict]:
 
 
 def refuse_other_images(out: Path, dataset: str) -> None:
-    """UserError when a run under `out` is not of `dataset` (miniImageNet: of a folder), whatever its name says."""
+    """UserError when a run under `out` is not of `dataset`, whatever its name says.
+
+    Those of miniImageNet are of a folder, those whose name begins with mnist_ of MNIST.
+    """
     for path in sorted(out.glob("*/*_seed*.json")):
         if path.parent.name not in PARTS:
             continue
-        expected, found = "folder" if path.stem.startswith("miniImagenet") else dataset, read(path).get("dataset")
+        named = {"miniImagenet": "folder", "mnist": "mnist"}
+        expected, found = named.get(path.stem.split("_")[0], dataset), read(path).get("dataset")
         of_images = path.parent.name not in ("memorization", "bayes") or found in ("omniglot", "glyphs")
         if of_images and found != expected:  # sinusoids and their like are made, not found
             raise UserError(
@@ -85,6 +100,8 @@ def interval(runs: list[dict], key: str = "test_accuracy") -> tuple[float, float
     over = f"{runs[0]['num_test_tasks']:,} tasks"
     if key.startswith("finetuned"):  # one classifier of all classes, asked about every held-out drawing
         over = f"{runs[0]['held_out'] * runs[0]['finetuned_classes']:,} drawings"
+    if key.endswith("lake_runs"):
+        over = "20 runs of 20 trials"
     if len(values) > 1 and statistics.stdev(values) > half / 1.96:
         half, over = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values)), f"{len(values)} seeds"
     return 100 * statistics.fmean(values), 100 * half, over

@@ -357,5 +357,6 @@ def draw_everything(out: Path) -> None:
     study_pictures.draw_bayes(out)
     study_pictures.draw_mae(out)
     study_pictures.draw_reconstructions(out)
+    study_pictures.draw_mnist(out)
     if (out / "costs_train.json").exists():
         study_pictures.draw_adapted(read(out / "costs_train.json"), out / "costs_train.png")

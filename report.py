@@ -181,7 +181,8 @@ def page(out: Path, dataset: str = "omniglot") -> str:
         rows = [[TITLES[name], f"{mean:+.2f} ± {half:.2f}"] for name, (mean, half) in differences.items()]
         lines += ["", "Differences to the long ProtoNet on the same test tasks (points, 95 % interval over tasks):", ""]
         lines += table("method | difference", rows)
-    seconds = [read(file).get("train_seconds", 0) for part in PARTS for file in sorted((out / part).glob("*.json"))]
+    runs = [read(file) for part in PARTS for file in sorted((out / part).glob("*.json"))]
+    seconds = [run["train_seconds"] for run in runs if "train_seconds" in run]  # those that only test have none
     lines += ["", f"All {len(seconds)} runs together trained for {sum(seconds) / 3600:.1f} hours."]
     for picture in sorted(out.glob("*.png")):
         if picture.stem not in ("glyphs", "tensorboard", "bayes_plates", "page"):
@@ -318,6 +319,7 @@ BLOCKS = {
     "memorisation": tables.memorisation_text,
     "protonet": lambda out: tables.short_table(out, "ProtoNet"),
     "transfer": lambda out: tables.short_table(out, "Fine-tuning"),
+    "mnist": findings.mnist_text,
     "maml": lambda out: tables.short_table(out, *OF_MAML),
     "maml_norm": tables.norm_table,
     "maml_inner_loop": tables.inner_loop_text,

@@ -15,6 +15,8 @@ from evidence import (
     COST_TITLES,
     GREEN,
     GREY,
+    MNIST,
+    MNIST_SHOTS,
     PINK,
     RED,
     SWEEPS,
@@ -407,3 +409,55 @@ def draw_plates(path: Path) -> None:
         ax.add_patch(FancyBboxPatch((left, low), width, height, boxstyle="round,pad=0.02", fc="none", ec=GREY))
         ax.text(left + width - 0.05, low + height - 0.05, label, ha="right", va="top", fontsize=8, color=GREY)
     save(figure, path)
+
+
+def resets(out: Path) -> dict[str, dict[str, dict]]:
+    """{images: {start: a run of the 10-way 10-shot meta-LSTM}}: characters and digits, learned and random start."""
+    names = {
+        "Omniglot": {"learned": "meta_lstm/10way10shot", "random": "meta_lstm/10way10shot_reset"},
+        "MNIST": {"learned": "comparison/mnist_meta_lstm_10shot", "random": "comparison/mnist_meta_lstm_reset_10shot"},
+    }
+    found = {images: {start: load(out, name) for start, name in of.items()} for images, of in names.items()}
+    if not all(runs for of in found.values() for runs in of.values()):
+        return {}
+    return {images: {start: runs[0] for start, runs in of.items()} for images, of in found.items()}
+
+
+def draw_mnist(out: Path) -> None:
+    """Accuracy of networks of characters on digits, by shots; and what the meta-LSTM's start is worth."""
+    curves = []
+    for what, name, key, colour in MNIST:
+        found = {K: runs for K in MNIST_SHOTS if (runs := load(out, f"comparison/mnist_{name}_{K}shot"))}
+        points = [(K, *interval(runs, key)[:2]) for K, runs in found.items()]
+        curves += [(what, colour, list(zip(*points, strict=True)))] if points else []
+    if not curves:
+        return
+    figure, ((left, right),) = new_figure(1, 2, (10, 4))
+    for k, (what, colour, (shots, means, halves)) in enumerate(curves):
+        places = [shot * 1.02 ** (k - len(curves) / 2) for shot in shots]  # side by side, so that bars can be read
+        left.errorbar(places, means, halves, color=colour, marker="o", markersize=4, capsize=2, label=what)
+    left.set_xscale("log")
+    left.set_xticks(MNIST_SHOTS, map(str, MNIST_SHOTS))
+    left.minorticks_off()
+    left.set(title="MNIST, 10 classes", xlabel="images of each class", ylabel="accuracy (%)")
+    left.legend(frameon=False, fontsize=8)
+    bars = {
+        "learned rule": ("", "#000000"),
+        "gradient descent": ("_sgd", GREY),
+    }
+    found = resets(out)
+    groups = [(images, start) for images in found for start in found[images]]
+    for k, (label, (kind, colour)) in enumerate(bars.items()):
+        runs = [found[images][start] for images, start in groups]
+        if runs:
+            values, halves = ([100 * run[f"{key}{kind}"] for run in runs] for key in ("test_accuracy", "ci95"))
+            places = [place + 0.38 * (k - 0.5) for place in range(len(runs))]
+            right.bar(places, values, 0.36, yerr=halves, color=colour, capsize=2, label=label)
+    if groups:
+        right.set_xticks(range(len(groups)), [f"{images}\n{start} start" for images, start in groups])
+        right.axhline(10, color="0.5", linestyle=":", linewidth=1)
+        right.set(title="meta-LSTM, 10-way 10-shot (dotted: guessing)", ylabel="accuracy (%)", ylim=(0, 100))
+        right.legend(frameon=False, fontsize=8)
+    else:
+        right.set_visible(False)
+    save(figure, out / "mnist.png")

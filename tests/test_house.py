@@ -98,8 +98,10 @@ def test_a_result_tells_the_whole_truth_of_its_run(path):
     assert re.fullmatch(r"[0-9a-f]{7,40}", result["git_commit"]), "the tree was dirty"
     assert result["flags"]["random_seed"] == result["seed"] and result["processor"] and result["versions"]["torch"]
     if result["script"] in ("hw1", "protonet", "maml", "meta_lstm", "transfer", "mae"):
-        assert re.fullmatch(r"[0-9a-f]{64}", result["dataset_digest"]) and result["dataset"] == "omniglot"
-        assert result["curves"] and result["num_test_tasks"] >= 600
+        of_digits, only_tested = path.stem.startswith("mnist_"), "--test" in result["command"]
+        assert re.fullmatch(r"[0-9a-f]{64}", result["dataset_digest"])
+        assert result["dataset"] == ("mnist" if of_digits else "omniglot")
+        assert result["num_test_tasks"] >= 600 and (only_tested or result["curves"]) and only_tested >= of_digits
         name = f"{path.parent.name}/{path.stem}"
         if "accuracies" in result or not name.startswith(BEFORE_ACCURACIES):
             assert len(result["accuracies"]) == result["num_test_tasks"]

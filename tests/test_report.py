@@ -357,6 +357,45 @@ def test_memories_stand_side_by_side_with_what_is_measured_of_them(tmp_path):
     assert "| external memory, ours | 0.0 ± 1.0 | 10.0 ± 1.0 | 20.0 ± 1.0 | 40.0 ± 1.0 | 90.0 ± 1.0 | 1 |" in text
 
 
+def test_other_peoples_digits_stand_in_a_table_and_a_picture_of_what_is_measured(tmp_path):
+    assert findings.mnist_text(tmp_path) == "(not measured yet)"
+    study_pictures.draw_mnist(tmp_path)
+    assert not (tmp_path / "mnist.png").exists()
+    figures = {"dataset": "mnist", "test_accuracy": 0.912, "ci95": 0.004}
+    for K in (1, 5):
+        made_up(tmp_path, f"mnist_protonet_{K}shot", **figures)
+    made_up(tmp_path, "mnist_meta_lstm_10shot", **figures | {"test_accuracy_sgd": 0.83, "ci95_sgd": 0.005})
+    text = findings.mnist_text(tmp_path)
+    assert "| ProtoNet | 91.2 ± 0.4 | 91.2 ± 0.4 |  |  | 1 |" in text and "attempt" not in text
+    assert "NAME is, row by row, `protonet`, `meta_lstm`." in text
+    study_pictures.draw_mnist(tmp_path)
+    half = (tmp_path / "mnist.png").read_bytes()
+    of_reset = {"test_accuracy": 0.31, "ci95": 0.006, "test_accuracy_sgd": 0.27, "ci95_sgd": 0.007}
+    made_up(tmp_path, "mnist_meta_lstm_reset_10shot", **figures | of_reset)
+    (tmp_path / "meta_lstm").mkdir()
+    for name, more in (("10way10shot", {"test_accuracy": 0.963}), ("10way10shot_reset", of_reset)):
+        made_up(tmp_path, name, **{"test_accuracy_sgd": 0.95, "ci95_sgd": 0.005, "ci95": 0.003} | more)
+        (tmp_path / "comparison" / f"{name}_seed1.json").rename(tmp_path / "meta_lstm" / f"{name}_seed1.json")
+    text = findings.mnist_text(tmp_path)
+    for figure in ("31.0 ± 0.6 %", "96.3 ± 0.3 %", "91.2 ± 0.4 % on MNIST", "27.0 ± 0.7 %"):
+        assert figure in text, figure
+    study_pictures.draw_mnist(tmp_path)
+    assert len((tmp_path / "mnist.png").read_bytes()) > len(half) > 8_000
+    evidence.refuse_other_images(tmp_path, "omniglot")
+    made_up(tmp_path, "mnist_maml_1shot", dataset="omniglot")
+    with pytest.raises(UserError, match="mnist_maml_1shot_seed1.json is a result on omniglot, its row is of mnist"):
+        evidence.refuse_other_images(tmp_path, "omniglot")
+
+
+def test_lakes_trials_are_a_row_once_they_are_measured(tmp_path):
+    old = {"script": "protonet", "num_test_tasks": 2000, "test_accuracy_one_drawer": 0.9, "ci95_one_drawer": 0.004}
+    made_up(tmp_path, "protonet_lake", **old)
+    assert "official trials" not in report.page(tmp_path)
+    made_up(tmp_path, "protonet_lake", **old | {"test_accuracy_lake_runs": 0.981, "ci95_lake_runs": 0.012})
+    row = next(line for line in report.page(tmp_path).splitlines() if "official trials" in line)
+    assert "| 98.1 ± 1.2 | 20 runs of 20 trials |" in row and "BPL" in row
+
+
 def test_the_processor_is_named_shortly():
     intel = {"device": "cpu, 2 threads", "processor": "Intel(R) Xeon(R) Processor @ 2.80GHz, AVX512"}
     assert evidence.processor(intel) == "2 threads of Intel Xeon"
