@@ -540,7 +540,8 @@ def run_all(jobs: list[Job], out: Path, runs: Path, num_jobs: int) -> list[str]:
         print(f"waiting for runs that another reproduce.py started in {runs}", file=sys.stderr)
         lock(lock_file, wait=True)
     ledger, failures, children = Ledger(out), [], set()
-    bar = tqdm(total=sum(job.case.minutes for job in jobs), disable=None, bar_format="{l_bar}{bar}| left: {remaining}")
+    todo = {j.folder: j for job in jobs for j in (job.start, job) if j}.values()
+    bar = tqdm(total=sum(job.case.minutes for job in todo), disable=None, bar_format="{l_bar}{bar}| left: {remaining}")
     threads, stop = max(1, (os.cpu_count() or 1) // num_jobs), threading.Event()
     smoke = any("--smoke" in job.flags for job in jobs)
     due = {job.folder for job in jobs}
@@ -574,9 +575,10 @@ def run_all(jobs: list[Job], out: Path, runs: Path, num_jobs: int) -> list[str]:
         done(job)
         bar.update(job.case.minutes)
 
-    order = lambda job: (job.seed, -job.case.minutes)  # a first seed of everything, long runs before short ones
+    # A first seed of everything; what others start from before them, long runs before short ones.
+    order = lambda job: (job.seed, job.start is not None, -job.case.minutes)
     with ThreadPoolExecutor(num_jobs) as pool:
-        futures = [pool.submit(work, job) for job in sorted(jobs, key=order)]
+        futures = [pool.submit(work, job) for job in sorted(todo, key=order)]
         try:
             for future in futures:
                 future.result()
