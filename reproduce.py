@@ -529,8 +529,8 @@ def lock(file, wait: bool) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
-def run_all(jobs: list[Job], out: Path, runs: Path, num_jobs: int) -> list[str]:
-    """Run `jobs`, `num_jobs` at a time; returns the failures, one line each."""
+def run_all(jobs: list[Job], drifted: set[str], out: Path, runs: Path, num_jobs: int) -> list[str]:
+    """Run `jobs`, `num_jobs` at a time, those named `drifted` anew; returns the failures, one line each."""
     out.mkdir(parents=True, exist_ok=True)
     runs.mkdir(parents=True, exist_ok=True)
     lock_file = open(runs / "reproduce.lock", "w")  # inherited by the runs: free when all of them have ended
@@ -555,8 +555,7 @@ def run_all(jobs: list[Job], out: Path, runs: Path, num_jobs: int) -> list[str]:
             if job.folder in ended:
                 return ended[job.folder]
             begin, new = time.perf_counter(), job.folder in due or not ledger.has(job)
-            drifted = job.folder in due and ledger.has(job)
-            why = run_job(job, out, runs, threads, lock_file, children, drifted)
+            why = run_job(job, out, runs, threads, lock_file, children, job.name in drifted)
             minutes = (time.perf_counter() - begin) / 60
             if stop.is_set() and why:
                 return False
@@ -643,7 +642,8 @@ def main(argv=None) -> dict | list[str]:
     found = status(jobs, args.out, args.jobs)
     due = [job for job in jobs if found[job.name][0] in ("drifted", "missing")]
     print(f"{len(jobs) - len(due)} of {len(jobs)} runs are done already")
-    failures = run_all(due, args.out, runs, args.jobs)
+    drifted = {job.name for job in due if found[job.name][0] == "drifted"}
+    failures = run_all(due, drifted, args.out, runs, args.jobs)
     print(f"results: {args.out}; tables and pictures: python report.py --results {args.out}")
     if failures:
         print("\n".join(f"error: {failure}" for failure in failures), file=sys.stderr)
