@@ -86,8 +86,6 @@ def test_no_run_of_ten_lines_stands_twice(run=10):
 
 
 RESULTS = sorted((REPO / "results").glob("*/*.json"))
-# Measured before accuracies of each task were kept; a run of these cases replaces them (docs/log.md).
-BEFORE_ACCURACIES = ("mann/", "meta_lstm/", "comparison/transfer")
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -102,11 +100,9 @@ def test_a_result_tells_the_whole_truth_of_its_run(path):
         assert re.fullmatch(r"[0-9a-f]{64}", result["dataset_digest"])
         assert result["dataset"] == ("mnist" if of_digits else "omniglot")
         assert result["num_test_tasks"] >= 600 and (only_tested or result["curves"]) and only_tested >= of_digits
-        name = f"{path.parent.name}/{path.stem}"
-        if "accuracies" in result or not name.startswith(BEFORE_ACCURACIES):
-            assert len(result["accuracies"]) == result["num_test_tasks"]
-            mean = sum(result["accuracies"]) / len(result["accuracies"])
-            assert mean == pytest.approx(result["test_accuracy"], abs=1e-4)
+        assert len(result["accuracies"]) == result["num_test_tasks"]
+        mean = sum(result["accuracies"]) / len(result["accuracies"])
+        assert mean == pytest.approx(result["test_accuracy"], abs=1e-4)
 
 
 def test_every_race_and_every_study_tells_its_command_and_commit():
