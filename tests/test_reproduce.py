@@ -86,7 +86,7 @@ def test_the_ledger_counts_minutes_before_an_interruption(tmp_path, monkeypatch)
     folder = tmp_path / "runs" / f"{job.name}_{job.key}"
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps({"train_seconds": 600}))
-    assert reproduce.run_all([job], tmp_path, tmp_path / "runs", 1) == []
+    assert reproduce.run_all([job], set(), tmp_path, tmp_path / "runs", 1) == []
     assert json.loads((tmp_path / "reproduce.json").read_text())[job.name]["minutes"] == 10
 
 
