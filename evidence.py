@@ -46,7 +46,7 @@ MNIST = [
     ("fine-tuning, a new head", "transfer", "test_accuracy", COLOURS["transfer"]),
     ("MAML", "maml", "test_accuracy_support", COLOURS["maml"]),
     ("MAML, transductive", "maml", "test_accuracy_transductive", SKY),
-    ("attention", "attention", "test_accuracy_alone", COLOURS["mann"]),
+    ("attention, learned with 5 classes", "attention", "test_accuracy_alone", COLOURS["mann"]),
     ("meta-LSTM", "meta_lstm", "test_accuracy", COLOURS["meta_lstm"]),
     ("meta-LSTM, random start", "meta_lstm_reset", "test_accuracy", YELLOW),
 ]

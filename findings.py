@@ -459,12 +459,13 @@ def mnist_text(out: Path) -> str:
     if not rows:
         return "(not measured yet)"
     lines = table(" | ".join(["10-way, %", *(f"{K}-shot" for K in MNIST_SHOTS), "seeds"]), rows)
-    lines += ["", "On 600 tasks ± 95 % interval; no query influences another but in the transductive row."]
+    but = " but in the transductive row" if any("transductive" in row[0] for row in rows) else ""
+    lines += ["", f"On 600 tasks ± 95 % interval; no query influences another{but}."]
     lines += [
         "Command of a row, which trains first what it tests: `python reproduce.py comparison --only mnist_NAME`, where",
         f"NAME is, row by row, {', '.join(commands)}.",
         "",
-        "![accuracy on MNIST by shots, and the meta-LSTM's start](../results/mnist.png)",
+        "![accuracy on MNIST by shots](../results/mnist.png)",
     ]
     return "\n".join([*lines, *reset_lesson(out)])
 

@@ -432,7 +432,8 @@ def draw_mnist(out: Path) -> None:
         curves += [(what, colour, list(zip(*points, strict=True)))] if points else []
     if not curves:
         return
-    figure, ((left, right),) = new_figure(1, 2, (10, 4))
+    found = resets(out)
+    figure, ((left, *others),) = new_figure(1, 2 if found else 1, (10 if found else 5, 4))
     for k, (what, colour, (shots, means, halves)) in enumerate(curves):
         places = [shot * 1.02 ** (k - len(curves) / 2) for shot in shots]  # side by side, so that bars can be read
         left.errorbar(places, means, halves, color=colour, marker="o", markersize=4, capsize=2, label=what)
@@ -441,23 +442,17 @@ def draw_mnist(out: Path) -> None:
     left.minorticks_off()
     left.set(title="MNIST, 10 classes", xlabel="images of each class", ylabel="accuracy (%)")
     left.legend(frameon=False, fontsize=8)
-    bars = {
-        "learned rule": ("", "#000000"),
-        "gradient descent": ("_sgd", GREY),
-    }
-    found = resets(out)
-    groups = [(images, start) for images in found for start in found[images]]
-    for k, (label, (kind, colour)) in enumerate(bars.items()):
-        runs = [found[images][start] for images, start in groups]
-        if runs:
+    for right in others:
+        groups = [(images, start) for images in found for start in found[images]]
+        for k, (label, kind, colour) in enumerate(
+            (("learned rule", "", "#000000"), ("gradient descent", "_sgd", GREY))
+        ):
+            runs = [found[images][start] for images, start in groups]
             values, halves = ([100 * run[f"{key}{kind}"] for run in runs] for key in ("test_accuracy", "ci95"))
             places = [place + 0.38 * (k - 0.5) for place in range(len(runs))]
             right.bar(places, values, 0.36, yerr=halves, color=colour, capsize=2, label=label)
-    if groups:
         right.set_xticks(range(len(groups)), [f"{images}\n{start} start" for images, start in groups])
         right.axhline(10, color="0.5", linestyle=":", linewidth=1)
         right.set(title="meta-LSTM, 10-way 10-shot (dotted: guessing)", ylabel="accuracy (%)", ylim=(0, 100))
         right.legend(frameon=False, fontsize=8)
-    else:
-        right.set_visible(False)
     save(figure, out / "mnist.png")
