@@ -148,7 +148,7 @@ def make_parser(doc: str, without: tuple[str, ...] = (), **defaults) -> tuple[ar
     add("--resume", metavar="RUN_DIR", help="continue this run where its last checkpoint stands")
     add("--test", action="store_true", help="only test the run named by --checkpoint")
     add("--checkpoint", metavar="RUN_DIR", help="the run whose best.pt is used")
-    report = "the whole report goes there too, that of --test nowhere else"
+    report = "also write the whole report to this file; without it that of --test is only printed"
     add("--out", dest="report_file", metavar="FILE", type=new_file, help=report)
     add("--smoke", action="store_true", help="a complete tiny run in under 20 seconds")
     add = adder("data")

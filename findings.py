@@ -449,13 +449,13 @@ def reconstructions_text(out: Path) -> str:
 
 def mnist_text(out: Path) -> str:
     """Accuracy on MNIST's digits of networks that learned from characters, and what became of the report's try."""
-    rows, commands = [], []
+    rows, names = [], []
     for what, name, key, _ in MNIST:
         found = {K: load(out, f"comparison/mnist_{name}_{K}shot") for K in MNIST_SHOTS}
         if not (measured := [runs for runs in found.values() if runs]):
             continue
         rows.append([what, *(figure_of(found[K], key) if found[K] else "" for K in MNIST_SHOTS), len(measured[0])])
-        commands.append(f"`{name}`")
+        names.append(f"`{name}`")
     if not rows:
         return "(not measured yet)"
     lines = table(" | ".join(["10-way, %", *(f"{K}-shot" for K in MNIST_SHOTS), "seeds"]), rows)
@@ -463,7 +463,7 @@ def mnist_text(out: Path) -> str:
     lines += ["", f"On 600 tasks ± 95 % interval; no query influences another{but}."]
     lines += [
         "Command of a row, which trains first what it tests: `python reproduce.py comparison --only mnist_NAME`, where",
-        f"NAME is, row by row, {', '.join(commands)}.",
+        f"NAME is, row by row, {', '.join(names)}.",
         "",
         "![accuracy on MNIST by shots](../results/mnist.png)",
     ]
@@ -473,6 +473,9 @@ def mnist_text(out: Path) -> str:
 def reset_lesson(out: Path) -> list[str]:
     """Why the learned rule alone does not learn digits: nor does it learn characters, without its start."""
     if not (found := study_pictures.resets(out)):
+        return []
+    learned, random = (found["Omniglot"][start]["test_accuracy"] for start in ("learned", "random"))
+    if learned - random < 0.1:  # then the start is not what the rule misses, and the lesson is another one
         return []
     of = lambda images, start, kind="": with_interval(
         100 * found[images][start][f"test_accuracy{kind}"], 100 * found[images][start][f"ci95{kind}"]

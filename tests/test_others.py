@@ -173,6 +173,10 @@ def test_a_classifier_of_characters_on_mnist(adapt, tmp_path):
     metrics = transfer.main(flags)
     assert metrics["dataset"] == "mnist" and len(metrics["accuracies"]) == 3 and metrics["adapt"] == adapt
     assert "finetuned_accuracy" not in metrics and "pretrained_accuracy" not in metrics
+    for content in ({"step": 1}, {"step": 1, "model": {}}, {"step": 1, "model": {"encoder.w": torch.zeros(1)}}):
+        torch.save(content, tmp_path / "a" / "best.pt")
+        with pytest.raises(UserError, match="best.pt"):
+            transfer.main(flags)
 
 
 def test_attention_on_mnist_needs_no_word_of_its_memory(tmp_path):
