@@ -50,6 +50,7 @@ from replay import Gradient
 
 Parameters = dict[str, torch.Tensor]
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "head")
+STEPS_RATE = 2e-3  # of Adam beside Muon
 
 # ---------------------------------------------------------------------------------- the method
 
@@ -310,7 +311,8 @@ def parse_args(argv=None):
     )
     add("--first_order", action="store_true", help="drop the second derivative")
     add("--multi_step_loss", action="store_true", help="early in training count the loss after every inner step")
-    add("--optimizer", choices=["adam", "muon"], default="adam", help="of the outer loop; muon: orthogonal steps")
+    orthogonal = "of the outer loop; muon: orthogonal steps of the weights, Adam's of learned rates and --per_step_norm"
+    add("--optimizer", choices=["adam", "muon"], default="adam", help=orthogonal)
     add("--learning_rate", type=number(above=True), default=2e-3, help="of the outer loop at its start; muon: say 0.05")
     add("--schedule", choices=["cosine", "constant"], default="cosine", help="cosine: the rate falls to 1 %% of it")
     add("--clip", type=number(), default=1.0, help="largest norm of the meta-gradient; 0: no limit")
@@ -333,9 +335,6 @@ def parse_args(argv=None):
         raise UserError("--inner_steps 0 with --head linear: a shared head cannot know a task's labels; use 1 or more")
     if args.learn_inner_lrs and args.inner_steps == 0:
         raise UserError("--learn_inner_lrs needs --inner_steps 1 or more")
-    for flag in ("learn_inner_lrs", "per_step_norm"):
-        if getattr(args, flag) and args.optimizer == "muon":
-            raise UserError(f"--{flag} with --optimizer muon: what it learns is no matrix to make orthogonal; drop one")
     if args.per_step_norm and (args.inner_steps == 0 or args.freeze_body):
         raise UserError("--per_step_norm needs --inner_steps 1 or more, and a body that they adapt (no --freeze_body)")
     if args.test_inner_steps is None:
@@ -429,13 +428,14 @@ def main(argv=None) -> dict:
     s_warmup = s._replace(head="proto" if args.head == "proto" else "one_step", num_classes=warmup.N)
     s_train = s._replace(num_classes=train.N)
     trained = [p for p in learner.parameters() if p.requires_grad]
-    muon = args.optimizer == "muon"
-    optimizer = (Muon if muon else partial(torch.optim.Adam, fused=True))(trained, args.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: rate_factor(done, args.warmup_steps, args.train_steps, args.schedule)
-    )
+    optimizers = make_optimizers(learner, args.optimizer, args.learning_rate)
+    factor = lambda done: rate_factor(done, args.warmup_steps, args.train_steps, args.schedule)
+    schedules = {
+        name.replace("optimizer", "schedule"): torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        for name, optimizer in optimizers.items()
+    }
     run = Run(args, "maml", dataset.name, dataset.digest)
-    run.track(model=learner, optimizer=optimizer, schedule=schedule, warmup=warmup, sampler=train)
+    run.track(model=learner, **optimizers, **schedules, warmup=warmup, sampler=train)
 
     def of_warmup() -> torch.Tensor:
         return meta_gradient(learner, warmup.sample(), partial(warmup_loss, learner.theta(), s=s_warmup))
@@ -453,8 +453,8 @@ def main(argv=None) -> dict:
         experiment.average_gradients(learner)
         norm = nn.utils.clip_grad_norm_(trained, args.clip or float("inf"))
         run.record(torch.where(norm.isfinite(), loss, norm))  # a norm that is not finite ends the run like such a loss
-        optimizer.step()
-        schedule.step()
+        for moving in (*optimizers.values(), *schedules.values()):
+            moving.step()
         if run.time_to_evaluate():
             with run.clock_stopped():
                 on_val = evaluate(learner, val, args.num_val_tasks, s, args.test_inner_steps)
@@ -578,6 +578,17 @@ def each_task(function, *batch: torch.Tensor) -> list:
             return list(pool.map(alone, tasks))
     finally:
         torch.set_num_threads(workers)
+
+
+def make_optimizers(learner: MAML, kind: str, rate: float) -> dict[str, torch.optim.Optimizer]:
+    """Of the outer loop. With Muon what each inner step has of its own, no matrix, is moved by Adam at STEPS_RATE."""
+    trained = [p for p in learner.parameters() if p.requires_grad]
+    if kind == "adam":
+        return {"optimizer": torch.optim.Adam(trained, rate, fused=True)}
+    of_steps = [p for p in (learner.rates, learner.shifts) if p is not None and p.requires_grad]
+    weights = [p for p in trained if not any(p is own for own in of_steps)]
+    more = {"steps_optimizer": torch.optim.Adam(of_steps, STEPS_RATE, fused=True)} if of_steps else {}
+    return {"optimizer": Muon(weights, rate)} | more
 
 
 def multi_step_weights(steps: int, progress: float) -> list[float]:

@@ -204,6 +204,23 @@ def test_muon_steps_are_orthogonal_and_leave_the_unused_head_of_the_warm_up(tmp_
     assert lengths.min() > 0.5 and lengths.max() < 1.3  # Adam's step has one large singular value
 
 
+def test_beside_muon_adam_learns_what_the_inner_steps_have_of_their_own(tmp_path):
+    flags = [*SMOKE, "--optimizer", "muon", "--learning_rate", "0.05", "--learn_inner_lrs", "--per_step_norm"]
+    flags += ["--inner_steps", "2", "--warmup_steps", "0", "--schedule", "constant", "--width", "8", "--num_query", "2"]
+    flags += ["--num_test_tasks", "4", "--num_val_tasks", "4", "--eval_freq", "1", "--log_dir", str(tmp_path)]
+    saved = lambda name: torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["objects"]
+    maml.main([*flags, "--train_steps", "1", "--run_name", "first"])
+    first = saved("first")["model"]
+    moved = {name: (first[name] - before).abs() for name, before in (("rates", 0.4), ("shifts", 0.0))}
+    moved["rates"][:, -2] = (first["rates"][:, -2] - 5 / 8**0.5).abs()  # of the head's weight, N / sqrt(D)
+    used = {name: change[change > 0] for name, change in moved.items()}
+    for change in used.values():  # Adam's first step has the length of its rate, unless the gradient is tiny
+        assert len(change) > 10 and change.max() < 1.001 * maml.STEPS_RATE < 1.01 * change.median()
+    maml.main([*flags, "--train_steps", "4", "--run_name", "whole"])
+    maml.main(["--resume", str(tmp_path / "first"), "--train_steps", "4"])
+    assert all(map(torch.equal, saved("first")["model"].values(), saved("whole")["model"].values()))
+
+
 def test_first_order_is_the_gradient_at_the_adapted_parameters():
     model, tasks = learner(steps=2, learn=False), batch(1)
     s = Setting(N, first_order=True, dtype=torch.float64)
@@ -406,6 +423,7 @@ def test_evaluation_keeps_no_graph_and_later_steps_repeat_the_last_rate():
         ],
         ["--per_step_norm", "--learn_inner_lrs", "--inner_steps", "2", "--multi_step_loss", "--test_inner_steps", "3"],
         ["--optimizer", "muon", "--learning_rate", "0.05", "--warmup_steps", "0"],
+        ["--optimizer", "muon", "--per_step_norm", "--learn_inner_lrs", "--inner_steps", "2"],
         ["--batch_norm", "support", "--encoder", "conv4", "--clip", "0", "--num_shot", "2", "--dtype", "float32"],
         ["--inner_lr", "0.1", "--learning_rate", "1e-2", "--train_query", "1", "--num_query", "4", "--no-rotations"],
         [
@@ -566,8 +584,6 @@ def test_contradictory_flags():
         (["--warmup_steps", "20"], "--warmup_steps 20 must be less than --train_steps 20"),
         (["--inner_lr", "nan"], "--inner_lr"),
         (["--fixed_labels", "--head", "proto"], "--fixed_labels with --head proto"),
-        (["--optimizer", "muon", "--learn_inner_lrs"], "--learn_inner_lrs with --optimizer muon"),
-        (["--optimizer", "muon", "--per_step_norm"], "--per_step_norm with --optimizer muon"),
         (["--freeze_body", "--per_step_norm"], "--per_step_norm needs"),
     ):
         with pytest.raises(UserError, match=message):
