@@ -199,17 +199,16 @@ def parse(
         others = "--resume RUN_DIR or --init_from RUN_DIR" if offered else "--resume RUN_DIR"
         raise UserError(f"--checkpoint needs --test; to train on use {others}")
     if saved_run:
-        saved = read_json(Path(saved_run) / "flags.json", "resume" if typed.get("resume") else "checkpoint")
-        if saved.get("script") != parser.prog.removesuffix(".py"):
-            raise UserError(f"{saved_run} is a run of {saved.get('script')}.py, not of {parser.prog}; name another")
-        known = {action.dest for action in parser._actions}
-        flags = {k: v for k, v in saved["flags"].items() if k in known and k not in RUN_FLAGS}
-        flags["num_test_tasks"] = saved["flags"]["num_test_tasks"]
-        if typed.get("resume") or saved["flags"]["device"] == "cpu":  # random streams and rounding are a device's own
-            flags["device"] = saved["flags"]["device"]
+        saved = read_flags(saved_run, "resume" if typed.get("resume") else "checkpoint")
+        if saved["script"] != parser.prog.removesuffix(".py"):
+            raise UserError(f"{saved_run} is a run of {saved['script']}.py, not of {parser.prog}; name another")
+        known = {action.dest for action in parser._actions} - RUN_FLAGS | {"num_test_tasks"}
+        if typed.get("resume") or saved["flags"].get("device") == "cpu":  # random streams and rounding are a device's
+            known.add("device")
+        flags = {name: value for name, value in saved["flags"].items() if name in known}
         for name, value in typed.items():
             bound = name not in RUN_FLAGS if typed.get("resume") else name in fixed
-            if typed.get("resume") and name == "train_steps" and value > flags[name]:
+            if typed.get("resume") and name == "train_steps" and value > flags.get(name, math.inf):
                 reason = longer(flags) if longer else "its schedule ends there"
                 if reason:
                     remedy = "a run that starts from its weights (--init_from) can be longer"
@@ -245,12 +244,25 @@ def newcomers_command(script: str, argv: list[str]) -> str:
     return " ".join(["python", script, *map(shlex.quote, kept)])
 
 
-def read_json(path: Path, flag: str) -> dict:
-    """The JSON object in a run folder; UserError names `flag` when there is none."""
+def read_json(path: Path, flag: str, **parts) -> dict:
+    """The JSON object in a run folder; UserError names `flag` when there is none that has `parts`, of these types."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+        if lacks := [name for name, kind in parts.items() if not isinstance(content.get(name), kind)]:
+            raise ValueError(f"it lacks {', '.join(lacks)}")
     except (OSError, ValueError) as error:
         raise UserError(f"--{flag} {path.parent} is not a run folder ({path.name}: {error})") from None
+    return content
+
+
+def read_flags(folder: Path | str, flag: str, *needed: str) -> dict:
+    """What flags.json of a run says: script, dataset, command, and all flags, those `needed` too, under "flags"."""
+    saved = read_json(Path(folder) / "flags.json", flag, script=str, dataset=str, command=str, flags=dict)
+    if lacks := [name for name in needed if name not in saved["flags"]]:
+        raise UserError(f"--{flag} {folder} is not a run folder (flags.json lacks --{lacks[0]})")
+    return saved
 
 
 def run_script(main) -> None:
@@ -465,15 +477,19 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, lambda out: out.write((text + "\n").encode()))
 
 
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint's content; nothing pickled in it is executed. UserError when it cannot be read."""
+def load_checkpoint(path: Path, parts: tuple[str, ...] = ("model", "step")) -> dict:
+    """A checkpoint's content; nothing pickled in it is executed. UserError when it cannot be read or lacks `parts`."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; the run has saved nothing yet, start a new one") from None
     except Exception as error:  # torch raises many kinds for a damaged or hostile file
         reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged or not a checkpoint ({reason}); use another run") from error
+    whole = isinstance(content, dict) and content.keys() >= set(parts)
+    if not whole or not all(isinstance(content.get(part, {}), dict) for part in ("model", "objects", "rng")):
+        raise UserError(f"{path} is not a checkpoint that these scripts have written; use another run")
+    return content
 
 
 def load_state(target, state: dict, path: Path) -> None:
@@ -583,8 +599,8 @@ class Run:
         self.tracked: dict = {}
         if args.resume:
             self.folder = Path(args.resume)
-            saved = read_json(self.folder / "flags.json", "resume")
-            before = saved.get("dataset")
+            saved = read_flags(self.folder, "resume")
+            before = saved["dataset"]
             if before != dataset:  # say, `auto` found Omniglot then and not now
                 raise UserError(f"--resume {self.folder} trained on {before}, but the data found now is {dataset}")
             if self.writes:
@@ -629,22 +645,12 @@ class Run:
         self.tracked = objects
         if self.args.resume:
             path = self.folder / "checkpoint.pt"
-            state = load_checkpoint(path)
-            if set(state.get("objects", {})) != set(objects):
-                raise UserError(f"{path} is a checkpoint of another script; use another run")
-            saved_on, now_on = ("cuda" if on else "cpu" for on in (state["rng"]["cuda"], torch.cuda.is_initialized()))
-            if saved_on != now_on:
-                streams = f"the random streams of --device {saved_on}, which --device {now_on} cannot continue"
-                raise UserError(f"--resume {self.folder} has {streams}; use --device {saved_on}")
-            for name, target in objects.items():
-                load_state(target, state["objects"][name], path)
-            for name in RUN_STATE:
-                setattr(self, name, state[name])
-            torch.set_rng_state(state["rng"]["torch"])
-            version, internal, gauss = state["rng"]["python"]
-            random.setstate((version, tuple(internal), gauss))
-            if torch.cuda.is_available() and state["rng"]["cuda"]:
-                torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+            try:
+                self._restore(load_checkpoint(path, ("objects", "rng", *RUN_STATE)), path)
+            except UserError:
+                raise
+            except Exception as error:  # many kinds, of content that save() has not written
+                raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); use another run") from error
         if self.writes:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, not needed to fail early
 
@@ -653,6 +659,24 @@ class Run:
             self.writer = SummaryWriter(str(self.folder), purge_step=purge)
             if not self.args.resume:
                 self.writer.add_text("flags", markdown_table(vars(self.args)))
+
+    def _restore(self, state: dict, path: Path) -> None:
+        """The state that `save` has kept in the file `path`."""
+        if set(state["objects"]) != set(self.tracked):
+            raise UserError(f"{path} is a checkpoint of another script; use another run")
+        saved_on, now_on = ("cuda" if on else "cpu" for on in (state["rng"]["cuda"], torch.cuda.is_initialized()))
+        if saved_on != now_on:
+            streams = f"the random streams of --device {saved_on}, which --device {now_on} cannot continue"
+            raise UserError(f"--resume {self.folder} has {streams}; use --device {saved_on}")
+        for name, target in self.tracked.items():
+            load_state(target, state["objects"][name], path)
+        for name in RUN_STATE:
+            setattr(self, name, state[name])
+        torch.set_rng_state(state["rng"]["torch"])
+        version, internal, gauss = state["rng"]["python"]
+        random.setstate((version, tuple(internal), gauss))
+        if torch.cuda.is_available() and state["rng"]["cuda"]:
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
 
     def save(self) -> None:
         """Replace checkpoint.pt by the state of now."""
@@ -837,7 +861,7 @@ def init_from(args, model: torch.nn.Module) -> None:
     path = Path(args.init_from) / "best.pt"
     if not path.exists():
         raise UserError(f"--init_from {args.init_from} has no best.pt; name the folder of a trained run")
-    state = load_checkpoint(path).get("model", {})
+    state = load_checkpoint(path)["model"]
     parts: dict[str, dict] = {}  # "", "pretrained.", ... -> the state of the encoder there
     for name, value in state.items():
         before, found, after = name.partition("encoder.")
@@ -856,8 +880,6 @@ def load_best(folder: Path | str, model: torch.nn.Module) -> int:
     """Load `folder`/best.pt into `model`; returns the training step it is from."""
     path = Path(folder) / "best.pt"
     best = load_checkpoint(path)
-    if "model" not in best:
-        raise UserError(f"{path} is not a best.pt of these scripts; use another run")
     load_state(model, best["model"], path)
     return best["step"]
 

@@ -609,7 +609,7 @@ def load_rule(args, rule: MetaLSTM) -> int:
     """Load the run of --checkpoint into `rule`, with --reset_theta0 all but theta0; returns its step."""
     path = Path(args.checkpoint) / "best.pt"
     best = experiment.load_checkpoint(path)
-    state = best.get("model", {})
+    state = best["model"]
     if "theta0" not in state:
         raise UserError(f"{path} is not a best.pt of meta_lstm.py; use another run")
     if args.reset_theta0:
@@ -638,7 +638,8 @@ def test_report(args, rule, learner, val, test, inner: Inner, dtype, device) -> 
     still, once = GradientDescent(theta0, 0.0), Inner(1, args.num_classes * args.num_shot, 1.0)
     before, before_ci95 = experiment.mean_and_ci95(evaluate(still, learner, test, args.num_test_tasks, once, dtype)[0])
     if val is None:  # as it was chosen on the run's own validation classes
-        rate = experiment.read_json(Path(args.checkpoint) / "metrics.json", "checkpoint")["sgd_rate"]
+        report = experiment.read_json(Path(args.checkpoint) / "metrics.json", "checkpoint", sgd_rate=int | float)
+        rate = report["sgd_rate"]
     else:
         on_val = lambda rate: evaluate(GradientDescent(theta0, rate), learner, val, args.num_val_tasks, inner, dtype)[0]
         rate = max(SGD_RATES, key=lambda rate: on_val(rate).mean())

@@ -137,22 +137,25 @@ def load_network(args) -> Network:
     """The network of --checkpoint, or the one that ships; sets args.dtype's meaning and the device."""
     if args.checkpoint:
         folder = Path(args.checkpoint)
-        saved = experiment.read_json(folder / "flags.json", "checkpoint")
-        if saved.get("script") != "protonet":
-            raise UserError(f"--checkpoint {folder} is a run of {saved.get('script')}.py, not of protonet.py")
+        saved = experiment.read_flags(folder, "checkpoint", "image_size", "encoder", "width")
+        if saved["script"] != "protonet":
+            raise UserError(f"--checkpoint {folder} is a run of {saved['script']}.py, not of protonet.py")
         unknown = folder / "unknown.json"
         content = {
             "flags": saved["flags"] | {"dataset": saved["dataset"]},
             "model": experiment.load_checkpoint(folder / "best.pt")["model"],
-            "unknown": experiment.read_json(unknown, "checkpoint") if unknown.exists() else None,
+            "unknown": experiment.read_json(unknown, "checkpoint", threshold=int | float) if unknown.exists() else None,
         }
     elif SHIPPED.exists():
-        content = experiment.load_checkpoint(SHIPPED)
+        content = experiment.load_checkpoint(SHIPPED, ("flags", "model", "unknown"))
     else:
         raise UserError(f"{SHIPPED} is missing; restore it (git checkout pretrained) or name a run by --checkpoint")
     flags = {"inverted": False} | content["flags"]
     weights = content["model"]
-    channels = weights["weight0"].shape[1] if "weight0" in weights else weights["embed.weight"].shape[1] // 16
+    first = weights.get("weight0", weights.get("embed.weight"))
+    if not isinstance(first, torch.Tensor) or first.ndim < 2:
+        raise UserError(f"{args.checkpoint or SHIPPED} has no weights of an encoder; name another run by --checkpoint")
+    channels = first.shape[1] // (1 if "weight0" in weights else 16)
     device = experiment.setup(Namespace(device=args.device, random_seed=1))
     encoder = make_encoder(Namespace(**flags), channels)
     experiment.load_state(encoder, weights, Path(args.checkpoint or SHIPPED))

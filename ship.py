@@ -138,7 +138,7 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     network = predict.load_network(Namespace(checkpoint=args.checkpoint, device="cpu", dtype="float32"))
     run, flags = Path(args.checkpoint), network.flags
-    saved = experiment.read_json(run / "flags.json", "checkpoint")
+    saved = experiment.read_flags(run, "checkpoint")
     size = FULL_SIZE if flags["dataset"] == "omniglot" else flags["image_size"]
     dataset = load_dataset(flags["dataset"], args.data_folder or flags["data_folder"], flags["split"], size)
     result = measure(network, dataset, args.num_tasks) | {

@@ -274,14 +274,14 @@ def main(argv=None) -> dict:
 
 def few_shot_elsewhere(args, dataset: Dataset, dtype: torch.dtype, device: torch.device) -> dict | None:
     """Where the run of --checkpoint knew other classes: the few-shot figure alone, on them its heads say nothing."""
-    saved = experiment.read_json(Path(args.checkpoint) / "flags.json", "checkpoint")
-    if (saved.get("dataset"), saved["flags"].get("split")) == (dataset.name, args.split):
+    saved = experiment.read_flags(args.checkpoint, "checkpoint")
+    if (saved["dataset"], saved["flags"].get("split")) == (dataset.name, args.split):
         return None
     path = Path(args.checkpoint) / "best.pt"
     best = experiment.load_checkpoint(path)
     encoder, prefix = Conv4(dataset.images.shape[1], args.width, args.image_size), "pretrained.encoder."
-    whole_state = best.get("model", {})  # of another script's run: refused below, in one line
-    state = {name.removeprefix(prefix): value for name, value in whole_state.items() if name.startswith(prefix)}
+    # Of another script's run nothing is left: refused below, in one line.
+    state = {name.removeprefix(prefix): value for name, value in best["model"].items() if name.startswith(prefix)}
     experiment.load_state(encoder, state, path)
     encoder.to(device, memory_format=torch.channels_last)
     tasks = fixed_tasks(dataset, "test", args, device)

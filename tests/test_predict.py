@@ -137,6 +137,22 @@ def test_bad_folders_get_one_line(trained_protonet, pictures, tmp_path, run_scri
     one_line_error(run_script("predict.py", pictures, "--checkpoint", tmp_path), "not a run folder")
 
 
+@pytest.mark.parametrize(
+    "best", [[1], {}, {"model": 3, "step": 1}, {"model": {}, "step": 1}, {"model": {"weight0": 3}}]
+)
+def test_a_strange_network_gets_one_line(best, trained_protonet, pictures, tmp_path, capsys):
+    shutil.copy(trained_protonet[0] / "flags.json", tmp_path)
+    torch.save(best, tmp_path / "best.pt")
+    refused(capsys, [pictures, "--checkpoint", tmp_path], str(tmp_path))
+    with pytest.raises(experiment.UserError, match="best.pt is "):
+        protonet.main(
+            ["--smoke", "--dataset", "glyphs", "--init_from", str(tmp_path), "--log_dir", str(tmp_path / "runs")]
+        )
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "predictions.csv").exists()
+    (tmp_path / "flags.json").write_text('{"script": "protonet", "dataset": "glyphs", "command": "", "flags": {}}')
+    refused(capsys, [pictures, "--checkpoint", tmp_path], "lacks --image_size")
+
+
 # ------------------------------------------------------------------------ the network that ships
 
 
