@@ -460,8 +460,10 @@ def mnist_text(out: Path) -> str:
         return "(not measured yet)"
     lines = table(" | ".join(["10-way, %", *(f"{K}-shot" for K in MNIST_SHOTS), "seeds"]), rows)
     but = " but in the transductive row" if any("transductive" in row[0] for row in rows) else ""
-    lines += ["", f"On 600 tasks ± 95 % interval; no query influences another{but}."]
     lines += [
+        "",
+        "± is the 95 % interval over 600 tasks, or over the seeds where they differ by more: training fixes what a network",
+        f"makes of characters far better than what it makes of digits. No query influences another{but}.",
         "Command of a row, which trains first what it tests: `python reproduce.py comparison --only mnist_NAME`, where",
         f"NAME is, row by row, {', '.join(names)}.",
         "",
