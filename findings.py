@@ -462,8 +462,8 @@ def mnist_text(out: Path) -> str:
     but = " but in the transductive row" if any("transductive" in row[0] for row in rows) else ""
     lines += [
         "",
-        "± is the 95 % interval over 600 tasks, or over the seeds where they differ by more: training fixes what a network",
-        f"makes of characters far better than what it makes of digits. No query influences another{but}.",
+        "± is the 95 % interval over 600 tasks, or over the seeds where they differ by more: training fixes what a",
+        f"network makes of characters far better than what it makes of digits. No query influences another{but}.",
         "Command of a row, which trains first what it tests: `python reproduce.py comparison --only mnist_NAME`, where",
         f"NAME is, row by row, {', '.join(names)}.",
         "",
