@@ -612,7 +612,8 @@ def test_mistakes_get_one_line(run_script, tmp_path, trained, capsys):
     assert "--num_shot 5" in few and "3 images of" in few and "class0" in few
     assert "not a run folder" in refused("--test", "--checkpoint", tmp_path)
     assert "no/such" in refused("--resume", "no/such")
-    (tmp_path / "flags.json").write_text(json.dumps({"script": "protonet", "flags": {"num_test_tasks": 600}}))
+    saved = {"script": "protonet", "dataset": "glyphs", "command": "", "flags": {"num_test_tasks": 600}}
+    (tmp_path / "flags.json").write_text(json.dumps(saved))
     assert "is a run of protonet.py" in refused("--test", "--checkpoint", tmp_path)
 
 

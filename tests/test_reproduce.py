@@ -426,7 +426,8 @@ def test_every_command_parses(job, tmp_path, monkeypatch):
         flags = experiment.flags_of(module.parse_args(job.start.flags))
         saved = tmp_path / job.flags[job.flags.index("--checkpoint") + 1]
         saved.mkdir(parents=True)
-        experiment.write_json(saved / "flags.json", {"script": module.__name__, "dataset": "omniglot", "flags": flags})
+        of_run = {"script": module.__name__, "dataset": "omniglot", "command": "", "flags": flags}
+        experiment.write_json(saved / "flags.json", of_run)
         monkeypatch.chdir(tmp_path)
     args = module.parse_args(job.flags)
     assert args.random_seed == job.seed
