@@ -452,6 +452,11 @@ def mean_and_ci95(per_task) -> tuple[float, float]:
     return values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
 
 
+def figures_of(name: str, per_task) -> dict[str, float]:
+    """Their mean and its interval, as metrics.json names them: test_accuracyNAME and ci95NAME."""
+    return dict(zip((f"test_accuracy{name}", f"ci95{name}"), mean_and_ci95(per_task), strict=True))
+
+
 # ----------------------------------------------------------------------------- the run folder
 
 

@@ -32,7 +32,7 @@ from torch import nn
 
 import memory
 from backbone import Conv4, Muon
-from load_data import EpisodeSampler, deal_tasks, load_dataset, log_episode, refuse_trained_classes
+from load_data import EpisodeSampler, LakeRuns, deal_tasks, lake_runs, load_dataset, log_episode, refuse_trained_classes
 from memory import CausalAttention, ExternalMemory, accuracy_by_sight, one_step_late
 from replay import Gradient
 
@@ -377,7 +377,7 @@ def main(argv=None) -> dict:
         return EpisodeSampler(dataset, part, num_classes, args.num_shot, 1, B, seed, device, flags=flags, **options)
 
     B, N, P = args.meta_batch_size, args.num_classes, args.shared_classes
-    test = sampler("test", TEST_SEED, 200)
+    test, runs = sampler("test", TEST_SEED, 200), lake_runs(dataset, args, device)
     refuse_trained_classes(args, dataset)
     model = MANN(
         args.num_classes,
@@ -395,7 +395,7 @@ def main(argv=None) -> dict:
     ).to(device, memory_format=torch.channels_last)
     if args.test:
         step = experiment.load_best(args.checkpoint, model)
-        metrics = {"best_step": step} | test_report(args, model, test, dtype, device)
+        metrics = {"best_step": step} | test_report(args, model, test, runs, dtype, device)
         return experiment.report(args, "hw1", dataset.name, metrics, digest=dataset.digest)
 
     train = sampler(
@@ -468,7 +468,7 @@ def main(argv=None) -> dict:
                 },
             )
     run.load_best(model)
-    metrics = test_report(args, model, test, dtype, device)
+    metrics = test_report(args, model, test, runs, dtype, device)
     if in_sequence:
         log_sequence(run, model, test, torch.tensor(metrics["accuracy_by_sight"]))
     else:
@@ -479,14 +479,18 @@ def main(argv=None) -> dict:
     return run.finish(metrics)
 
 
-def test_report(args, model: MANN, test: EpisodeSampler, dtype: torch.dtype, device: torch.device) -> dict:
-    """Accuracy on the fixed test tasks, queries asked together (the course's way) and alone; or by sight."""
+def test_report(args, model: MANN, test: EpisodeSampler, runs: LakeRuns | None, dtype, device: torch.device) -> dict:
+    """Accuracy on the fixed test tasks (and Lake's), queries together (the course's way) and alone; or by sight."""
     if args.protocol == "sequence":
         return sights_report(args, model, test, dtype, device)
     accuracies = evaluate(model, test, args.num_test_tasks)[0]
     accuracy, ci95 = experiment.mean_and_ci95(accuracies)
     alone, alone_ci95 = experiment.mean_and_ci95(evaluate(model, test, args.num_test_tasks, alone=True)[0])
-    return {
+    lake = {}
+    for how in ("", "_alone") if runs else ():
+        found = evaluate(model, runs, runs.B, alone=how == "_alone")[0]
+        lake |= experiment.figures_of(f"_lake_runs{how}", found)
+    return lake | {
         "test_accuracy": accuracy,
         "ci95": ci95,
         "num_test_tasks": args.num_test_tasks,

@@ -45,7 +45,7 @@ from torch._C._functorch import is_batchedtensor
 from torch.func import grad, vmap
 
 from backbone import EPS, Conv4, Muon, conv4, prototypes
-from load_data import EpisodeSampler, fixed_tasks, load_dataset, log_episode
+from load_data import EpisodeSampler, LakeRuns, fixed_tasks, lake_runs, load_dataset, log_episode
 from replay import Gradient
 
 Parameters = dict[str, torch.Tensor]
@@ -383,10 +383,10 @@ def main(argv=None) -> dict:
         sphere=args.features == "sphere" or (args.features == "auto" and args.head == "linear"),
     )
 
-    test = fixed_tasks(dataset, "test", args, device)
+    test, runs = fixed_tasks(dataset, "test", args, device), lake_runs(dataset, args, device)
     if args.test:
         step = experiment.load_best(args.checkpoint, learner)
-        metrics = {"best_step": step} | test_report(args, learner, test, s, device)
+        metrics = {"best_step": step} | test_report(args, learner, test, runs, s, device)
         return experiment.report(args, "maml", dataset.name, metrics, digest=dataset.digest)
 
     val = fixed_tasks(dataset, "val", args, device)
@@ -467,7 +467,7 @@ def main(argv=None) -> dict:
             run.evaluated(chosen_by, scalars(learner, on_val, on_test, norm, args), choose=step > args.warmup_steps)
     run.load_best(learner)
     log_episode(run, test, lambda *task: guess(learner, s, args.test_inner_steps, *task))
-    metrics = test_report(args, learner, test, s, device)
+    metrics = test_report(args, learner, test, runs, s, device)
     if args.fixed_labels:
         found = evaluate(learner, train, args.num_val_tasks, s, args.test_inner_steps)["query"]
         metrics |= {"train_accuracy": found[:, -1].mean().item(), "train_accuracy_before": found[:, 0].mean().item()}
@@ -494,13 +494,16 @@ def scalars(learner: MAML, on_val: dict, on_test: dict, norm: torch.Tensor, args
     return found
 
 
-def test_report(args, learner: MAML, test: EpisodeSampler, s: Setting, device: torch.device) -> dict:
-    """Accuracy on the fixed test tasks before and after adaptation, in both modes of batch norm."""
+def test_report(args, learner: MAML, test: EpisodeSampler, runs: LakeRuns | None, s: Setting, device) -> dict:
+    """Accuracy on the fixed test tasks before and after adaptation (on Lake's after), in both modes of batch norm."""
     metrics = {}
     for mode in ("transductive", "support"):
         found = evaluate(learner, test, args.num_test_tasks, s._replace(batch_norm=mode), args.test_inner_steps)
         mean, ci95 = experiment.mean_and_ci95(found["query"][:, -1])
         metrics |= {f"test_accuracy_{mode}": mean, f"ci95_{mode}": ci95}
+        if runs:
+            of_runs = evaluate(learner, runs, runs.B, s._replace(batch_norm=mode), args.test_inner_steps)["query"]
+            metrics |= experiment.figures_of(f"_lake_runs_{mode}", of_runs[:, -1])
         if mode == args.batch_norm:
             metrics |= {
                 "test_accuracy": mean,

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbone import Conv4, Muon, Residual, ViT, prototypes
-from load_data import Dataset, EpisodeSampler, LakeRuns, distort, fixed_tasks, load_dataset, log_episode
+from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, lake_runs, load_dataset, log_episode
 from replay import Gradient
 
 # ---------------------------------------------------------------------------------- the method
@@ -288,8 +288,8 @@ def test_report(args, encoder: nn.Module, dataset: Dataset, dtype: torch.dtype, 
     """
     test = fixed_tasks(dataset, "test", args, device, within_alphabet=args.within_alphabet)
     tasks, n = {"": test}, args.num_test_tasks
-    if args.split == "lake" and dataset.name == "omniglot":
-        tasks["_lake_runs"] = LakeRuns(dataset, device)
+    if runs := lake_runs(dataset, args, device, any_task=True):
+        tasks["_lake_runs"] = runs
     if args.within_alphabet and test.same_count:
         tasks["_one_drawer"] = fixed_tasks(dataset, "test", args, device, within_alphabet=True, one_drawer=True)
     for N, K in ((5, 1), (5, 5), (20, 1), (20, 5)):
@@ -308,7 +308,7 @@ def test_report(args, encoder: nn.Module, dataset: Dataset, dtype: torch.dtype, 
     metrics = {"num_test_tasks": n, "accuracies": [round(a, 4) for a in named[""].tolist()]}
     in_plane = {"episode": embedded_episode(features, tasks["_5way1shot"])} if "_5way1shot" in tasks else {}
     for name, values in named.items():
-        metrics[f"test_accuracy{name}"], metrics[f"ci95{name}"] = experiment.mean_and_ci95(values)
+        metrics |= experiment.figures_of(name, values)
     return (
         metrics
         | in_plane

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbone import Conv4
-from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_dataset, turns
+from load_data import Dataset, EpisodeSampler, LakeRuns, distort, fixed_tasks, lake_runs, load_dataset, turns
 from replay import Gradient
 
 
@@ -117,10 +117,10 @@ def fit_heads(features: torch.Tensor, labels: torch.Tensor, N: int, steps: int, 
     return weight.detach(), bias.detach()
 
 
-def few_shot(args, encoder: Conv4, sampler: EpisodeSampler, dtype: torch.dtype) -> torch.Tensor:
-    """Accuracy of each of `--num_test_tasks` test tasks: a fresh head (or network) for every support set."""
+def few_shot(args, encoder: Conv4, sampler: EpisodeSampler, num_tasks: int, dtype: torch.dtype) -> torch.Tensor:
+    """Accuracy of each of the first `num_tasks` tasks: a fresh head (or network) for every support set."""
     N, correct = sampler.N, []
-    for support, support_labels, query, query_labels in sampler.first(args.num_test_tasks):
+    for support, support_labels, query, query_labels in sampler.first(num_tasks):
         if args.adapt == "all":
             logits = torch.stack(
                 [
@@ -224,10 +224,10 @@ def main(argv=None) -> dict:
             "finetuned": Classifier(Conv4(channels, args.width, args.image_size), second.num_classes),
         }
     ).to(device, memory_format=torch.channels_last)
-    tasks = fixed_tasks(dataset, "test", args, device)
+    tasks, runs = fixed_tasks(dataset, "test", args, device), lake_runs(dataset, args, device, any_task=True)
     if args.test:
         step = experiment.load_best(args.checkpoint, model)
-        metrics = {"best_step": step} | report(args, model, first, second, tasks, dtype, device)
+        metrics = {"best_step": step} | report(args, model, first, second, tasks, runs, dtype, device)
         return experiment.report(args, "transfer", dataset.name, metrics, digest=dataset.digest)
 
     experiment.init_from(args, model["pretrained"].encoder)
@@ -269,7 +269,7 @@ def main(argv=None) -> dict:
             # No checkpoint is chosen by these drawings: the last one counts.
             run.evaluated(None, {f"Accuracy/{name}": accuracy})
     run.load_best(model)
-    return run.finish(report(args, model, first, second, tasks, dtype, device))
+    return run.finish(report(args, model, first, second, tasks, runs, dtype, device))
 
 
 def few_shot_elsewhere(args, dataset: Dataset, dtype: torch.dtype, device: torch.device) -> dict | None:
@@ -285,14 +285,16 @@ def few_shot_elsewhere(args, dataset: Dataset, dtype: torch.dtype, device: torch
     experiment.load_state(encoder, state, path)
     encoder.to(device, memory_format=torch.channels_last)
     tasks = fixed_tasks(dataset, "test", args, device)
-    return {"best_step": best["step"]} | few_shot_report(args, encoder, tasks, dtype, device)
+    runs = lake_runs(dataset, args, device, any_task=True)
+    return {"best_step": best["step"]} | few_shot_report(args, encoder, tasks, runs, dtype, device)
 
 
-def few_shot_report(args, encoder: Conv4, tasks: EpisodeSampler, dtype, device) -> dict:
-    """The few-shot figure on the common test tasks, and how it was made."""
-    accuracies = few_shot(args, encoder, tasks, dtype)
+def few_shot_report(args, encoder: Conv4, tasks: EpisodeSampler, runs: LakeRuns | None, dtype, device) -> dict:
+    """The few-shot figure on the common test tasks, and on Lake's, and how it was made."""
+    accuracies = few_shot(args, encoder, tasks, args.num_test_tasks, dtype)
     accuracy, ci95 = experiment.mean_and_ci95(accuracies)
-    return {
+    lake = experiment.figures_of("_lake_runs", few_shot(args, encoder, runs, runs.B, dtype)) if runs else {}
+    return lake | {
         "test_accuracy": accuracy,
         "ci95": ci95,
         "num_test_tasks": args.num_test_tasks,
@@ -304,7 +306,7 @@ def few_shot_report(args, encoder: Conv4, tasks: EpisodeSampler, dtype, device) 
     }
 
 
-def report(args, model, first: Drawings, second: Drawings, tasks: EpisodeSampler, dtype, device) -> dict:
+def report(args, model, first: Drawings, second: Drawings, tasks: EpisodeSampler, runs, dtype, device) -> dict:
     """Held-out accuracy of both phases and the few-shot figure on the common test tasks."""
     pretrained, pretrained_ci95 = experiment.mean_and_ci95(held_out_accuracy(model["pretrained"], first, dtype))
     finetuned, finetuned_ci95 = experiment.mean_and_ci95(held_out_accuracy(model["finetuned"], second, dtype))
@@ -316,7 +318,7 @@ def report(args, model, first: Drawings, second: Drawings, tasks: EpisodeSampler
         "finetuned_ci95": finetuned_ci95,
         "finetuned_classes": model["finetuned"].head.out_features,
         "held_out": args.held_out,
-    } | few_shot_report(args, model["pretrained"].encoder, tasks, dtype, device)
+    } | few_shot_report(args, model["pretrained"].encoder, tasks, runs, dtype, device)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from conftest import REPO, has_omniglot
 
 import hw1
+import load_data
+import maml
 import protonet
 import transfer
 from load_data import Dataset, EpisodeSampler, LakeRuns, load_dataset
@@ -64,6 +67,41 @@ def test_lakes_runs_need_the_evaluation_set():
         LakeRuns(some._replace(splits=some.splits | {"test": some.splits["test"][:300]}))
     with pytest.raises(UserError, match="--lake_runs .*--split lake"):
         protonet.parse_args(["--lake_runs"])
+
+
+def test_which_runs_are_asked_lakes_trials():
+    data = evaluation_set()
+    flags = lambda N, K, split="lake": Namespace(num_classes=N, num_shot=K, split=split)
+    assert len(load_data.lake_runs(data, flags(20, 1), "cpu").order) == 20
+    assert load_data.lake_runs(data, flags(5, 1), "cpu") is None  # a head for five classes
+    assert load_data.lake_runs(data, flags(20, 5), "cpu") is None
+    assert load_data.lake_runs(data, flags(5, 5), "cpu", any_task=True).N == 20
+    assert load_data.lake_runs(data, flags(20, 1, "course"), "cpu", any_task=True) is None
+    assert load_data.lake_runs(data._replace(name="glyphs"), flags(20, 1), "cpu") is None
+
+
+@has_omniglot
+@pytest.mark.parametrize(
+    "script, flags, kinds",
+    [
+        (maml, ["--meta_batch_size", "1", "--train_query", "1"], ["_transductive", "_support"]),
+        (hw1, ["--memory", "attention", "--encoder", "strided"], ["", "_alone"]),
+        (transfer, [], [""]),
+    ],
+)
+def test_lakes_trials_in_the_report_of_other_methods(script, flags, kinds, tmp_path):
+    base = ["--smoke", "--dataset", "omniglot", "--split", "lake", "--num_shot", "1", "--log_dir", str(tmp_path)]
+    base += ["--train_steps", "2", "--eval_freq", "2", "--num_test_tasks", "2", "--device", "cpu"]
+    base += [] if script is transfer else ["--num_val_tasks", "2"]
+    base += {"maml": ["--warmup_steps", "1"], "hw1": [], "transfer": ["--finetune_steps", "1"]}[script.__name__]
+    found = script.main([*base, *flags, "--num_classes", "20", "--run_name", "20"])
+    for kind in kinds:
+        right = 400 * found[f"test_accuracy_lake_runs{kind}"]
+        assert 0 <= right <= 400 and right == pytest.approx(round(right), abs=1e-3)
+        assert found[f"ci95_lake_runs{kind}"] >= 0
+    if script is transfer:  # any N: the heads are made for the task
+        again = transfer.main(["--test", "--checkpoint", str(tmp_path / "20"), "--num_classes", "5"])
+        assert again["test_accuracy_lake_runs"] == pytest.approx(found["test_accuracy_lake_runs"])
 
 
 @has_omniglot
