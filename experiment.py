@@ -655,7 +655,8 @@ class Run:
             except UserError:
                 raise
             except Exception as error:  # many kinds, of content that save() has not written
-                raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); use another run") from error
+                reason = (str(error).splitlines() or [""])[0][:80]
+                raise UserError(f"{path} is damaged ({type(error).__name__}: {reason}); use another run") from error
         if self.writes:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, not needed to fail early
 
