@@ -438,7 +438,7 @@ def refuse_trained_classes(args, dataset: Dataset) -> None:
     run = None if getattr(args, "resume", None) else getattr(args, flag, None)
     while run:
         try:
-            saved = json.loads((Path(run) / "flags.json").read_text())
+            saved = experiment.read_flags(run, flag)
             name, flags = saved["dataset"], saved["flags"]
             split, folder = flags.get("split", "course"), flags.get("data_folder")
             seen = seen_in_training(dataset, name, split, folder)
