@@ -560,7 +560,8 @@ def main(argv=None) -> list[dict]:
     parser, groups = experiment.make_parser(__doc__, without=("--out",))
     parser.prog = "benchmark.py"
     parser.add_argument("benchmark", choices=list(BENCHMARKS), help="what to measure")
-    groups["model"].add_argument("--hidden_dim", type=experiment.whole(1), default=128, help="units: mann, costs")
+    units = experiment.whole(1, 16384)
+    groups["model"].add_argument("--hidden_dim", type=units, default=128, help="units: mann, costs")
     groups["run"].add_argument("--repeats", type=experiment.whole(1), default=100, help="timed turns")
     once = "for meta_lstm: episodes that go through the cell together"
     groups["run"].add_argument("--tasks_at_once", type=experiment.whole(1), default=4, help=once)

@@ -290,7 +290,7 @@ def parse_args(argv=None):
     add = groups["model"].add_argument
     add("--memory", choices=list(RECIPES), default="lstm", help="what remembers; it has defaults of its own")
     add("--heads", type=whole(1, 64), default=4, help="of attention, or of the external memory")
-    add("--hidden_dim", type=whole(1), default=128, help="units of the hidden recurrent layers, or of the controller")
+    add("--hidden_dim", type=whole(1, 16384), default=128, help="units of the hidden recurrent layers or controller")
     add("--recurrent", choices=sorted(CELLS), default="lstm", help="kind of recurrent layer")
     add("--num_layers", type=whole(1, 100), default=2, help="recurrent layers, or layers of attention")
     add("--head", choices=["linear", "recurrent"], default="linear", help="what makes N logits; the course: recurrent")

@@ -312,9 +312,9 @@ def parse_args(argv=None):
     add("--shift", type=number(0, 1), default=0.1, help="random shift of training pictures, a share of half their size")
     add("--bend", type=number(0, 1), default=0.05, help="random bending, a share of half their size")
     add = groups["model"].add_argument
-    add("--width", type=whole(8), default=64, help="numbers in a token of the encoder, a multiple of 8")
+    add("--width", type=whole(8, 4096), default=64, help="numbers in a token of the encoder, a multiple of 8")
     add("--depth", type=whole(1, 100), default=4, help="blocks of the encoder")
-    add("--decoder_width", type=whole(8), default=32, help="numbers in a token of the decoder, a multiple of 8")
+    add("--decoder_width", type=whole(8, 4096), default=32, help="numbers in a token of the decoder, a multiple of 8")
     add("--decoder_depth", type=whole(1, 100), default=1, help="blocks of the decoder")
     add = groups["optimisation"].add_argument
     add("--mask_ratio", type=number(0.0, 0.99, above=True), default=0.5, help="share of the patches that is masked")

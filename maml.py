@@ -280,7 +280,7 @@ def parse_args(argv=None):
     add("--fixed_labels", action="store_true", help="training characters keep their labels: see memorization.py")
     add = groups["model"].add_argument
     add("--encoder", choices=["strided", "conv4"], default="conv4", help="Conv4-64, or the paper's for Omniglot")
-    add("--width", type=whole(1), default=64, help="filters of each convolution")
+    add("--width", type=whole(1, 4096), default=64, help="filters of each convolution")
     add(
         "--features",
         choices=["auto", "sphere", "plain"],

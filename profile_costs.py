@@ -666,7 +666,7 @@ def parse_args(argv=None):
     add("--warmup", type=whole(1), default=2, help="outer steps before the measured ones")
     add = groups["model"].add_argument
     add("--layers", type=whole(1, 100), default=2, help="hidden layers")
-    add("--hidden_dim", type=whole(1), default=128, help="units of each hidden layer")
+    add("--hidden_dim", type=whole(1, 16384), default=128, help="units of each hidden layer")
     add = groups["optimisation"].add_argument
     add("--outer_steps", "--train_steps", type=whole(1), help="outer steps to measure or train; None: 9, 5000")
     add("--inner_steps", type=whole(1), default=5, help="gradient steps on a support set")

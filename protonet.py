@@ -175,7 +175,7 @@ def parse_args(argv=None):
     add = groups["model"].add_argument
     encoders = "residual: twelve convolutions, not four; vit: a transformer, as mae.py pre-trains it"
     add("--encoder", choices=["conv4", "residual", "vit"], default="conv4", help=encoders)
-    add("--width", type=whole(1), default=64, help="filters of each convolution, numbers in a token")
+    add("--width", type=whole(1, 4096), default=64, help="filters of each convolution, numbers in a token")
     add = groups["optimisation"].add_argument
     add("--learning_rate", type=number(above=True), default=0.1, help="of Muon, at its peak")
     views = "the final test averages the features of so many slightly distorted copies of each image"

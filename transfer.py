@@ -177,7 +177,7 @@ def parse_args(argv=None):
     add = groups["data"].add_argument
     add("--held_out", type=whole(1), default=5, help="drawings of each character that are only measured")
     add("--jitter", type=number(0, 1), default=0.15, help="random turn (radians), size and slant of training images")
-    groups["model"].add_argument("--width", type=whole(1), default=64, help="filters of each convolution")
+    groups["model"].add_argument("--width", type=whole(1, 4096), default=64, help="filters of each convolution")
     add = groups["optimisation"].add_argument
     add("--finetune_steps", type=whole(1), default=1200, help="the last of --train_steps, on the test characters")
     add("--learning_rate", type=number(above=True), default=3e-3, help="of AdamW at its peak, phase 1")

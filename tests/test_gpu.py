@@ -28,6 +28,7 @@ SCRIPTS = [
     "maml.py --inner_steps 2 --multi_step_loss --learn_inner_lrs --per_step_norm --optimizer muon", "meta_lstm.py",
     "transfer.py", "mae.py", "memorization.py", "bayes.py", "profile_costs.py", "feature_weights.py --part closed_form",
 ]  # fmt: skip
+NO_REPORT = ("profile_costs.py", "feature_weights.py")  # they write tables
 
 
 def test_without_a_gpu_nothing_is_recorded():
@@ -68,9 +69,6 @@ def trained(make, steps: int, replays: bool) -> tuple[list, list]:
     for _ in range(steps):
         losses.append(gradient().clone())
         optimizer.step()
-        if isinstance(optimizer, Muon) and not replays:
-            for replayed in optimizer.replayed.values():
-                replayed.records = False
     return losses, [*model.parameters(), *model.buffers(), *[g.get_state() for g in generators]]
 
 
@@ -83,7 +81,8 @@ def of_protonet():
         loss.backward()
         return loss.detach()
 
-    return encoder, compute, [sampler.generator], Muon(encoder.parameters(), 0.05)
+    # Not Muon: it makes steps of the order of sums where the gradient is almost none.
+    return encoder, compute, [sampler.generator], torch.optim.SGD(encoder.parameters(), 0.1)
 
 
 def of_maml(**setting):
@@ -124,6 +123,25 @@ def test_a_replayed_step_is_the_step(make):
 
 
 @gpu
+def test_replayed_steps_of_muon_are_its_steps():
+    torch.manual_seed(0)
+    models = [Conv4(width=16).to(cuda, memory_format=torch.channels_last) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [Muon(model.parameters(), 0.05) for model in models]
+    for _ in range(4):
+        for pair in zip(*(model.parameters() for model in models), strict=True):
+            gradient = torch.randn_like(pair[0])
+            for p in pair:
+                p.grad = gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        for replayed in optimizers[1].replayed.values():
+            replayed.records = False  # from the second step on
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@gpu
 def test_a_gpu_samples_as_evenly_as_a_cpu():
     """No class or image twice in a task, each equally often, and no look at a value while drawing."""
     sampler = EpisodeSampler(known_dataset(30, 20), "train", 5, 1, 1, 500, 1, cuda)
@@ -145,12 +163,12 @@ def test_a_gpu_is_tested_on_the_tasks_of_a_cpu():
     """Validation and test tasks, the order of sequences with late labels, and distorted copies."""
     dataset = load_dataset("glyphs")
     here, there = (EpisodeSampler(dataset, "test", 5, 1, 3, 4, 1, device) for device in ("cpu", cuda))
-    for a, b in zip(here.sample(), there.sample(), strict=True):
-        assert b.is_cuda and torch.equal(a, b.cpu())
+    pairs = list(zip(here.sample(), there.sample(), strict=True))
     here, there = (EpisodeSampler(dataset, "val", 5, 2, 1, 4, 1, device) for device in ("cpu", cuda))
     sequences = [one_step_late(*sampler.sample_rows(), sampler.generator) for sampler in (here, there)]
-    for a, b in zip(*sequences, strict=True):
-        assert torch.equal(a, b.cpu())
+    for a, b in [*pairs, *zip(*sequences, strict=True)]:
+        assert b.is_cuda
+        torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-6)  # a card divides pixels by 255 a little otherwise
     again = pickle.loads(pickle.dumps(there))
     assert again.images.is_cuda and torch.equal(again.draw()[0], there.draw()[0])
 
@@ -192,7 +210,7 @@ def test_every_script_runs_and_resumes(command, run_script, tmp_path):
     )
     done = run_script(script, *flags, "--smoke", *data, "--device", "cuda", "--log_dir", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["seed"] == 1
+    assert script in NO_REPORT or json.loads(done.stdout.splitlines()[-1])["seed"] == 1
 
 
 @gpu
