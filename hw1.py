@@ -44,8 +44,8 @@ RECIPES = {  # what --memory changes of the defaults
         "jitter": 0.1, "shift": 0.1, "train_steps": 4000, "eval_freq": 500,
     },
     "external": {
-        "protocol": "sequence", "num_shot": 9, "hidden_dim": 200, "meta_batch_size": 16, "learning_rate": 1e-3,
-        "jitter": 0.1, "shift": 0.1, "train_steps": 20_000, "eval_freq": 1000, "num_val_tasks": 400,
+        "protocol": "sequence", "num_shot": 9, "hidden_dim": 200, "learning_rate": 3e-3, "jitter": 0.1, "shift": 0.1,
+        "train_steps": 4000, "eval_freq": 500, "num_val_tasks": 400,
     },
 }  # fmt: skip
 

@@ -375,7 +375,7 @@ BY_SIGHT = [  # of a character in a sequence of 50 images (Santoro et al. 2016, 
 
 def sights_table(out: Path) -> str:
     """Accuracy at the first, second, ... sight of a character beside the paper's; nothing where none is measured."""
-    rows, notes, commands = [], [], []
+    rows, notes, commands = [], {}, []
     for what, name, theirs in BY_SIGHT:
         if not (runs := load(out, name)):
             continue
@@ -384,7 +384,8 @@ def sights_table(out: Path) -> str:
             at = [{"a": run["accuracy_by_sight"][i], "a_ci95": run["ci95_by_sight"][i]} for run in runs]
             ours.append(with_interval(*(100 * value for value in interval_of(at, "a"))))
         rows += [[f"{what}, the paper", *theirs, "", ""], [f"{what}, ours", *ours, len(runs), minutes(runs)]]
-        notes.append(f"{what}: {runs[0]['steps']:,} steps of {tasks_a_step(runs[0])} sequences on {processor(runs[0])}")
+        how = f"{runs[0]['steps']:,} steps of {tasks_a_step(runs[0])} sequences on {processor(runs[0])}"
+        notes[how] = [*notes.get(how, []), what]
         commands.append(f"- `{plain_command(runs[0])}`")
         tested = f"{runs[0]['num_test_tasks']:,} test sequences"
     if not rows:
@@ -396,7 +397,8 @@ def sights_table(out: Path) -> str:
         *table(" | ".join(["sight", *map(str, SIGHTS), "seeds", "minutes"]), rows),
         "",
         f"± 95 % interval over {tested}, or over the seeds where they differ by more.",
-        f"{'; '.join(notes)}. The paper's are after 100,000 episodes.",
+        "; ".join(f"{' and '.join(names)}: {how}" for how, names in notes.items()) + ".",
+        "The paper's are after 100,000 episodes.",
         "Commands:",
         "",
         *commands,
@@ -447,30 +449,31 @@ def meta_lstm_table(out: Path) -> str:
     }
     rows, found = [], []
     for setting, remark in names.items():
-        for run in load(out, f"meta_lstm/{setting}"):
-            ours, sgd, before = (
-                with_interval(100 * run[f"test_accuracy{k}"], 100 * run[f"ci95{k}"]) for k in ("", "_sgd", "_before")
-            )
-            rows.append(
-                [
-                    f"{run['N']}-way {run['K']}-shot{remark}",
-                    ours,
-                    f"{sgd} (rate {run['sgd_rate']:g})",
-                    before,
-                    run["Q"],
-                    run["updates"],
-                    f"{run['steps'] * tasks_a_step(run):,}",
-                    minutes([run]),
-                ]
-            )
-            found.append(run)
+        if not (runs := load(out, f"meta_lstm/{setting}")):
+            continue
+        run, rates = runs[0], sorted({run["sgd_rate"] for run in runs})
+        ours, sgd, before = (figure_of(runs, f"test_accuracy{k}") for k in ("", "_sgd", "_before"))
+        rows.append(
+            [
+                f"{run['N']}-way {run['K']}-shot{remark}",
+                ours,
+                f"{sgd} (rate {', '.join(f'{rate:g}' for rate in rates)})",
+                before,
+                len(runs),
+                run["Q"],
+                run["updates"],
+                f"{run['steps'] * tasks_a_step(run):,}",
+                minutes(runs),
+            ]
+        )
+        found.append(run)
     on, marks = device_notes([processor(run) for run in found])
     for row, mark in zip(rows, marks, strict=True):
         row[-1] += mark
-    titles = "meta-LSTM, course split | learned rule | tuned gradient descent | before | queries | updates | episodes "
-    titles += "| minutes"
-    note = "Test accuracy in per cent ± 95 % interval on 600 fixed tasks, one seed; queries of each class; minutes of "
-    note += f"training{on}. Commands:\n"
+    titles = "meta-LSTM, course split | learned rule | tuned gradient descent | before | seeds | queries | updates "
+    titles += "| episodes | minutes"
+    note = "Test accuracy in per cent ± 95 % interval on 600 fixed tasks, or over the seeds where they differ by more; "
+    note += f"queries of each class; minutes of training of one seed{on}. Commands of the rows:\n"
     return "\n".join([*table(titles, rows), "", note, *(f"- `{plain_command(run)}`" for run in found)])
 
 
