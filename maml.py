@@ -216,13 +216,15 @@ def warmup_loss(theta: Parameters, support, support_labels, query, query_labels,
 
 
 @torch.no_grad()
-def evaluate(learner: MAML, sampler: EpisodeSampler, num_tasks: int, s: Setting, steps: int) -> dict:
+def evaluate(learner: MAML, sampler: EpisodeSampler, num_tasks: int, s: Setting, steps: int, both=False) -> dict:
     """Accuracy after 0 to `steps` inner steps of the first `num_tasks` tasks of the sampler's stream.
 
     Returns query and support [num_tasks, steps + 1], moved [num_tasks, layers] as `update_norms` gives it, and the mean
-    query loss. No graph is kept.
+    query loss. No graph is kept. both: also other [num_tasks], the queries' after the last step in the other mode of
+    batch norm, for which the same inner loop does.
     """
     s = s._replace(first_order=True)  # the same steps; nothing is differentiated through them
+    other = s._replace(batch_norm="support" if s.batch_norm == "transductive" else "transductive")
     theta, step_sizes = learner.theta(), learner.step_sizes(steps)
 
     def learn(support, support_labels, query, query_labels):
@@ -232,17 +234,21 @@ def evaluate(learner: MAML, sampler: EpisodeSampler, num_tasks: int, s: Setting,
             loss = F.cross_entropy(logits, query_labels)
             known = classify(p, support, s, len(support))
             right.append(torch.stack([accuracy_of(logits, query_labels), accuracy_of(known, support_labels)]))
-        return torch.stack(right, dim=1), loss, update_norms(path[0], path[-1])  # [2, steps + 1], [], [layers]
+        logits = query_logits(path[-1], support, query, other) if both else logits
+        in_other, moved = accuracy_of(logits, query_labels), update_norms(path[0], path[-1])
+        return torch.stack(right, dim=1), in_other, loss, moved  # [2, steps + 1], [], [], [layers]
 
-    accuracies, losses, moved = [], [], []
+    accuracies, others, losses, moved = [], [], [], []
     for batch in sampler.first(num_tasks):
         together = vmap(learn)(*batch) if batch[0].is_cuda else zip(*each_task(learn, *batch), strict=True)
-        accuracy, loss, norms = (x if isinstance(x, torch.Tensor) else torch.stack(x) for x in together)
+        accuracy, in_other, loss, norms = (x if isinstance(x, torch.Tensor) else torch.stack(x) for x in together)
         accuracies.append(accuracy.cpu())
+        others.append(in_other.cpu())
         losses.append(loss.sum().item())
         moved.append(norms.cpu())
     accuracy, loss = torch.cat(accuracies), sum(losses) / num_tasks
-    return {"query": accuracy[:, 0], "support": accuracy[:, 1], "moved": torch.cat(moved), "loss": loss}
+    found = {"query": accuracy[:, 0], "support": accuracy[:, 1], "moved": torch.cat(moved), "loss": loss}
+    return found | ({"other": torch.cat(others)} if both else {})
 
 
 def update_norms(before: Parameters, after: Parameters) -> torch.Tensor:
@@ -496,15 +502,16 @@ def scalars(learner: MAML, on_val: dict, on_test: dict, norm: torch.Tensor, args
 
 def test_report(args, learner: MAML, test: EpisodeSampler, runs: LakeRuns | None, s: Setting, device) -> dict:
     """Accuracy on the fixed test tasks before and after adaptation (on Lake's after), in both modes of batch norm."""
-    metrics = {}
+    metrics, steps = {}, args.test_inner_steps
+    found = evaluate(learner, test, args.num_test_tasks, s, steps, both=True)
+    of_runs = evaluate(learner, runs, runs.B, s, steps, both=True) if runs else None
     for mode in ("transductive", "support"):
-        found = evaluate(learner, test, args.num_test_tasks, s._replace(batch_norm=mode), args.test_inner_steps)
-        mean, ci95 = experiment.mean_and_ci95(found["query"][:, -1])
+        after = lambda found, mode=mode: found["query"][:, -1] if mode == s.batch_norm else found["other"]
+        mean, ci95 = experiment.mean_and_ci95(after(found))
         metrics |= {f"test_accuracy_{mode}": mean, f"ci95_{mode}": ci95}
-        if runs:
-            of_runs = evaluate(learner, runs, runs.B, s._replace(batch_norm=mode), args.test_inner_steps)["query"]
-            metrics |= experiment.figures_of(f"_lake_runs_{mode}", of_runs[:, -1])
-        if mode == args.batch_norm:
+        if of_runs:
+            metrics |= experiment.figures_of(f"_lake_runs_{mode}", after(of_runs))
+        if mode == s.batch_norm:
             metrics |= {
                 "test_accuracy": mean,
                 "ci95": ci95,

@@ -14,7 +14,7 @@ from torch.func import vmap
 
 import maml
 from backbone import Conv4
-from load_data import EpisodeSampler
+from load_data import EpisodeSampler, load_dataset
 from maml import MAML, Setting, adapt, evaluate, meta_gradient, query_logits, task_loss
 from protonet import proto_logits
 from references import plain_maml_step
@@ -346,6 +346,16 @@ def test_before_adaptation_the_linear_head_scores_one_in_n(head_is_zero):
         assert before.tolist() == pytest.approx([0.2] * 600)
     else:
         assert abs(before.mean() - 0.2) < 5 * before.std() / 600**0.5 and before.std() > 0
+
+
+@pytest.mark.parametrize("mode, other", [("transductive", "support"), ("support", "transductive")])
+def test_one_inner_loop_is_asked_in_both_modes_of_batch_norm(mode, other):
+    sampler = EpisodeSampler(load_dataset("glyphs"), "test", N, K, 8, 4, seed=2)
+    model = learner("proto", steps=2).float()
+    found = evaluate(model, sampler, 6, Setting(N, head="proto", batch_norm=mode), 2, both=True)
+    alone = evaluate(model, sampler, 6, Setting(N, head="proto", batch_norm=other), 2)
+    assert torch.equal(found["other"], alone["query"][:, -1]) and "other" not in alone
+    assert not torch.equal(found["other"], found["query"][:, -1])
 
 
 @pytest.mark.parametrize("head, freeze_body", [("linear", False), ("linear", True), ("proto", False)])
