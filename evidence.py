@@ -53,6 +53,11 @@ MNIST = [
 COST_TITLES = {"maml": "MAML", "es": "ES", "fomaml": "first-order MAML", "checkpoint": "checkpointed MAML"}
 COST_COLOURS = {"maml": BLUE, "es": RED, "fomaml": GREEN, "checkpoint": PINK}
 SWEEPS = {"inner_steps": "inner steps", "layers": "hidden layers", "hidden_dim": "hidden units"}
+SIGHTS = (1, 2, 3, 5, 10)
+BY_SIGHT = [  # of a character in a sequence of 50 images (Santoro et al. 2016, table 1, 5 classes, one-hot labels)
+    ("LSTM", "mann/lstm_sequence", (24.4, 49.5, 55.3, 63.6, 62.5)),
+    ("external memory", "mann/external_sequence", (36.4, 82.8, 91.0, 94.9, 98.1)),
+]
 
 # ------------------------------------------------------------------------------------- results
 

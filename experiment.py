@@ -475,6 +475,12 @@ def write_atomically(path: Path, write) -> None:
         partial.unlink(missing_ok=True)  # there only after a failure, of whatever kind
 
 
+def write_beside(checkpoint: str, name: str, write) -> None:
+    """write_atomically into a tested run's folder; where nothing can be written there the test is worth no less."""
+    with contextlib.suppress(UserError):
+        write_atomically(Path(checkpoint) / name, write)
+
+
 def write_json(path: Path, content: dict) -> None:
     """Indented, but innermost lists each on one line."""
     text = json.dumps(content, indent=2)

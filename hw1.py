@@ -248,28 +248,22 @@ def guess(model: MANN, support: torch.Tensor, support_labels: torch.Tensor, quer
 
 
 @torch.no_grad()
-def log_attention(run: Run, model: MANN, sampler: EpisodeSampler) -> None:
-    """Send to TensorBoard which support images each query of one test episode looks at."""
-    if not (run.writes and model.attention):
-        return
+def look(model: MANN, sampler: EpisodeSampler, in_sequence: bool):
+    """A matplotlib figure of what the memory does with the sampler's first task; None for an LSTM.
+
+    Of attention: which support images each query looks at. Of an external memory: what it reads and writes in a
+    sequence, so none without.
+    """
     images, labels = next(sampler.first(1, sampler.sample_rows))
     model.eval()
-    looks = model.attention.look(model.encode(images), labels)[0, -sampler.N :]
-    support, query = (part.reshape(-1, *sampler.images.shape[1:]) for part in (images[0, :-1], images[0, -1]))
-    run.writer.add_figure("attention", memory.attention_figure(support, query, looks), run.step)
-
-
-@torch.no_grad()
-def log_sequence(run: Run, model: MANN, sampler: EpisodeSampler, accuracy: torch.Tensor) -> None:
-    """Send the accuracy by sight [K+1] to TensorBoard, and what an external memory reads and writes in a sequence."""
-    if not run.writes:
-        return
-    run.writer.add_figure("accuracy_by_sight", memory.sights_figure(accuracy, sampler.N), run.step)
-    if isinstance(model.layers[0], ExternalMemory):
-        model.eval()
-        images, labels = next(sampler.first(1, sampler.sample_rows))
+    if model.attention:
+        looks = model.attention.look(model.encode(images), labels)[0, -sampler.N :]
+        support, query = (part.reshape(-1, *sampler.images.shape[1:]) for part in (images[0, :-1], images[0, -1]))
+        return memory.attention_figure(support, query, looks)
+    if in_sequence and isinstance(model.layers[0], ExternalMemory):
         sequence = one_step_late(model.encode(images), labels, sampler.generator)[0]
-        run.writer.add_figure("memory", memory.memory_figure(model.layers[0], sequence), run.step)
+        return memory.memory_figure(model.layers[0], sequence)
+    return None
 
 
 def parse_args(argv=None):
@@ -396,6 +390,9 @@ def main(argv=None) -> dict:
     if args.test:
         step = experiment.load_best(args.checkpoint, model)
         metrics = {"best_step": step} | test_report(args, model, test, runs, dtype, device)
+        if figure := look(model, test, args.protocol == "sequence"):
+            name = f"{args.memory}_{dataset.name}.png"
+            experiment.write_beside(args.checkpoint, name, lambda out: figure.savefig(out, format="png"))
         return experiment.report(args, "hw1", dataset.name, metrics, digest=dataset.digest)
 
     train = sampler(
@@ -469,11 +466,13 @@ def main(argv=None) -> dict:
             )
     run.load_best(model)
     metrics = test_report(args, model, test, runs, dtype, device)
-    if in_sequence:
-        log_sequence(run, model, test, torch.tensor(metrics["accuracy_by_sight"]))
-    else:
+    if in_sequence and run.writes:
+        by_sight = memory.sights_figure(torch.tensor(metrics["accuracy_by_sight"]), N)
+        run.writer.add_figure("accuracy_by_sight", by_sight, run.step)
+    if not in_sequence:
         log_episode(run, test, lambda *task: guess(model, *task))
-        log_attention(run, model, test)
+    if run.writes and (figure := look(model, test, in_sequence)):
+        run.writer.add_figure("memory" if in_sequence else "attention", figure, run.step)
     if args.fixed_labels:
         metrics["train_accuracy"] = evaluate(model, train, args.num_val_tasks)[0].mean().item()
     return run.finish(metrics)

@@ -21,7 +21,6 @@ from experiment import VAL_SEED, Run, UserError, number, whole
 
 import argparse
 import base64
-from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -355,8 +354,8 @@ def main(argv=None) -> dict:
     if args.test:
         step = experiment.load_best(args.checkpoint, model)
         metrics = {"best_step": step} | test_report(args, model, dataset, dtype, device)
-        path = Path(args.checkpoint) / f"reconstruction_{dataset.name}.png"
-        experiment.write_atomically(path, lambda out: out.write(base64.b64decode(metrics["reconstruction"])))
+        sheet = base64.b64decode(metrics["reconstruction"])
+        experiment.write_beside(args.checkpoint, f"reconstruction_{dataset.name}.png", lambda out: out.write(sheet))
         return experiment.report(args, "mae", dataset.name, metrics, digest=dataset.digest)
 
     if args.meta_batch_size % experiment.shard()[1]:

@@ -22,10 +22,13 @@ from pathlib import Path
 import study_pictures
 from evidence import (
     BLUE,
+    BY_SIGHT,
     COLOURS,
     GREEN,
+    GREY,
     PINK,
     RED,
+    SIGHTS,
     SKY,
     TITLES,
     YELLOW,
@@ -77,6 +80,24 @@ def draw_mann(out: Path) -> None:
             left.set(title=title, ylabel="test accuracy (%)")
             right.set(title=title, ylabel="test loss (nats)")
         save(figure, out / file)
+
+
+def draw_sights(out: Path) -> None:
+    """Accuracy at each sight of a character in a sequence, and what the paper has (Santoro et al. 2016, table 1)."""
+    found = [(what, load(out, name), theirs) for what, name, theirs in BY_SIGHT]
+    if not any(runs for _, runs, _ in found):
+        return
+    figure, ((ax,),) = new_figure(1, 1, (6, 3.8))
+    for (what, runs, theirs), colour in zip(found, (GREY, PINK), strict=True):
+        ax.plot(SIGHTS, theirs, ":o", color=colour, mfc="white", label=f"{what}, the paper")
+        if runs:
+            curves = [run["accuracy_by_sight"] for run in runs]
+            means = [100 * statistics.fmean(values) for values in zip(*curves, strict=True)]
+            ax.plot(range(1, len(means) + 1), means, "-o", color=colour, label=f"{what}, ours")
+    ax.axhline(20, color="black", lw=0.8, ls="--", label="guessing")
+    ax.set(xlabel="sight of a character", ylabel="test accuracy (%)", ylim=(0, 101), xticks=range(1, 11))
+    ax.legend(fontsize=8)
+    save(figure, out / "sights.png")
 
 
 def draw_comparison(out: Path) -> None:
@@ -346,6 +367,7 @@ def draw_run(folder: Path) -> Path:
 
 def draw_everything(out: Path) -> None:
     draw_mann(out)
+    draw_sights(out)
     draw_comparison(out)
     draw_inner_loop(out)
     draw_protonet(out)

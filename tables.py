@@ -13,7 +13,18 @@ import statistics
 from pathlib import Path
 
 import pictures
-from evidence import digits_of, interval, interval_of, load, processor, read, tasks_a_step, warmed_up
+from evidence import (
+    BY_SIGHT,
+    SIGHTS,
+    digits_of,
+    interval,
+    interval_of,
+    load,
+    processor,
+    read,
+    tasks_a_step,
+    warmed_up,
+)
 
 # (method, setting, folder/name of our runs, metric, figure of the source documents, best published one).
 # Published figures are of Vinyals' split unless the row says otherwise: 1,200 characters and their rotations for
@@ -364,13 +375,6 @@ def memories_lesson(lstm: list[dict], attention: list[dict]) -> str:
             "compressed into a state before the query is\nknown is in part lost; what is kept is there to be compared. "
         )
     return text + "Encoders and lengths of training differ, so these\nare two recipes, not the memories alone."
-
-
-SIGHTS = (1, 2, 3, 5, 10)
-BY_SIGHT = [  # of a character in a sequence of 50 images (Santoro et al. 2016, table 1, 5 classes, one-hot labels)
-    ("LSTM", "mann/lstm_sequence", (24.4, 49.5, 55.3, 63.6, 62.5)),
-    ("external memory", "mann/external_sequence", (36.4, 82.8, 91.0, 94.9, 98.1)),
-]
 
 
 def sights_table(out: Path) -> str:

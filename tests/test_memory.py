@@ -3,6 +3,7 @@
 import json
 import math
 
+import imageio.v3 as iio
 import pytest
 import torch
 import torch.nn.functional as F
@@ -472,6 +473,7 @@ def test_smoke_runs_leave_their_figures(tmp_path):
     more = ["--memory", "attention", "--test", "--checkpoint", str(tmp_path / "a"), "--num_test_tasks", "20"]
     assert hw1.main([*more, "--num_classes", "9", "--num_shot", "3"])["N"] == 9  # more than it has learned
     assert hw1.main(more)["test_accuracy"] == metrics["test_accuracy"]
+    assert iio.imread(tmp_path / "a" / "attention_glyphs.png").shape[2] == 4
 
     metrics = run(tmp_path, "e", "--memory", "external")
     assert len(metrics["accuracy_by_sight"]) == len(metrics["ci95_by_sight"]) == 4
@@ -479,6 +481,7 @@ def test_smoke_runs_leave_their_figures(tmp_path):
     assert sorted(pictures(tmp_path / "e")) == ["accuracy_by_sight", "memory"]
     again = hw1.main(["--memory", "external", "--test", "--checkpoint", str(tmp_path / "e"), "--num_test_tasks", "20"])
     assert again["accuracy_by_sight"] == metrics["accuracy_by_sight"]
+    assert iio.imread(tmp_path / "e" / "external_glyphs.png").shape[2] == 4
 
 
 @pytest.mark.parametrize(
