@@ -111,6 +111,12 @@ CASES = [
            "--train_steps 4000 --eval_freq 500", "--train_steps 100000 --eval_freq 1000", 3, minutes, beyond=True)
       for name, recipe, minutes in (("external", "--memory external", 100),
                                     ("lstm", f"{SEQUENCE} --jitter 0.1 --num_val_tasks 400", 60))],
+    # Asked for more classes, shots and sights than they have learned.
+    *[Case("mann", f"attention_K1N5_at_K{K}N{N}", "hw1.py",
+           f"--test --num_test_tasks 10000 --num_shot {K} --num_classes {N}", seeds=3, minutes=2, beyond=True,
+           start="mann/attention_K1N5") for K, N in ((5, 5), (1, 20), (5, 20))],
+    *[Case("mann", f"{name}_sequence_at_K19", "hw1.py", "--test --num_test_tasks 10000 --num_shot 19", seeds=3,
+           minutes=5, beyond=True, start=f"mann/{name}_sequence") for name in ("external", "lstm")],
     Case("meta_lstm", "5way1shot", "meta_lstm.py", "--num_classes 5 --num_shot 1", "", "--train_steps 30000", 3, 30,
          beyond=True),
     Case("meta_lstm", "5way5shot", "meta_lstm.py", "--num_classes 5 --num_shot 5", "--train_steps 3000 --eval_freq 300",
