@@ -316,6 +316,7 @@ BLOCKS = {
     "mann_answers": tables.mann_answers,
     "memories": tables.memories_table,
     "sights": tables.sights_table,
+    "beyond": tables.beyond_table,
     "memorisation": tables.memorisation_text,
     "protonet": lambda out: tables.short_table(out, "ProtoNet"),
     "transfer": lambda out: tables.short_table(out, "Fine-tuning"),

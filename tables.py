@@ -410,6 +410,30 @@ def sights_table(out: Path) -> str:
     return "\n".join(lines)
 
 
+def beyond_table(out: Path) -> str:
+    """Attention, and the memories of the sequences, asked for more classes, shots and sights than they have learned."""
+    tasks, sequences, commands = [], [], []
+    for K, N in ((5, 5), (1, 20), (5, 20)):
+        if runs := load(out, f"mann/attention_K1N5_at_K{K}N{N}"):
+            own = load(out, f"mann/attention_K{K}N{N}")
+            figures = [figure_of(at, "test_accuracy_alone") if at else "-" for at in (runs, own)]
+            tasks.append([f"{N}-way {K}-shot", *figures])
+            commands.append(f"- `{plain_command(runs[0])}`")
+    for what, name, _ in BY_SIGHT:
+        if runs := load(out, f"{name}_at_K19"):
+            places = [(load(out, name), i) for i in (2, 10)] + [(runs, i) for i in (2, 10, 20)]
+            curves = [[run["accuracy_by_sight"][i - 1] for run in at] for at, i in places]
+            sequences.append([what, *(f"{100 * statistics.fmean(values):.1f}" if values else "-" for values in curves)])
+            commands.append(f"- `{plain_command(runs[0])}`")
+    if not commands:
+        return ""
+    lines = ["Attention can be asked for any number of classes and shots, queries alone:", ""]
+    lines += table("attention, % | learned with 5-way 1-shot tasks | learned with such tasks", tasks)
+    lines += ["", "The memories of the sequences can be asked to go on, 20 sights of each character instead of 10:", ""]
+    titles = "% | 2nd of 10 sights, as learned | 10th of 10 | 2nd of 20 | 10th of 20 | 20th of 20"
+    return "\n".join([*lines, *table(titles, sequences), "", "Commands:", "", *commands])
+
+
 def mann_answers(out: Path) -> str:
     """The homework's questions on the MANN, answered by our runs."""
     of = lambda name, key="test_accuracy": figure_of(load(out, f"mann/{name}"), key)
