@@ -185,7 +185,7 @@ def page(out: Path, dataset: str = "omniglot") -> str:
     seconds = [run["train_seconds"] for run in runs if "train_seconds" in run]  # those that only test have none
     lines += ["", f"All {len(seconds)} runs together trained for {sum(seconds) / 3600:.1f} hours."]
     for picture in sorted(out.glob("*.png")):
-        if picture.stem not in ("glyphs", "tensorboard", "bayes_plates", "page"):
+        if picture.stem not in ("glyphs", "tensorboard", "bayes_plates", "page", "attention", "memory"):
             lines += ["", f"![{picture.stem.replace('_', ' ')}]({picture.name})"]
     return "\n".join(lines) + "\n"
 
