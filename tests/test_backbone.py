@@ -1,10 +1,12 @@
 """Conv4: the module equals a plain stack of torch layers, in each batch-norm mode."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from backbone import EPS, Conv4, conv4
+from backbone import EPS, Conv4, conv4, pool
 
 
 def plain(encoder, x, strided, training):
@@ -78,3 +80,16 @@ def test_running_averages_change_only_when_asked():
     encoder(x, norm="batch", momentum=0.1)
     mean = nn.functional.conv2d(x, encoder.weight0, padding=1).mean((0, 2, 3))
     assert torch.allclose(encoder.mean0, 0.9 * before["mean0"] + 0.1 * mean)
+
+
+@pytest.mark.parametrize("side", [2, 7, 28])
+def test_pooling_without_a_gradient_is_max_pooling(side):
+    x = torch.randn(3, 5, side, side).round(decimals=1)  # with ties
+    x[0, 0, 0, 1], x[1, 1, 1, 1] = math.nan, math.inf
+    for images in (x, x.contiguous(memory_format=torch.channels_last), x.bfloat16(), x.double()):
+        with torch.no_grad():
+            found = pool(images)
+        assert torch.equal(found.nan_to_num(7), nn.functional.max_pool2d(images, 2).nan_to_num(7))
+    asked = torch.ones(1, 1, 2, 2, requires_grad=True)
+    pool(asked).sum().backward()
+    assert asked.grad.flatten().tolist() == [1, 0, 0, 0]  # of equals the first, as PyTorch has it
