@@ -378,8 +378,12 @@ def test_other_peoples_digits_stand_in_a_table_and_a_picture_of_what_is_measured
         made_up(tmp_path, name, **{"test_accuracy_sgd": 0.95, "ci95_sgd": 0.005, "ci95": 0.003} | more)
         (tmp_path / "comparison" / f"{name}_seed1.json").rename(tmp_path / "meta_lstm" / f"{name}_seed1.json")
     text = findings.mnist_text(tmp_path)
-    for figure in ("31.0 ± 0.6 %", "96.3 ± 0.3 %", "91.2 ± 0.4 % on MNIST", "27.0 ± 0.7 %"):
+    for figure in ("31.0 ± 0.6 %, gradient", "31.0 ± 0.6 and 96.3 ± 0.3 %", "91.2 ± 0.4; on Omniglot", "27.0 ± 0.7,"):
         assert figure in text, figure
+    assert "fewer shots" not in text
+    for name in ("meta_lstm", "meta_lstm_reset"):
+        made_up(tmp_path, f"mnist_{name}_1shot", **figures | of_reset | {"test_accuracy": 0.21})
+    assert "with one, 21.0 ± 0.6 % from the learned" in findings.mnist_text(tmp_path)
     study_pictures.draw_mnist(tmp_path)
     assert len((tmp_path / "mnist.png").read_bytes()) > len(half) > 8_000
     evidence.refuse_other_images(tmp_path, "omniglot")
