@@ -453,6 +453,6 @@ def draw_mnist(out: Path) -> None:
             right.bar(places, values, 0.36, yerr=halves, color=colour, capsize=2, label=label)
         right.set_xticks(range(len(groups)), [f"{images}\n{start} start" for images, start in groups])
         right.axhline(10, color="0.5", linestyle=":", linewidth=1)
-        right.set(title="meta-LSTM, 10-way 10-shot (dotted: guessing)", ylabel="accuracy (%)", ylim=(0, 100))
-        right.legend(frameon=False, fontsize=8)
+        right.set(title="meta-LSTM, 10-way 10-shot (dotted: guessing)", ylabel="accuracy (%)", ylim=(0, 115))
+        right.legend(frameon=False, fontsize=8, loc="upper center", ncols=2)
     save(figure, out / "mnist.png")
