@@ -94,8 +94,8 @@ def conv4(
 def pool(x: torch.Tensor) -> torch.Tensor:
     """Max pooling 2 x 2 of x [n, C, H, W]; on a CPU, where no gradient is asked for, by halves.
 
-    The same values. PyTorch's kernel also keeps where each maximum was, and takes six times as long for images in
-    contiguous memory.
+    The same values. PyTorch's kernel also keeps where each maximum was, which is slow unless channels come last
+    (docs/log.md).
     """
     if x.device.type != "cpu" or torch.is_grad_enabled() or x.is_contiguous(memory_format=torch.channels_last):
         return F.max_pool2d(x, 2)

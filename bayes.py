@@ -356,8 +356,8 @@ def parse_args(argv=None):
     add("--metadata", choices=["phase", "amplitude"], default="phase", help="what is known of a sinusoid beforehand")
     add("--forget", type=number(0, 1), default=0.5, help="share of training tasks whose metadata is withheld")
     add = groups["model"].add_argument
-    add("--phi1_dim", type=whole(1), default=4, help="dimensions of phi1")
-    add("--phi2_dim", type=whole(1), help="dimensions of phi2, for characters of each class" + own)
+    add("--phi1_dim", type=whole(1, 16384), default=4, help="dimensions of phi1")
+    add("--phi2_dim", type=whole(1, 16384), help="dimensions of phi2, for characters of each class" + own)
     add("--hidden_dim", type=whole(1, 16384), default=64, help="units of each hidden layer")
     add = groups["optimisation"].add_argument
     add("--learning_rate", type=number(above=True), default=2e-3, help="of Adam; falls to 0 in a line")

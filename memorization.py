@@ -302,7 +302,7 @@ def parse_args(argv=None):
     add("--learner", choices=["maml", "blackbox"], default="maml", help="blackbox: a conditional neural process")
     add("--regulariser", choices=["none", "activations", "weights"], default="none", help="what carries the cost")
     add("--hidden_dim", type=whole(0, 16384), help="units of each of MAML's two hidden layers; 0: a linear head" + own)
-    add("--code_dim", type=whole(1), help="dimensions of the regularised code z" + own)
+    add("--code_dim", type=whole(1, 16384), help="dimensions of the regularised code z" + own)
     add("--raw_std", type=float, help="where softplus^-1 of the weights' standard deviations starts" + own)
     add = groups["optimisation"].add_argument
     add("--beta", type=number(), help="price of a nat of the regulariser's cost" + own)

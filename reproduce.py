@@ -58,7 +58,7 @@ TASKS = "--num_test_tasks 2000"
 TEST = "--test --num_test_tasks 600"
 MNIST = f"{TEST} --dataset mnist --num_classes 10"  # another hand's digits
 SCRATCH = "--warmup_steps 0 --encoder strided"  # by the inner loop from the first step
-SEQUENCE = "--protocol sequence --num_shot 9 --hidden_dim 200 --shift 0.1"
+SEQUENCE = "--protocol sequence --num_shot 9 --hidden_dim 200 --shift 0.1 --jitter 0.1 --num_val_tasks 400"
 MUON = "--meta_batch_size 16 --optimizer muon --learning_rate 0.05"
 
 
@@ -109,8 +109,7 @@ CASES = [
           ("K1N20", "--num_shot 1 --num_classes 20", 12000, 60))],
     *[Case("mann", f"{name}_sequence", "hw1.py", f"{recipe} --meta_batch_size 128 --learning_rate 3e-3",
            "--train_steps 4000 --eval_freq 500", "--train_steps 100000 --eval_freq 1000", 3, minutes, beyond=True)
-      for name, recipe, minutes in (("external", "--memory external", 100),
-                                    ("lstm", f"{SEQUENCE} --jitter 0.1 --num_val_tasks 400", 60))],
+      for name, recipe, minutes in (("external", "--memory external", 100), ("lstm", SEQUENCE, 60))],
     # Asked for more classes, shots and sights than they have learned.
     *[Case("mann", f"attention_K1N5_at_K{K}N{N}", "hw1.py",
            f"--test --num_test_tasks 10000 --num_shot {K} --num_classes {N}", seeds=3, minutes=2, beyond=True,
