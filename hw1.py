@@ -330,7 +330,7 @@ def parse_args(argv=None):
         "hidden_dim": 32,
         "meta_batch_size": 32,
     }
-    less = {"meta_batch_size": 4, "train_steps": 10, "eval_freq": 5}
+    less = {"meta_batch_size": 4, "train_steps": 10, "eval_freq": 5, "num_val_tasks": 40, "num_test_tasks": 120}
     smoke |= {"attention": less | {"shared_classes": 20}, "external": less | {"num_shot": 3}}.get(kind, {})
     shapes = tuple("memory heads hidden_dim recurrent num_layers head logit_scale encoder image_size".split())
     shapes += () if kind == "attention" else ("num_classes",)  # attention may be asked for other N than it learned

@@ -151,9 +151,9 @@ CASES = [
     *[Case("comparison", f"maml_{N}way{K}shot", "maml.py", f"--num_classes {N} --num_shot {K}",
            "--num_val_tasks 100", "--train_steps 60000 --eval_freq 1000", 3, minutes, beyond=True)
       for N, K, minutes in ((5, 5, 10), (10, 1, 12), (20, 1, 20), (20, 5, 25))],
-    *[Case("comparison", f"maml_{N}way5shot_32_pixels", "maml.py", f"--num_classes {N} --num_shot 5 --image_size 32",
-           f"--num_val_tasks 100 {steps}", "--train_steps 60000 --eval_freq 1000", 3, minutes, beyond=True)
-      for N, steps, minutes in ((5, "", 15), (20, "--warmup_steps 12000 --train_steps 12500 --eval_freq 6250", 40))],
+    Case("comparison", "maml_20way5shot_32_pixels", "maml.py", "--num_classes 20 --num_shot 5 --image_size 32",
+         "--num_val_tasks 100 --warmup_steps 12000 --train_steps 12500 --eval_freq 6250",
+         "--train_steps 60000 --eval_freq 1000", 3, 40, beyond=True),
     # All four N and K are tested with one network.
     Case("comparison", "protonet_vinyals", "protonet.py", "--split vinyals",
          f"{TASKS} --train_steps 15000 --eval_freq 1500", f"{TASKS} --train_steps 60000 --eval_freq 2000", 3, 20,

@@ -93,6 +93,10 @@ THOROUGH = (
     "test_meta_lstm.py::test_every_flag_in_a_smoke_run[flags2]",
     "test_mae.py::test_every_flag_in_a_smoke_run[flags0]",
     "test_what_needs_the_support_set_fails_without_it",
+    "test_lakes_trials_in_the_report_of_other_methods[hw1",
+    "test_a_test_trains_what_it_tests_where_that_is_not_there",
+    "test_a_drifted_run_is_trained_anew_and_not_collected_again",
+    "test_fifty_real_drawings_of_a_fresh_folder",
 )
 
 

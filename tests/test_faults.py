@@ -412,10 +412,25 @@ PLAIN = {  # in float32, of more than one step
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
+def train_in_one_and_two(work, folder, plain: dict, wide: dict):
+    """The folder of the runs of RUN_ALL, in one process and in two by torchrun."""
+    (folder / "run.py").write_text(RUN_ALL)
+    for name, start in (("one", []), ("two", TORCHRUN)):
+        result = warm.run(*start, folder / "run.py", json.dumps([plain, wide]), name, cwd=work)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count('"git_commit"') == len(plain) + len(wide)  # only rank 0 reports
+    return folder
+
+
 @pytest.fixture(scope="module")
-def in_one_and_two_processes(work, tmp_path_factory):
-    """A folder of runs of every script, in one process and in two by torchrun."""
-    folder, flags = tmp_path_factory.mktemp("processes"), {}
+def plain_runs(work, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    return train_in_one_and_two(work, folder, {name: [*PLAIN[name], "--log_dir", str(folder)] for name in PLAIN}, {})
+
+
+@pytest.fixture(scope="module")
+def wide_runs(work, tmp_path_factory):
+    folder, flags = tmp_path_factory.mktemp("wide"), {}
     for script in TRAINING:
         steps = (
             ["2", "--finetune_steps", "1"] if script == "transfer" else ["1"]
@@ -426,19 +441,13 @@ def in_one_and_two_processes(work, tmp_path_factory):
         )  # with fewer each process draws its own share
         fixed = ["--dtype", "float32", "--log_dir", str(folder), "--eval_freq", "1", "--train_steps"]
         flags[script] = flags_of(script, *fixed, *steps)
-    plain = {script: [*of_script, "--log_dir", str(folder)] for script, of_script in PLAIN.items()}
-    (folder / "run.py").write_text(RUN_ALL)
-    for name, start in (("one", []), ("two", TORCHRUN)):
-        result = warm.run(*start, folder / "run.py", json.dumps([plain, flags]), name, cwd=work)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count('"git_commit"') == len(plain) + len(flags)  # only rank 0 reports
-    return folder
+    return train_in_one_and_two(work, folder, {}, flags)
 
 
 @pytest.mark.parametrize("script", TRAINING)
-def test_two_processes_have_the_meta_gradient_of_one(script, in_one_and_two_processes, record_property):
+def test_two_processes_have_the_meta_gradient_of_one(script, wide_runs, record_property):
     """torchrun, after one step in float64: the mean gradient is that of one process."""
-    runs = (in_one_and_two_processes / f"{script}_{name}" / "checkpoint.pt" for name in ("one", "two"))
+    runs = (wide_runs / f"{script}_{name}" / "checkpoint.pt" for name in ("one", "two"))
     one, two = (torch.load(run, weights_only=True)["objects"] for run in runs)
     largest = 0.0
     for name in one:
@@ -453,9 +462,9 @@ def test_two_processes_have_the_meta_gradient_of_one(script, in_one_and_two_proc
 
 
 @pytest.mark.parametrize("script", PLAIN)
-def test_two_processes_train_the_network_of_one(script, in_one_and_two_processes):
+def test_two_processes_train_the_network_of_one(script, plain_runs):
     """In float32: weights and mean gradients equal but for rounding, and the sampler where it would be."""
-    runs = (in_one_and_two_processes / f"{script}_plain_{name}" / "checkpoint.pt" for name in ("one", "two"))
+    runs = (plain_runs / f"{script}_plain_{name}" / "checkpoint.pt" for name in ("one", "two"))
     one, two = (torch.load(run, weights_only=True)["objects"] for run in runs)
     for name, weight in one["model"].items():
         assert torch.allclose(weight, two["model"][name], atol=2e-5), name

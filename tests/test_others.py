@@ -219,7 +219,8 @@ def test_a_classifier_of_characters_on_mnist(adapt, tmp_path):
 
 def test_attention_on_mnist_needs_no_word_of_its_memory(tmp_path):
     flags = ["--memory", "attention", "--smoke", "--dataset", "glyphs", "--log_dir", str(tmp_path), "--device", "cpu"]
-    hw1.main([*flags, "--run_name", "a"])
+    few = "--encoder strided --train_steps 2 --eval_freq 2 --num_val_tasks 2 --num_test_tasks 2".split()
+    hw1.main([*flags, *few, "--run_name", "a"])
     folder = write_mnist(tmp_path / "m")
     flags = ["--test", "--checkpoint", str(tmp_path / "a"), "--dataset", "mnist", "--data_folder", str(folder)]
     metrics = hw1.main([*flags, "--num_classes", "10", "--num_shot", "2", "--num_test_tasks", "4"])
