@@ -154,6 +154,10 @@ CASES = [
     Case("comparison", "maml_20way5shot_32_pixels", "maml.py", "--num_classes 20 --num_shot 5 --image_size 32",
          "--num_val_tasks 100 --warmup_steps 12000 --train_steps 12500 --eval_freq 6250",
          "--train_steps 60000 --eval_freq 1000", 3, 40, beyond=True),
+    Case("comparison", "maml_20way5shot_muon", "maml.py",
+         "--num_classes 20 --num_shot 5 --optimizer muon --learning_rate 0.05",
+         "--num_val_tasks 100 --train_steps 4200 --eval_freq 2100", "--train_steps 60000 --eval_freq 1000", 3, 40,
+         beyond=True),
     # All four N and K are tested with one network.
     Case("comparison", "protonet_vinyals", "protonet.py", "--split vinyals",
          f"{TASKS} --train_steps 15000 --eval_freq 1500", f"{TASKS} --train_steps 60000 --eval_freq 2000", 3, 20,
