@@ -151,9 +151,6 @@ CASES = [
     *[Case("comparison", f"maml_{N}way{K}shot", "maml.py", f"--num_classes {N} --num_shot {K}",
            "--num_val_tasks 100", "--train_steps 60000 --eval_freq 1000", 3, minutes, beyond=True)
       for N, K, minutes in ((5, 5, 10), (10, 1, 12), (20, 1, 20), (20, 5, 25))],
-    Case("comparison", "maml_20way5shot_32_pixels", "maml.py", "--num_classes 20 --num_shot 5 --image_size 32",
-         "--num_val_tasks 100 --warmup_steps 12000 --train_steps 12500 --eval_freq 6250",
-         "--train_steps 60000 --eval_freq 1000", 3, 40, beyond=True),
     Case("comparison", "maml_20way5shot_muon", "maml.py",
          "--num_classes 20 --num_shot 5 --optimizer muon --learning_rate 0.05",
          "--num_val_tasks 100 --train_steps 4200 --eval_freq 2100", "--train_steps 60000 --eval_freq 1000", 3, 40,

@@ -57,7 +57,7 @@ CLAIMS = [
     ("MAML", "5-way 5-shot", "comparison/maml_5way5shot", "test_accuracy", "-", "99.9" + VINYALS),
     ("MAML", "20-way 1-shot", "comparison/maml_20way1shot", "test_accuracy", "-", "95.8" + VINYALS),
     ("MAML", "20-way 5-shot", "comparison/maml_20way5shot", "test_accuracy", "-", "98.9" + VINYALS),
-    ("MAML", "20-way 5-shot, 32 x 32 pixels", "comparison/maml_20way5shot_32_pixels", "test_accuracy", "-", "-"),
+    ("MAML", "20-way 5-shot, by Muon", "comparison/maml_20way5shot_muon", "test_accuracy", "-", "98.9" + VINYALS),
     ("ANIL", "5-way 1-shot", "comparison/anil", "test_accuracy", "-", "-"),
     ("Meta-LSTM", "5-way 1-shot", "meta_lstm/5way1shot", "test_accuracy", "-", "none"),
     ("Meta-LSTM", "5-way 5-shot", "meta_lstm/5way5shot", "test_accuracy", "-", "none"),

@@ -304,10 +304,10 @@ def test_what_three_hours_cannot_hold_waits_to_be_named():
     def names(scale: str, only: str = "") -> set[str]:
         return {job.name for job in reproduce.make_jobs(cases_of("all"), scale, "cpu", "auto", only)}
 
-    beyond = {f"comparison_maml_20way{case}_seed1" for case in ("1shot", "5shot", "5shot_32_pixels")}
+    beyond = {f"comparison_maml_20way{case}_seed1" for case in ("1shot", "5shot", "5shot_muon")}
     beyond.add("memorization_basis_maml_none_seed1")
     assert not beyond & names("cpu") and beyond < names("full")
-    some = "maml_20way1shot_seed1,maml_20way5shot_seed1,20way5shot_32_pixels_seed1,basis_maml_none_seed1"
+    some = "maml_20way1shot_seed1,maml_20way5shot_seed1,20way5shot_muon_seed1,basis_maml_none_seed1"
     assert names("cpu", some) == beyond
     assert sum(case.minutes * case.seeds for case in cases_of("all") if not case.beyond) <= 2 * 180
 
