@@ -77,6 +77,7 @@ LONG = ["faults", "readme", "homework", "mae", "field", "hw1", "predict", "meta_
 THOROUGH = (
     "benchmark",
     "test_two_processes_have_the_meta_gradient_of_one",
+    "test_two_processes_train_the_network_of_one",
     "test_a_killed_worker_ends_the_whole_run",
     "test_images_of_one_and_of_25_million_pixels_are_read[5000]",
     "test_batch_norm_over_two_processes",
