@@ -122,7 +122,7 @@ CASES = [
          "--train_steps 30000", 3, 25, beyond=True),
     # 10 shots leave 10 of a character's 20 images for queries, where the preset wants 15
     Case("meta_lstm", "10way10shot", "meta_lstm.py", "--preset 10way10shot --train_query 5 --num_query 5",
-         "--train_steps 250 --eval_freq 125 --num_val_tasks 40", "", 3, 15),
+         "--train_steps 250 --eval_freq 125 --num_val_tasks 40", "", 3, 15, beyond=True),
     Case("meta_lstm", "10way10shot_reset", "meta_lstm.py", f"{TEST} --reset_theta0", minutes=15, beyond=True,
          start="meta_lstm/10way10shot"),
     *[Case("meta_lstm", f"5way1shot_{name}", "meta_lstm.py", recipe, "--train_steps 600 --eval_freq 200",
