@@ -142,7 +142,7 @@ def draw_comparison(out: Path) -> None:
 
 INNER_LOOPS = {  # rows of MAML whose inner loops are drawn; a broken line: from scratch
     "maml": ("MAML", RED, "-"),
-    "maml_10way1shot": ("MAML, 10-way", BLUE, "-"),
+    "maml_10way1shot": ("10-way MAML", BLUE, "-"),
     "fomaml": ("first-order MAML", YELLOW, "-"),
     "protomaml": ("Proto-MAML (f.o.)", GREEN, "-"),
     "anil": ("ANIL", SKY, "-"),

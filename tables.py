@@ -113,11 +113,12 @@ def plain_command(run: dict) -> str:
 
 
 def minutes(runs: list[dict]) -> str:
-    """Minutes of training of the seeds that ran where the first did.
+    """Minutes of training of the seeds that ran where, and in the precision in which, the first did.
 
     Of one thread of a CPU they are the processor's own, which other work does not stretch.
     """
-    runs = [run for run in runs if processor(run) == processor(runs[0])]
+    where = lambda run: (processor(run), run.get("dtype"))
+    runs = [run for run in runs if where(run) == where(runs[0])]
     cpu = lambda run: run.get("train_cpu_seconds") if run["device"] == "cpu, 1 threads" else None
     seconds = [cpu(run) or run["train_seconds"] for run in runs if "train_seconds" in run]
     return f"{statistics.fmean(seconds) / 60:.1f}" if seconds else "-"
