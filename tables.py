@@ -247,26 +247,28 @@ def norm_table(out: Path) -> str:
 
 def vinyals_table(out: Path) -> str:
     """ProtoNet and MAML on the published protocol, beside the published figures; nothing where none is measured."""
-    rows, commands = [], []
+    rows, devices, commands = [], [], []
     for method, kind, name, keys, published in ON_VINYALS:
         for (N, K), theirs in published.items():
             if runs := load(out, name.format(N=N, K=K)):
                 what = f"{method}{' after a prototype warm-up' if warmed_up(runs[0]) else ''}, {N}-way {K}-shot"
                 ours = [figure_of(runs, key.format(N=N, K=K)) for key in keys]
                 rows.append([what, f"{theirs} ({kind})", *ours, len(runs), minutes(runs)])
+                devices.append(processor(runs[0]))
                 commands.append(f"- `{plain_command(runs[0])}`")
     if not rows:
         return ""
+    on, marks = device_notes(devices)
+    rows = [[*row[:-1], row[-1] + mark] for row, mark in zip(rows, marks, strict=True)]
     lines = [
         "On the published protocol (`--split vinyals`: 1,200 characters for training and validation, 423 for the test,",
         "each with its turns by 90, 180 and 270 degrees as further classes, also in the test). ProtoNet's authors use",
         "these very lists. MAML's divide the characters at random, 1,200 and 423, and turn each class of a task at",
-        "random, also of a test task; two turns of one character never meet there. Our MAML goes on from the network",
-        "of ProtoNet's rows with the same seed (`--init_from`): its minutes come after those.",
+        "random, also of a test task; two turns of one character never meet there.",
         "",
         *table("test accuracy in % | published | ours, transductive | ours, not transductive | seeds | minutes", rows),
         "",
-        "Commands of the rows:",
+        f"Minutes of training of one seed{on}. Commands of the rows:",
         "",
         *dict.fromkeys(commands),
     ]

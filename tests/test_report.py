@@ -406,6 +406,8 @@ def test_the_processor_is_named_shortly():
     intel = {"device": "cpu, 2 threads", "processor": "Intel(R) Xeon(R) Processor @ 2.80GHz, AVX512"}
     assert evidence.processor(intel) == "2 threads of Intel Xeon"
     assert evidence.processor({"device": "cpu, 1 threads"}) == "1 thread of AMD EPYC"
+    narrow = {"device": "cpu, 1 threads", "processor": "AMD EPYC, AVX2"}
+    assert evidence.processor(narrow) == "1 thread of AMD EPYC with AVX2"
     assert evidence.processor({"device": "NVIDIA H100"}) == "NVIDIA H100"
 
 
