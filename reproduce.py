@@ -155,13 +155,19 @@ CASES = [
          "--num_classes 20 --num_shot 5 --optimizer muon --learning_rate 0.05",
          "--num_val_tasks 100 --train_steps 4200 --eval_freq 2100", "--train_steps 60000 --eval_freq 1000", 3, 40,
          beyond=True),
-    # All four N and K are tested with one network.
+    # All four N and K are tested with one network, from which MAML goes on.
     Case("comparison", "protonet_vinyals", "protonet.py", "--split vinyals",
          f"{TASKS} --train_steps 15000 --eval_freq 1500", f"{TASKS} --train_steps 60000 --eval_freq 2000", 3, 20,
          beyond=True),
-    *[Case("comparison", f"maml_vinyals_{N}way{K}shot", "maml.py", f"--split vinyals --num_classes {N} --num_shot {K}",
-           "--num_val_tasks 100", "--train_steps 60000 --eval_freq 1000", 3, minutes, beyond=True)
-      for N, K, minutes in ((5, 1, 8), (5, 5, 10), (20, 1, 20), (20, 5, 25))],
+    *[Case("comparison", f"maml_vinyals_{N}way{K}shot", "maml.py",
+           f"--split vinyals --num_classes {N} --num_shot {K} --warmup_steps 0 --learning_rate 1e-3{inner}",
+           f"--num_val_tasks 100 --train_steps {steps} --eval_freq {steps // 2}",
+           "--train_steps 60000 --eval_freq 1000", 3, minutes, beyond=True, start="comparison/protonet_vinyals")
+      for N, K, steps, minutes, inner in (
+          (5, 1, 200, 3, ""),
+          (5, 5, 200, 8, " --head_lr 0.19 --test_inner_steps 5"),
+          (20, 1, 100, 8, ""),
+          (20, 5, 60, 20, " --head_lr 0.75 --test_inner_steps 5"))],
     *[Case("comparison", f"{name}_scratch", "maml.py", f"{SCRATCH} {recipe}", f"--train_steps {steps} --eval_freq 500",
            "--train_steps 60000 --eval_freq 1000", 3, 50, beyond=True)
       for name, steps, recipe in (
