@@ -109,10 +109,12 @@ def test_every_command_runs_in_its_smallest_form(command, folders):
     data = str(base / "DIR")
     filled = [data if flag in ("DIR", "miniImagenet") else flag for flag in flags]
     if "RUN_DIR" in flags:
-        owner = "mae.py" if "--init_from" in flags else "protonet.py" if script == "predict.py" else script
+        starts, transformer = "--init_from" in flags, "vit" in flags
+        owner = "mae.py" if transformer and starts else "protonet.py" if starts or script == "predict.py" else script
         other_classes = script == "hw1.py" and "--num_classes" in flags  # which only attention can be asked about
         shape = ("--memory", "attention") if "attention" in flags or other_classes else ()
-        shape = ("--depth", "4") if "--init_from" in flags else shape  # the encoder of protonet.py
+        if starts:  # of the size of what goes on from it
+            shape = ("--depth", "4") if transformer else ("--width", "4")
         filled = [run_dir(owner, *shape) if flag == "RUN_DIR" else flag for flag in filled]
     if "--resume" in flags:
         final = filled  # a resumed run keeps its flags
