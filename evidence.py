@@ -125,8 +125,9 @@ def digits_of(half: float) -> int:
 
 
 def warmed_up(run: dict) -> bool:
-    """Whether a run of maml.py began as a prototypical network."""
-    return run["script"] == "maml" and run.get("flags", {}).get("warmup_steps", 4000) > 0
+    """Whether a run of maml.py began as a prototypical network, by a warm-up or from the weights of one."""
+    flags = run.get("flags", {})
+    return run["script"] == "maml" and (flags.get("warmup_steps", 4000) > 0 or bool(flags.get("init_from")))
 
 
 def processor(run: dict) -> str:

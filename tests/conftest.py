@@ -98,6 +98,22 @@ THOROUGH = (
     "test_a_test_trains_what_it_tests_where_that_is_not_there",
     "test_a_drifted_run_is_trained_anew_and_not_collected_again",
     "test_fifty_real_drawings_of_a_fresh_folder",
+    "test_every_table_comes_back_bit_for_bit",
+    "test_smoke_runs_leave_their_figures",
+    "test_attention_on_mnist_needs_no_word_of_its_memory",
+    "test_a_failure_is_named_and_the_others_run",
+    "test_a_pulse_is_the_same_twice_and_a_failure_is_named",
+    "test_a_saved_run_tests_the_same_and_at_other_n",
+    "test_the_resume_line_can_be_typed",
+    "test_every_script_says_on_which_split_it_was[mae]",
+    "test_every_preset_in_smoke_form[10way20shot]",
+    "test_memory_grows_with_inner_steps_for_maml_and_not_for_es[loop]",
+    "test_ridge_head_on_several_threads",
+    "test_the_time_of_an_answer",
+    "test_killed_sweep_resumes_and_a_complete_one_measures_anew",
+    "test_concurrent_first_runs_share_one_cache",
+    "test_how_threads_wait_is_the_users_choice",
+    "test_a_hostile_function_costs_its_question_alone[endless loop]",
 )
 
 

@@ -168,6 +168,7 @@ def test_rows_say_what_they_are():
     )
     assert evidence.warmed_up({"script": "maml", "flags": {"warmup_steps": 4000}})
     assert not evidence.warmed_up({"script": "maml", "flags": {"warmup_steps": 0}})
+    assert evidence.warmed_up({"script": "maml", "flags": {"warmup_steps": 0, "init_from": "runs/protonet"}})
     assert not evidence.warmed_up({"script": "hw1"})
 
 
