@@ -165,9 +165,9 @@ CASES = [
            "--train_steps 60000 --eval_freq 1000", 3, minutes, beyond=True, start="comparison/protonet_vinyals")
       for N, K, steps, minutes, inner in (
           (5, 1, 200, 3, ""),
-          (5, 5, 200, 8, " --head_lr 0.19 --test_inner_steps 5"),
+          (5, 5, 200, 8, " --inner_steps 2 --head_lr 0.31"),
           (20, 1, 100, 8, ""),
-          (20, 5, 60, 20, " --head_lr 0.75 --test_inner_steps 5"))],
+          (20, 5, 60, 15, " --inner_steps 2 --head_lr 1.25"))],
     *[Case("comparison", f"{name}_scratch", "maml.py", f"{SCRATCH} {recipe}", f"--train_steps {steps} --eval_freq 500",
            "--train_steps 60000 --eval_freq 1000", 3, 50, beyond=True)
       for name, steps, recipe in (
