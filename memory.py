@@ -221,17 +221,20 @@ def attention_figure(support: torch.Tensor, query: torch.Tensor, weights: torch.
     """
     from matplotlib.figure import Figure  # not pyplot: no window system, nothing to close
 
-    support, query, weights = support[:S_max].cpu(), query[:S_max].cpu(), weights[:S_max, :S_max].cpu()
-    Q, S = weights.shape
-    figure = Figure(figsize=(0.75 * (S + 1), 0.9 * Q + 0.3), layout="constrained")
-    axes = figure.subplots(Q, S + 1, squeeze=False)
-    for i in range(Q):
-        for j in range(-1, S):
-            ax, image = axes[i, j + 1], query[i] if j < 0 else support[j]
-            share = 1.0 if j < 0 else float(weights[i, j])
-            ax.imshow(1 - image.mean(dim=0).numpy(), cmap="gray", vmin=0, vmax=1, alpha=0.15 + 0.85 * share)
-            ax.set_title("query" if j < 0 else f"{100 * share:.0f} %", fontsize=8, pad=2)
-            ax.axis("off")
+    support, query, weights = support[:S_max].cpu(), query[:S_max].cpu(), weights[:S_max, :S_max].float().cpu()
+    (Q, S), (H, W) = weights.shape, support.shape[-2:]
+    shares = torch.cat([torch.ones(Q, 1), weights], dim=1)
+    ink = torch.cat([query[:, None], support.expand(Q, *support.shape)], dim=1).mean(dim=2)  # [Q, S + 1, H, W]
+    # One image on one pair of axes: axes for each cell take a minute at 25 rows.
+    top, gap = H // 3, W // 14 + 1
+    cells = F.pad(ink * (0.15 + 0.85 * shares)[..., None, None], (0, gap, top, 0))
+    figure = Figure(figsize=(0.75 * (S + 1), 0.9 * Q))
+    ax = figure.add_axes((0.01, 0.01, 0.98, 0.98))
+    ax.imshow(1 - cells.transpose(1, 2).flatten(2).flatten(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
+    for i, j in torch.cartesian_prod(torch.arange(Q), torch.arange(S + 1)).tolist():
+        label = f"{100 * shares[i, j]:.0f} %" if j else "query"
+        ax.text(j * (W + gap) + W / 2, i * (H + top) + top - 2, label, fontsize=8, ha="center")
+    ax.axis("off")
     return figure
 
 

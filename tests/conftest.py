@@ -99,6 +99,7 @@ THOROUGH = (
     "test_a_drifted_run_is_trained_anew_and_not_collected_again",
     "test_fifty_real_drawings_of_a_fresh_folder",
     "test_every_table_comes_back_bit_for_bit",
+    "test_every_picture_comes_back",
     "test_smoke_runs_leave_their_figures",
     "test_attention_on_mnist_needs_no_word_of_its_memory",
     "test_a_failure_is_named_and_the_others_run",
