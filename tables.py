@@ -108,8 +108,9 @@ def figure_of(runs: list[dict], key: str = "test_accuracy") -> str:
 
 
 def plain_command(run: dict) -> str:
-    """A run's command without what does not change its figures: where it wrote, and defaults."""
-    return re.sub(r" --(log_dir|run_name|out|results_dir) \S+| --(dataset|device) auto", "", run["command"])
+    """A run's command without where it wrote, and defaults; RUN_DIR is the run that it goes on from."""
+    command = re.sub(r" --(log_dir|run_name|out|results_dir) \S+| --(dataset|device) auto", "", run["command"])
+    return re.sub(r"(?<=--init_from )\S+", "RUN_DIR", command)
 
 
 def minutes(runs: list[dict]) -> str:
@@ -265,7 +266,7 @@ def vinyals_table(out: Path) -> str:
         "each with its turns by 90, 180 and 270 degrees as further classes, also in the test). ProtoNet's authors use",
         "these very lists. MAML's divide the characters at random, 1,200 and 423, and turn each class of a task at",
         "random, also of a test task; two turns of one character never meet there. Our MAML goes on from the network",
-        "of ProtoNet's rows with the same seed (`--init_from`): its minutes come after those.",
+        "of ProtoNet's rows with the same seed (RUN_DIR below): its minutes come after those.",
         "",
         *table("test accuracy in % | published | ours, transductive | ours, not transductive | seeds | minutes", rows),
         "",

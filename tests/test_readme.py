@@ -113,8 +113,9 @@ def test_every_command_runs_in_its_smallest_form(command, folders):
         owner = "mae.py" if transformer and starts else "protonet.py" if starts or script == "predict.py" else script
         other_classes = script == "hw1.py" and "--num_classes" in flags  # which only attention can be asked about
         shape = ("--memory", "attention") if "attention" in flags or other_classes else ()
-        if starts:  # of the size of what goes on from it
+        if starts:  # of the size and the split of what goes on from it
             shape = ("--depth", "4") if transformer else ("--width", "4")
+            shape += ("--split", "vinyals") if "vinyals" in flags else ()
         filled = [run_dir(owner, *shape) if flag == "RUN_DIR" else flag for flag in filled]
     if "--resume" in flags:
         final = filled  # a resumed run keeps its flags
