@@ -225,7 +225,7 @@ def attention_figure(support: torch.Tensor, query: torch.Tensor, weights: torch.
     (Q, S), (H, W) = weights.shape, support.shape[-2:]
     shares = torch.cat([torch.ones(Q, 1), weights], dim=1)
     ink = torch.cat([query[:, None], support.expand(Q, *support.shape)], dim=1).mean(dim=2)  # [Q, S + 1, H, W]
-    # One image on one pair of axes: laying out 650 axes takes longer than most tests that end with this picture.
+    # One image on one pair of axes: matplotlib lays out 25 x 26 pairs far more slowly.
     top, gap = H // 3, W // 14 + 1
     cells = F.pad(ink * (0.15 + 0.85 * shares)[..., None, None], (0, gap, top, 0))
     figure = Figure(figsize=(0.75 * (S + 1), 0.9 * Q))

@@ -155,7 +155,8 @@ CASES = [
          "--num_classes 20 --num_shot 5 --optimizer muon --learning_rate 0.05",
          "--num_val_tasks 100 --train_steps 4200 --eval_freq 2100", "--train_steps 60000 --eval_freq 1000", 3, 40,
          beyond=True),
-    # All four N and K are tested with one network, from which MAML goes on.
+    # All four N and K are tested with one network, from which MAML goes on; at 5 shots by two inner steps at half the
+    # head's usual rate, N / sqrt(64) (docs/log.md).
     Case("comparison", "protonet_vinyals", "protonet.py", "--split vinyals",
          f"{TASKS} --train_steps 15000 --eval_freq 1500", f"{TASKS} --train_steps 60000 --eval_freq 2000", 3, 20,
          beyond=True),

@@ -593,3 +593,16 @@ def test_a_run_is_not_another_memorys(tmp_path, capsys):
     for flags in (["--memory", "external", "--test", "--checkpoint"], ["--memory", "external", "--resume"]):
         with pytest.raises(hw1.UserError, match="--memory external is not the run's attention"):
             hw1.main([*flags, str(tmp_path / "a")])
+
+
+@pytest.mark.parametrize(("C", "dtype"), [(1, torch.float32), (3, torch.bfloat16)])
+def test_the_picture_of_attention_is_as_dark_as_the_weights(C, dtype):
+    weights = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.25, 0.75]], dtype=dtype)
+    figure = memory.attention_figure(torch.ones(3, C, 28, 28), torch.ones(2, C, 28, 28), weights)
+    (axes,) = figure.axes
+    labels = ["query", "100 %", "0 %", "0 %", "query", "0 %", "25 %", "75 %"]
+    assert [text.get_text() for text in axes.texts] == labels
+    shown = axes.images[0].get_array()
+    for text, share in zip(axes.texts, [1, 1, 0, 0, 1, 0, 0.25, 0.75], strict=True):
+        x, y = text.get_position()
+        assert shown[int(y) + 16, int(x)] == pytest.approx(1 - (0.15 + 0.85 * share))  # within the image below its text
