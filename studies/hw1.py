@@ -13,7 +13,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from studies.results import BLUE, GREEN, PINK, RED, Row, load, new_figure
+from studies.results import BLUE, GREEN, PINK, RED, Row, load, new_figure, plain_command
 
 ROWS = [
     Row("MANN, 1-shot 2-way", "K1N2", "above 90", front=True),
@@ -44,6 +44,11 @@ SWEEPS = {
         "K1N3_3_layers": "three LSTM layers",
     },
 }
+
+
+def command(out: Path, case: str) -> str:
+    """The command of a case's first seed."""
+    return plain_command(load(out, f"hw1/{case}")[0])
 
 
 def curves_of(out: Path, rows: dict[str, dict[str, str]]):
