@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from studies.ledger import Case
 from studies.results import BLUE, GREY, RED, interval_of, load, new_figure, plain_command, table
+
+# ---------------------------------------------------------------------------------------- recipes
+
+PULSE = "--train_steps 12 --eval_freq 6 --num_val_tasks 20 --num_test_tasks 20 --test_samples 8"
+OF_NUMBERS = True  # its script knows one precision
+
+CASES = [
+    Case("phase", "", seeds=3, minutes=3, beyond=True),
+    Case("amplitude", "--metadata amplitude", seeds=3, minutes=3, beyond=True),
+    Case("phase_without_phi1", "--drop_phi1", seeds=3, minutes=3, beyond=True),
+    Case("omniglot", "--world omniglot", seeds=3, minutes=8, beyond=True),
+]
+
+# ---------------------------------------------------------------------------------------- results
 
 METADATA = {"phase": "the quarter of the phase", "amplitude": "the amplitude, with noise"}
 

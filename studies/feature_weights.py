@@ -5,7 +5,17 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from studies.ledger import Case
 from studies.results import BLUE, GREEN, GREY, PINK, RED, new_figure, plain_command, read_if, table
+
+# ---------------------------------------------------------------------------------------- recipes
+
+PULSE = "--smoke"
+OWN_OUTPUT = True
+
+CASES = [Case("features", "--part all", minutes=2)]
+
+# ---------------------------------------------------------------------------------------- results
 
 # What the documents say: (what, weights, training points, their test error)
 CLAIMS = [

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from studies.ledger import Case
 from studies.results import BLUE, GREEN, PINK, RED, new_figure, plain_command, processor, read_if, table
+
+# ---------------------------------------------------------------------------------------- recipes
+
+PULSE = "--smoke"
+OWN_OUTPUT = True
+
+CASES = [Case("costs", "--sweep all --engine auto", minutes=5)]
+
+# ---------------------------------------------------------------------------------------- results
 
 COST_TITLES = {"maml": "MAML", "es": "ES", "fomaml": "first-order MAML", "checkpoint": "checkpointed MAML"}
 COST_COLOURS = {"maml": BLUE, "es": RED, "fomaml": GREEN, "checkpoint": PINK}
