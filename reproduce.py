@@ -71,7 +71,7 @@ def parse_args(argv=None):
 def main(argv=None) -> dict | list[str]:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["report"]:
-        import report  # draws: no other word needs matplotlib
+        from studies import report  # draws: no other word needs matplotlib
 
         return report.main(argv[1:])
     args = parse_args(argv)
@@ -100,7 +100,7 @@ def main(argv=None) -> dict | list[str]:
     print(f"{len(jobs) - len(due) - len(unclear)} of {len(jobs)} runs are done already")
     drifted = {job.name for job in due if found[job.name][0] == "drifted"}
     failures = unclear + run_all(due, drifted, args.out, runs, args.jobs)
-    print(f"results: {args.out}; tables and pictures: python report.py --results {args.out}")
+    print(f"results: {args.out}; tables and pictures: python reproduce.py report --results {args.out}")
     if failures:
         print("\n".join(f"error: {failure}" for failure in failures), file=sys.stderr)
         sys.exit(1)
