@@ -13,7 +13,19 @@ import re
 import statistics
 from pathlib import Path
 
-PARTS = ("mann", "meta_lstm", "comparison", "memorization", "bayes", "mae")  # folders of results/: a JSON file a run
+# Folders of results/: a JSON file a run
+PARTS = (
+    "hw1",
+    "attention",
+    "external_memory",
+    "protonet",
+    "transfer",
+    "maml",
+    "meta_lstm",
+    "memorization",
+    "bayes",
+    "mae",
+)
 # 97.5 % points of Student's t for n - 1 degrees of freedom, by the number n of seeds
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
@@ -42,24 +54,31 @@ TITLES = {
 # Networks of characters asked about MNIST's digits: what a row says, the results, the metric, the colour
 MNIST_SHOTS = (1, 5, 10, 20)
 MNIST = [
-    ("ProtoNet", "protonet", "test_accuracy", COLOURS["protonet"]),
-    ("fine-tuning, a new head", "transfer", "test_accuracy", COLOURS["transfer"]),
-    ("MAML", "maml", "test_accuracy_support", COLOURS["maml"]),
-    ("MAML, transductive", "maml", "test_accuracy_transductive", SKY),
-    ("attention, learned with 5 classes", "attention", "test_accuracy_alone", COLOURS["mann"]),
-    ("meta-LSTM", "meta_lstm", "test_accuracy", COLOURS["meta_lstm"]),
-    ("meta-LSTM, random start", "meta_lstm_reset", "test_accuracy", YELLOW),
+    ("ProtoNet", "protonet/mnist_", "test_accuracy", COLOURS["protonet"]),
+    ("fine-tuning, a new head", "transfer/mnist_", "test_accuracy", COLOURS["transfer"]),
+    ("MAML", "maml/mnist_", "test_accuracy_support", COLOURS["maml"]),
+    ("MAML, transductive", "maml/mnist_", "test_accuracy_transductive", SKY),
+    ("attention, learned with 5 classes", "attention/mnist_", "test_accuracy_alone", COLOURS["mann"]),
+    ("meta-LSTM", "meta_lstm/mnist_", "test_accuracy", COLOURS["meta_lstm"]),
+    ("meta-LSTM, random start", "meta_lstm/mnist_reset_", "test_accuracy", YELLOW),
 ]
 COST_TITLES = {"maml": "MAML", "es": "ES", "fomaml": "first-order MAML", "checkpoint": "checkpointed MAML"}
 COST_COLOURS = {"maml": BLUE, "es": RED, "fomaml": GREEN, "checkpoint": PINK}
 SWEEPS = {"inner_steps": "inner steps", "layers": "hidden layers", "hidden_dim": "hidden units"}
 SIGHTS = (1, 2, 3, 5, 10)
 BY_SIGHT = [  # of a character in a sequence of 50 images (Santoro et al. 2016, table 1, 5 classes, one-hot labels)
-    ("LSTM", "mann/lstm_sequence", (24.4, 49.5, 55.3, 63.6, 62.5)),
-    ("external memory", "mann/external_sequence", (36.4, 82.8, 91.0, 94.9, 98.1)),
+    ("LSTM", "external_memory/lstm", (24.4, 49.5, 55.3, 63.6, 62.5)),
+    ("external memory", "external_memory/external", (36.4, 82.8, 91.0, 94.9, 98.1)),
 ]
 
 # ------------------------------------------------------------------------------------- results
+
+
+def case_of(name: str) -> str:
+    """METHOD/CASE of a row of the comparison."""
+    others = {"transfer": "transfer/default", "protonet": "protonet/default", "protonet_long": "protonet/long"}
+    others |= {"meta_lstm": "meta_lstm/5way1shot", "mann": "hw1/conv_K1N5"}
+    return others.get(name, f"maml/{name}")
 
 
 def read(path: Path) -> dict | list:
@@ -70,7 +89,7 @@ def read(path: Path) -> dict | list:
 
 
 def load(out: Path, name: str) -> list[dict]:
-    """The metrics of all seeds of part/name, in the order of the seeds."""
+    """The metrics of all seeds of METHOD/CASE, in the order of the seeds."""
     return [read(path) for path in sorted(out.glob(f"{name}_seed*.json"))]
 
 

@@ -38,13 +38,13 @@ def growth(f: dict, unit: str) -> str:
 def other_rows(out: Path) -> list[list[str]]:
     """What the documents say about costs and feature weights beside what we measured: the cells of each row."""
     rows = []
-    if (file := out / "costs.json").exists():
+    if (file := out / "profile_costs" / "costs.json").exists():
         costs = read(file)
         found = {f["method"]: f for f in costs["fits"] if (f["sweep"], f["engine"]) == ("inner_steps", "vmap")}
         for method, claim in COST_CLAIMS:
             what = f"{COST_TITLES[method]}, peak memory with x inner steps"
             rows.append([what, claim, growth(found[method]["memory"], "MB"), f"`{plain_command(costs)}`"])
-    if (file := out / "features.json").exists() and "closed_form" in (results := read(file)):
+    if (file := out / "feature_weights" / "features.json").exists() and "closed_form" in (results := read(file)):
         run = results["closed_form"]
         for what, weights, points, claim in FEATURE_CLAIMS:
             what = f"Feature weights, test error at {points} points, {what}"
@@ -55,7 +55,7 @@ def other_rows(out: Path) -> list[list[str]]:
 
 def costs_text(out: Path) -> str:
     """How MAML's and ES's costs grow, where ES is the dearer one, and what its gradient is worth."""
-    costs = read(out / "costs.json")
+    costs = read(out / "profile_costs" / "costs.json")
     fits, rows = [f for f in costs["fits"] if f["engine"] == "vmap"], costs["rows"]
     cells = [
         [
@@ -84,8 +84,8 @@ def costs_text(out: Path) -> str:
         if row["method"] in ("maml", "es")
     ]
     lines += [*table("at 512 units | engine | ms | MB", cells), "", dearer_text(costs), "", cosine_text(costs)]
-    if (out / "costs_train.json").exists():
-        lines += ["", training_text(read(out / "costs_train.json"))]
+    if (out / "profile_costs" / "costs_train.json").exists():
+        lines += ["", training_text(read(out / "profile_costs" / "costs_train.json"))]
     return "\n".join(lines)
 
 
@@ -139,7 +139,7 @@ def training_text(runs: dict) -> str:
 
 def features_text(out: Path) -> str:
     """The homework's questions on feature weights, each answered in two sentences."""
-    r = read(out / "features.json")
+    r = read(out / "feature_weights" / "features.json")
     d, e, adam = r["alias"], r["closed_form"], r["closed_form_adam"]
     five, one, g, h = r["gradient_5_steps"], r["gradient_1_steps"], r["classification"], r["logistic_10_steps"]
     random, n = r["closed_form_random"], e["num_points"]
@@ -310,11 +310,11 @@ def mae_lessons(out: Path) -> str:
         f"- **Prototypes or a linear head?** With one drawing a class {ours} % and {head} %. A linear head for all",
         f"  test characters at once, from {drawings} drawings of each, is right in {probe} % of cases.",
     ]
-    if load(out, "comparison/protonet"):
-        points = of("comparison/protonet") - of("mae/mae")
+    if load(out, "protonet/default"):
+        points = of("protonet/default") - of("mae/mae")
         lines += [
             "- **What would labels be worth?** The default ProtoNet, told the label of every training drawing, answers",
-            f"  {figure_of(load(out, 'comparison/protonet'))} %: {abs(points):.1f} points "
+            f"  {figure_of(load(out, 'protonet/default'))} %: {abs(points):.1f} points "
             f"{'more' if points > 0 else 'less'}.",
         ]
     return "\n".join(lines)
@@ -331,7 +331,7 @@ def few_labels_text(out: Path) -> str:
             seeds = ", ".join(f"{100 * run['test_accuracy']:.1f}" for run in runs)
             cells += [figure_of(runs) if runs else "", seeds]
             commands += [f"- `{plain_command(runs[0])}`"] if runs else []
-        conv4 = load(out, "comparison/protonet") if n == 1100 else []
+        conv4 = load(out, "protonet/default") if n == 1100 else []
         rows.append([f"{n:,}", *cells, gain(*reversed(starts.values())), figure_of(conv4) if conv4 else ""])
     some = next(runs for starts in found.values() for runs in starts.values() if runs)
     titles = "labelled characters | from scratch | each seed | from masked auto-encoding | each seed "
@@ -450,7 +450,7 @@ def mnist_text(out: Path) -> str:
     """Accuracy on MNIST's digits of networks that learned from characters, and what became of the report's try."""
     rows, names = [], []
     for what, name, key, _ in MNIST:
-        found = {K: load(out, f"comparison/mnist_{name}_{K}shot") for K in MNIST_SHOTS}
+        found = {K: load(out, f"{name}{K}shot") for K in MNIST_SHOTS}
         if not (measured := [runs for runs in found.values() if runs]):
             continue
         rows.append([what, *(figure_of(found[K], key) if found[K] else "" for K in MNIST_SHOTS), len(measured[0])])
@@ -464,7 +464,7 @@ def mnist_text(out: Path) -> str:
         "± is the 95 % interval over 600 tasks, or over the seeds where they differ by more: training fixes what a",
         "network makes of characters far better than what it makes of digits.",
         f"No query influences another{but}.",
-        "Command of a row, which trains first what it tests: `python reproduce.py comparison --only mnist_NAME`, where",
+        "Command of a row, which trains first what it tests: `python reproduce.py all --only NAME`, where",
         f"NAME is, row by row, {', '.join(names)}.",
         "",
         "![accuracy on MNIST by shots](../results/mnist.png)",
@@ -487,7 +487,7 @@ def reset_lesson(out: Path) -> list[str]:
         f"the rule from its learned start {of('MNIST', 'learned')}; on Omniglot's test characters random and learned",
         f"start give {of('Omniglot', 'random')} and {of('Omniglot', 'learned')} %.",
     ]
-    one = [load(out, f"comparison/mnist_{name}_1shot") for name in ("meta_lstm", "meta_lstm_reset")]
+    one = [load(out, f"meta_lstm/mnist_{start}1shot") for start in ("", "reset_")]
     if all(one) and all(runs[0]["test_accuracy"] < runs[0]["test_accuracy_sgd"] for runs in one):
         rule, descent = ([figure_of(runs, f"test_accuracy{kind}") for runs in one] for kind in ("", "_sgd"))
         lines += [

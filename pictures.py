@@ -32,6 +32,7 @@ from evidence import (
     SKY,
     TITLES,
     YELLOW,
+    case_of,
     digits_of,
     interval,
     load,
@@ -45,7 +46,7 @@ from evidence import (
 
 
 def draw_lines(ax, out: Path, names: dict[str, str], tag: str, scale: float) -> None:
-    """One curve for each {part/name: label}, seed 1."""
+    """One curve for each {METHOD/CASE: label}, seed 1."""
     for colour, (name, label) in zip((BLUE, RED, GREEN, PINK, YELLOW, SKY), names.items(), strict=False):
         if (runs := load(out, name)) and tag in runs[0].get("curves", {}):
             steps, values = zip(*runs[0]["curves"][tag], strict=True)
@@ -57,13 +58,13 @@ def draw_lines(ax, out: Path, names: dict[str, str], tag: str, scale: float) -> 
 
 def draw_mann(out: Path) -> None:
     """Figures 3 to 8 of the report (K, N grid), 9 (learning rate) and 10 (memory size)."""
-    grid = {f"mann/K{K}N{N}": f"{K}-shot {N}-way" for K, N in ((1, 2), (2, 2), (1, 3), (1, 4))}
-    rates = {f"mann/K1N3_rate_{r}": f"learning rate {r}" for r in ("1e-1", "1e-3", "1e-5")}
-    sizes = {"mann/K1N3_memory_8": "8 units", "mann/K1N3_rate_1e-3": "128 units", "mann/K1N3_memory_256": "256 units"}
+    grid = {f"hw1/K{K}N{N}": f"{K}-shot {N}-way" for K, N in ((1, 2), (2, 2), (1, 3), (1, 4))}
+    rates = {f"hw1/K1N3_rate_{r}": f"learning rate {r}" for r in ("1e-1", "1e-3", "1e-5")}
+    sizes = {"hw1/K1N3_memory_8": "8 units", "hw1/K1N3_rate_1e-3": "128 units", "hw1/K1N3_memory_256": "256 units"}
     kinds = {
-        "mann/K1N3_rate_1e-3": "two LSTM layers",
-        "mann/K1N3_gru": "two GRU layers",
-        "mann/K1N3_3_layers": "three LSTM layers",
+        "hw1/K1N3_rate_1e-3": "two LSTM layers",
+        "hw1/K1N3_gru": "two GRU layers",
+        "hw1/K1N3_3_layers": "three LSTM layers",
     }
     sweeps = {
         "learning rate (1-shot 3-way)": rates,
@@ -102,9 +103,7 @@ def draw_sights(out: Path) -> None:
 
 def draw_comparison(out: Path) -> None:
     """The slides' bar chart with our other methods beside it, and accuracy before and after adaptation."""
-    where = {name: f"comparison/{name}" for name in TITLES}
-    where |= {"meta_lstm": "meta_lstm/5way1shot", "mann": "mann/conv_K1N5"}
-    found = {name: runs for name in TITLES if (runs := load(out, where[name]))}
+    found = {name: runs for name in TITLES if (runs := load(out, case_of(name)))}
     titles = {name: TITLES[name] + " *" * warmed_up(runs[0]) for name, runs in found.items()}
     if found:
         figure, ((ax,),) = new_figure(1, 1, (9, 4))
@@ -142,7 +141,7 @@ def draw_comparison(out: Path) -> None:
 
 INNER_LOOPS = {  # rows of MAML whose inner loops are drawn; a broken line: from scratch
     "maml": ("MAML", RED, "-"),
-    "maml_10way1shot": ("10-way MAML", BLUE, "-"),
+    "10way1shot": ("10-way MAML", BLUE, "-"),
     "fomaml": ("first-order MAML", YELLOW, "-"),
     "protomaml": ("Proto-MAML (f.o.)", GREEN, "-"),
     "anil": ("ANIL", SKY, "-"),
@@ -157,9 +156,7 @@ def inner_loops(out: Path) -> dict[str, dict[str, float | None]]:
     """{row: {layer: its relative update in the inner loop, mean over tasks and seeds}} of the rows that tell it."""
     found = {}
     for name in INNER_LOOPS:
-        moved = [
-            run["update_norm_per_layer"] for run in load(out, f"comparison/{name}") if "update_norm_per_layer" in run
-        ]
+        moved = [run["update_norm_per_layer"] for run in load(out, f"maml/{name}") if "update_norm_per_layer" in run]
         if moved:
             known = {layer: [m[layer] for m in moved if m[layer] is not None] for layer in moved[0]}
             found[name] = {layer: statistics.fmean(some) if some else None for layer, some in known.items()}
@@ -191,7 +188,7 @@ def draw_inner_loop(out: Path) -> None:
 
 def draw_protonet(out: Path) -> None:
     """Accuracy while ProtoNet trains, and one embedded test task."""
-    runs = [found[0] for name in ("protonet", "protonet_long") if (found := load(out, f"comparison/{name}"))]
+    runs = [found[0] for name in ("default", "long") if (found := load(out, f"protonet/{name}"))]
     if not runs or "curves" not in runs[0]:
         return
     figure, ((left, right),) = new_figure(1, 2, (10, 4))
@@ -311,13 +308,13 @@ def draw_tensorboard(out: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     browser, names = find_browser(), ("K2N2", "K1N2", "K1N3", "K1N4")
-    if not browser or not all(load(out, f"mann/{name}") for name in names):
+    if not browser or not all(load(out, f"hw1/{name}") for name in names):
         return
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             with SummaryWriter(str(Path(folder) / "runs" / f"hw1_{name}_seed1")) as writer:
                 for tag in ("Accuracy/test", "Accuracy/val"):
-                    for step, value in load(out, f"mann/{name}")[0]["curves"][tag]:
+                    for step, value in load(out, f"hw1/{name}")[0]["curves"][tag]:
                         writer.add_scalar(tag, value, step)
         board = subprocess.Popen(
             [sys.executable, "-m", "tensorboard.main", "--logdir", "runs", "--port", "0", "--load_fast", "false"],
@@ -381,5 +378,5 @@ def draw_everything(out: Path) -> None:
     study_pictures.draw_mae(out)
     study_pictures.draw_reconstructions(out)
     study_pictures.draw_mnist(out)
-    if (out / "costs_train.json").exists():
-        study_pictures.draw_adapted(read(out / "costs_train.json"), out / "costs_train.png")
+    if (file := out / "profile_costs" / "costs_train.json").exists():
+        study_pictures.draw_adapted(read(file), out / "costs_train.png")

@@ -224,7 +224,7 @@ def write_tables(out: Path, dataset: str) -> None:
     for part in PARTS:
         if files := sorted((out / part).glob("*.json")):
             write_csv(out / f"{part}.csv", names, [{"name": file.stem} | read(file) for file in files])
-    if (file := out / "costs.json").exists() and (rows := read(file).get("rows")):
+    if (file := out / "profile_costs" / "costs.json").exists() and (rows := read(file).get("rows")):
         write_csv(out / "costs.csv", list(rows[0]), rows)
     write_text(out / "README.md", page(out, dataset))
 

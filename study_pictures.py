@@ -71,7 +71,8 @@ def cost_figure(rows: list[dict], engine: str, summary: dict):
 
 def draw_costs(out: Path) -> None:
     """Runtime and memory of an outer step against inner steps, layers and hidden units; vmap's, if it was measured."""
-    if not (out / "costs.json").exists() or not (rows := (costs := read(out / "costs.json")).get("rows")):
+    file = out / "profile_costs" / "costs.json"
+    if not file.exists() or not (rows := (costs := read(file)).get("rows")):
         return
     engines = {row["engine"] for row in rows}
     engine = "vmap" if "vmap" in engines else sorted(engines)[0]
@@ -175,7 +176,8 @@ def draw_features(runs: list[dict], path: Path) -> None:
 
 def draw_all_features(out: Path) -> None:
     """features_<part>.png for each part in features.json; of one part with other points features_<part>_random.png."""
-    runs = read(out / "features.json") if (out / "features.json").exists() else {}
+    file = out / "feature_weights" / "features.json"
+    runs = read(file) if file.exists() else {}
     if "path" in runs.get("alias", {}):
         draw_alias(runs["alias"], out / "features_alias.png")
     of_part: dict[str, list] = {}
@@ -321,7 +323,7 @@ def draw_mae(out: Path) -> None:
         for (start, (label, colour)), aside in zip(STARTS.items(), (0.98, 1.02), strict=True):
             if at := {n: starts[start] for n, starts in found.items() if starts[start]}:
                 draw_curve(ax, list(at), list(at.values()), colour, f"transformer, {label}", aside)
-        if 1100 in found and (conv4 := load(out, "comparison/protonet")):
+        if 1100 in found and (conv4 := load(out, "protonet/default")):
             draw_curve(ax, [1100], [conv4], GREEN, "Conv4, from scratch")
         if frozen:
             mean, half, _ = interval(frozen)
@@ -415,7 +417,7 @@ def resets(out: Path) -> dict[str, dict[str, dict]]:
     """{images: {start: a run of the 10-way 10-shot meta-LSTM}}: characters and digits, learned and random start."""
     names = {
         "Omniglot": {"learned": "meta_lstm/10way10shot", "random": "meta_lstm/10way10shot_reset"},
-        "MNIST": {"learned": "comparison/mnist_meta_lstm_10shot", "random": "comparison/mnist_meta_lstm_reset_10shot"},
+        "MNIST": {"learned": "meta_lstm/mnist_10shot", "random": "meta_lstm/mnist_reset_10shot"},
     }
     found = {images: {start: load(out, name) for start, name in of.items()} for images, of in names.items()}
     if not all(runs for of in found.values() for runs in of.values()):
@@ -427,7 +429,7 @@ def draw_mnist(out: Path) -> None:
     """Accuracy of networks of characters on digits, by shots; and what the meta-LSTM's start is worth."""
     curves = []
     for what, name, key, colour in MNIST:
-        found = {K: runs for K in MNIST_SHOTS if (runs := load(out, f"comparison/mnist_{name}_{K}shot"))}
+        found = {K: runs for K in MNIST_SHOTS if (runs := load(out, f"{name}{K}shot"))}
         points = [(K, *interval(runs, key)[:2]) for K, runs in found.items()]
         curves += [(what, colour, list(zip(*points, strict=True)))] if points else []
     if not curves:

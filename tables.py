@@ -16,6 +16,7 @@ import pictures
 from evidence import (
     BY_SIGHT,
     SIGHTS,
+    case_of,
     digits_of,
     interval,
     interval_of,
@@ -31,34 +32,34 @@ from evidence import (
 # training, the rotations of the other 423 among the test classes. Our rows are of the course split.
 VINYALS = " (Vinyals' split)"
 CLAIMS = [
-    ("MANN", "1-shot 2-way", "mann/K1N2", "test_accuracy", "above 90", "-"),
-    ("MANN", "2-shot 2-way", "mann/K2N2", "test_accuracy", "above 90", "-"),
-    ("MANN", "1-shot 3-way", "mann/K1N3", "test_accuracy", "about 80", "-"),
-    ("MANN", "1-shot 4-way", "mann/K1N4", "test_accuracy", "about 70", "-"),
-    ("MANN", "5-way 1-shot, conv encoder", "mann/conv_K1N5", "test_accuracy", "-",
+    ("MANN", "1-shot 2-way", "hw1/K1N2", "test_accuracy", "above 90", "-"),
+    ("MANN", "2-shot 2-way", "hw1/K2N2", "test_accuracy", "above 90", "-"),
+    ("MANN", "1-shot 3-way", "hw1/K1N3", "test_accuracy", "about 80", "-"),
+    ("MANN", "1-shot 4-way", "hw1/K1N4", "test_accuracy", "about 70", "-"),
+    ("MANN", "5-way 1-shot, conv encoder", "hw1/conv_K1N5", "test_accuracy", "-",
      "82.8 to 89.2 (MANN, second sight in a stream)"),
-    ("ProtoNet", "5-way 1-shot, default", "comparison/protonet", "test_accuracy", "98.8", "98.8" + VINYALS),
-    ("ProtoNet", "5-way 1-shot, long", "comparison/protonet_long", "test_accuracy_5way1shot", "98.8", "98.8" + VINYALS),
-    ("ProtoNet", "5-way 5-shot, long", "comparison/protonet_long", "test_accuracy_5way5shot", "-", "99.7" + VINYALS),
-    ("ProtoNet", "20-way 1-shot, long", "comparison/protonet_long", "test_accuracy_20way1shot", "-", "96.0" + VINYALS),
-    ("ProtoNet", "20-way 5-shot, long", "comparison/protonet_long", "test_accuracy_20way5shot", "-", "98.9" + VINYALS),
-    ("ProtoNet", "5-way 1-shot, residual", "comparison/protonet_residual", "test_accuracy_5way1shot", "-", "-"),
-    ("ProtoNet", "5-way 5-shot, residual", "comparison/protonet_residual", "test_accuracy_5way5shot", "-", "-"),
-    ("ProtoNet", "20-way 1-shot, residual", "comparison/protonet_residual", "test_accuracy_20way1shot", "-", "-"),
-    ("ProtoNet", "20-way 5-shot, residual", "comparison/protonet_residual", "test_accuracy_20way5shot", "-", "-"),
-    ("ProtoNet", "20-way 1-shot in one alphabet, residual", "comparison/protonet_lake", "test_accuracy", "-", "-"),
-    ("ProtoNet", "the same, of one drawer", "comparison/protonet_lake", "test_accuracy_one_drawer", "-", "-"),
-    ("Fine-tuning", "423-way", "comparison/transfer", "finetuned_accuracy", "78.5", "-"),
-    ("Fine-tuning", "5-way 1-shot", "comparison/transfer", "test_accuracy", "-", "-"),
-    ("First-order MAML", "5-way 1-shot", "comparison/fomaml", "test_accuracy", "81.5", "98.3" + VINYALS),
-    ("Proto-MAML (first order)", "5-way 1-shot", "comparison/protomaml", "test_accuracy", "89.2", "-"),
-    ("MAML", "5-way 1-shot", "comparison/maml", "test_accuracy", "-", "98.7" + VINYALS),
-    ("MAML", "5-way 1-shot, plain features", "comparison/maml_plain", "test_accuracy", "-", "98.7" + VINYALS),
-    ("MAML", "5-way 5-shot", "comparison/maml_5way5shot", "test_accuracy", "-", "99.9" + VINYALS),
-    ("MAML", "20-way 1-shot", "comparison/maml_20way1shot", "test_accuracy", "-", "95.8" + VINYALS),
-    ("MAML", "20-way 5-shot", "comparison/maml_20way5shot", "test_accuracy", "-", "98.9" + VINYALS),
-    ("MAML", "20-way 5-shot, by Muon", "comparison/maml_20way5shot_muon", "test_accuracy", "-", "98.9" + VINYALS),
-    ("ANIL", "5-way 1-shot", "comparison/anil", "test_accuracy", "-", "-"),
+    ("ProtoNet", "5-way 1-shot, default", "protonet/default", "test_accuracy", "98.8", "98.8" + VINYALS),
+    ("ProtoNet", "5-way 1-shot, long", "protonet/long", "test_accuracy_5way1shot", "98.8", "98.8" + VINYALS),
+    ("ProtoNet", "5-way 5-shot, long", "protonet/long", "test_accuracy_5way5shot", "-", "99.7" + VINYALS),
+    ("ProtoNet", "20-way 1-shot, long", "protonet/long", "test_accuracy_20way1shot", "-", "96.0" + VINYALS),
+    ("ProtoNet", "20-way 5-shot, long", "protonet/long", "test_accuracy_20way5shot", "-", "98.9" + VINYALS),
+    ("ProtoNet", "5-way 1-shot, residual", "protonet/residual", "test_accuracy_5way1shot", "-", "-"),
+    ("ProtoNet", "5-way 5-shot, residual", "protonet/residual", "test_accuracy_5way5shot", "-", "-"),
+    ("ProtoNet", "20-way 1-shot, residual", "protonet/residual", "test_accuracy_20way1shot", "-", "-"),
+    ("ProtoNet", "20-way 5-shot, residual", "protonet/residual", "test_accuracy_20way5shot", "-", "-"),
+    ("ProtoNet", "20-way 1-shot in one alphabet, residual", "protonet/lake", "test_accuracy", "-", "-"),
+    ("ProtoNet", "the same, of one drawer", "protonet/lake", "test_accuracy_one_drawer", "-", "-"),
+    ("Fine-tuning", "423-way", "transfer/default", "finetuned_accuracy", "78.5", "-"),
+    ("Fine-tuning", "5-way 1-shot", "transfer/default", "test_accuracy", "-", "-"),
+    ("First-order MAML", "5-way 1-shot", "maml/fomaml", "test_accuracy", "81.5", "98.3" + VINYALS),
+    ("Proto-MAML (first order)", "5-way 1-shot", "maml/protomaml", "test_accuracy", "89.2", "-"),
+    ("MAML", "5-way 1-shot", "maml/maml", "test_accuracy", "-", "98.7" + VINYALS),
+    ("MAML", "5-way 1-shot, plain features", "maml/plain", "test_accuracy", "-", "98.7" + VINYALS),
+    ("MAML", "5-way 5-shot", "maml/5way5shot", "test_accuracy", "-", "99.9" + VINYALS),
+    ("MAML", "20-way 1-shot", "maml/20way1shot", "test_accuracy", "-", "95.8" + VINYALS),
+    ("MAML", "20-way 5-shot", "maml/20way5shot", "test_accuracy", "-", "98.9" + VINYALS),
+    ("MAML", "20-way 5-shot, by Muon", "maml/20way5shot_muon", "test_accuracy", "-", "98.9" + VINYALS),
+    ("ANIL", "5-way 1-shot", "maml/anil", "test_accuracy", "-", "-"),
     ("Meta-LSTM", "5-way 1-shot", "meta_lstm/5way1shot", "test_accuracy", "-", "none"),
     ("Meta-LSTM", "5-way 5-shot", "meta_lstm/5way5shot", "test_accuracy", "-", "none"),
     ("Meta-LSTM", "10-way 10-shot, the paper's flags", "meta_lstm/10way10shot", "test_accuracy", "-", "none"),
@@ -69,18 +70,18 @@ CLAIMS = [
 ]  # fmt: skip
 # Rows that stand in the tables once they are measured; columns as above.
 WHEN_MEASURED = [
-    ("MANN", "1-shot 2-way, first command of the README", "mann/default", "test_accuracy", "above 90", "-"),
-    ("ProtoNet", "Lake's 400 official trials, residual", "comparison/protonet_lake", "test_accuracy_lake_runs", "-",
+    ("MANN", "1-shot 2-way, first command of the README", "hw1/default", "test_accuracy", "above 90", "-"),
+    ("ProtoNet", "Lake's 400 official trials, residual", "protonet/lake", "test_accuracy_lake_runs", "-",
      "95.5 (people), 96.7 (BPL), 98.5 (ARC)"),
-    ("First-order MAML", "5-way 1-shot, from scratch", "comparison/fomaml_scratch", "test_accuracy", "81.5",
+    ("First-order MAML", "5-way 1-shot, from scratch", "maml/fomaml_scratch", "test_accuracy", "81.5",
      "98.3" + VINYALS),
-    ("Proto-MAML (first order)", "5-way 1-shot, from scratch", "comparison/protomaml_scratch", "test_accuracy", "89.2",
+    ("Proto-MAML (first order)", "5-way 1-shot, from scratch", "maml/protomaml_scratch", "test_accuracy", "89.2",
      "-"),
-    ("MAML", "5-way 1-shot, from scratch", "comparison/maml_scratch", "test_accuracy", "-", "98.7" + VINYALS),
-    ("MAML++", "5-way 1-shot, from scratch", "comparison/mamlpp_scratch", "test_accuracy", "-", "99.47" + VINYALS),
-    *[("MANN", f"{N}-way {K}-shot, attention", f"mann/attention_K{K}N{N}", "test_accuracy_alone", "-",
+    ("MAML", "5-way 1-shot, from scratch", "maml/maml_scratch", "test_accuracy", "-", "98.7" + VINYALS),
+    ("MAML++", "5-way 1-shot, from scratch", "maml/mamlpp_scratch", "test_accuracy", "-", "99.47" + VINYALS),
+    *[("MANN", f"{N}-way {K}-shot, attention", f"attention/K{K}N{N}", "test_accuracy_alone", "-",
        f"{snail} (SNAIL, Vinyals' split)") for N, K, snail in ((5, 1, "99.07"), (5, 5, "99.78"), (20, 1, "97.64"))],
-    ("MANN", "5-way 5-shot, attention learned with one shot", "mann/attention_K1N5_at_K5N5", "test_accuracy_alone", "-",
+    ("MANN", "5-way 5-shot, attention learned with one shot", "attention/K1N5_at_K5N5", "test_accuracy_alone", "-",
      "99.78 (SNAIL, Vinyals' split)"),
     ("Masked auto-encoding", "5-way 1-shot, no label in training", "mae/mae", "test_accuracy", "-",
      "94.9 (Meta-GMVAE, queries together), 88.4 (AAL), on splits of their own"),
@@ -88,10 +89,10 @@ WHEN_MEASURED = [
 # On the published protocol: (method, which figures its paper reports, the results of a setting, what their
 # transductive and non-transductive metrics are called, {(N, K): published}).
 ON_VINYALS = [
-    ("ProtoNet", "non-transductive", "comparison/protonet_vinyals",
+    ("ProtoNet", "non-transductive", "protonet/vinyals",
      ("test_accuracy_{N}way{K}shot_transductive", "test_accuracy_{N}way{K}shot"),
      {(5, 1): "98.8", (5, 5): "99.7", (20, 1): "96.0", (20, 5): "98.9"}),
-    ("MAML", "transductive", "comparison/maml_vinyals_{N}way{K}shot",
+    ("MAML", "transductive", "maml/vinyals_{N}way{K}shot",
      ("test_accuracy_transductive", "test_accuracy_support"),
      {(5, 1): "98.7", (5, 5): "99.9", (20, 1): "95.8", (20, 5): "98.9"}),
 ]  # fmt: skip
@@ -182,14 +183,14 @@ def speed_processor(race: dict) -> str:
 def front_table(out: Path) -> str:
     """One row a method, for the front door."""
     chosen = {
-        "mann/K1N2": "hw1",
-        "mann/attention_K1N5": "hw1",
-        "comparison/protonet": "protonet",
-        "comparison/transfer": "transfer",
-        "comparison/fomaml": "maml",
-        "comparison/protomaml": "maml",
-        "comparison/maml": "maml",
-        "comparison/anil": "maml",
+        "hw1/K1N2": "hw1",
+        "attention/K1N5": "hw1",
+        "protonet/default": "protonet",
+        "transfer/default": "transfer",
+        "maml/fomaml": "maml",
+        "maml/protomaml": "maml",
+        "maml/maml": "maml",
+        "maml/anil": "maml",
         "meta_lstm/5way1shot": "meta_lstm",
         "mae/mae": "mae",
     }
@@ -281,7 +282,7 @@ def inner_loop_text(out: Path) -> str:
     """Accuracy before and after the inner loop, how far it moves each layer, and the picture of that."""
     rows = []
     for name, moved in pictures.inner_loops(out).items():
-        runs = load(out, f"comparison/{name}")
+        runs = load(out, f"maml/{name}")
         title = re.sub("^f", "F", pictures.INNER_LOOPS[name][0])
         title += " after a prototype warm-up" if warmed_up(runs[0]) else " from scratch"
         before = statistics.fmean(run["accuracy_before_adaptation"] for run in runs)
@@ -316,7 +317,7 @@ def mann_table(out: Path) -> str:
     lines = table(
         "MANN, course split | course | published | ours | ± over | each seed | queries asked alone | minutes", rows
     )
-    runs = load(out, "mann/K1N2")
+    runs = load(out, "hw1/K1N2")
     return "\n".join(lines) + (
         f"\n\nTest accuracy in per cent, mean of the seeds on {runs[0]['num_test_tasks']:,} fixed tasks; "
         f"minutes of training of one seed{on}.\nCommand of the first row: `{plain_command(runs[0])}`."
@@ -326,10 +327,10 @@ def mann_table(out: Path) -> str:
 MEMORIES = {  # --memory: its idea, what a task of K N images costs, how it answers queries asked alone, its results
     "lstm": ("two LSTM layers; all of the support set must fit into their state",
              "time K N, one item after another; the state does not grow",
-             "asked one by one from the state that the support set left", "mann/conv_K1N5"),
+             "asked one by one from the state that the support set left", "hw1/conv_K1N5"),
     "attention": ("nothing is compressed: every query looks back at every support item",
                   "time and memory (K N)², all items at once",
-                  "in the same pass: queries do not see each other", "mann/attention_K1N5"),
+                  "in the same pass: queries do not see each other", "attention/K1N5"),
     "external": ("an LSTM with a table; writes over the least used rows, reads by likeness",
                  "time K N rows, one item after another; the table does not grow", "as the LSTM", ""),
 }  # fmt: skip
@@ -422,8 +423,8 @@ def beyond_table(out: Path) -> str:
     """Attention, and the memories of the sequences, asked for more classes, shots and sights than they have learned."""
     tasks, sequences = [], []
     for K, N in ((5, 5), (1, 20), (5, 20)):
-        if runs := load(out, f"mann/attention_K1N5_at_K{K}N{N}"):
-            own = load(out, f"mann/attention_K{K}N{N}")
+        if runs := load(out, f"attention/K1N5_at_K{K}N{N}"):
+            own = load(out, f"attention/K{K}N{N}")
             figures = [figure_of(at, "test_accuracy_alone") if at else "-" for at in (runs, own)]
             tasks.append([f"{N}-way {K}-shot", *figures])
     for what, name, _ in BY_SIGHT:
@@ -437,15 +438,15 @@ def beyond_table(out: Path) -> str:
     lines += table("attention, % | learned with 5-way 1-shot tasks | learned with such tasks", tasks)
     lines += ["", "The memories of the sequences can be asked to go on, 20 sights of each character instead of 10:", ""]
     titles = "% | 2nd of 10 sights, as learned | 10th of 10 | 2nd of 20 | 10th of 20 | 20th of 20"
-    command = "`python reproduce.py mann --only attention_K1N5_at,sequence_at`"
+    command = "`python reproduce.py all --only attention/K1N5_at,at_K19`"
     return "\n".join([*lines, *table(titles, sequences), "", f"Command, which trains first what it tests: {command}."])
 
 
 def mann_answers(out: Path) -> str:
     """The homework's questions on the MANN, answered by our runs."""
-    of = lambda name, key="test_accuracy": figure_of(load(out, f"mann/{name}"), key)
+    of = lambda name, key="test_accuracy": figure_of(load(out, f"hw1/{name}"), key)
     three = lambda name: of(f"K1N3_{name}")
-    run = load(out, "mann/K1N3_rate_1e-3")[0]
+    run = load(out, "hw1/K1N3_rate_1e-3")[0]
     return f"""\
 - **More classes?** Harder: {of("K1N2")} with 2, {of("K1N3")} with 3, {of("K1N4")} with 4 classes at one shot. There
   are more labels to tell apart and more images to keep in mind.
@@ -463,7 +464,7 @@ The last three are one seed each, intervals over tasks. Command at rate 1e-3: `{
 
 
 def memorisation_text(out: Path) -> str:
-    (run,) = load(out, "mann/memorisation")
+    (run,) = load(out, "hw1/memorisation")
     return (
         f"With `--fixed_labels` every training character keeps one label. The network then answers "
         f"{100 * run['train_accuracy']:.1f} % of the training tasks right, and {100 * run['test_accuracy']:.1f} ± "
@@ -516,7 +517,7 @@ def paired(out: Path) -> dict[str, tuple[float, float]]:
     """{method: (mean, half-width)} of the tasks' differences to the long ProtoNet in points, seeds averaged first."""
 
     def per_task(name: str) -> list[float]:
-        runs = [run["accuracies"] for run in load(out, f"comparison/{name}") if "accuracies" in run]
+        runs = [run["accuracies"] for run in load(out, case_of(name)) if "accuracies" in run]
         return [statistics.fmean(values) for values in zip(*runs, strict=False)]
 
     reference, found = per_task("protonet_long"), {}

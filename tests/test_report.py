@@ -90,9 +90,9 @@ def test_results_hold_data_and_pictures_and_no_code():
 
 
 def test_a_result_on_glyphs_in_an_omniglot_row_is_refused(run_script, tmp_path):
-    (tmp_path / "mann").mkdir()
-    run = json.loads((RESULTS / "mann" / "K1N2_seed1.json").read_text()) | {"dataset": "glyphs"}
-    (tmp_path / "mann" / "K1N2_seed1.json").write_text(json.dumps(run))
+    (tmp_path / "hw1").mkdir()
+    run = json.loads((RESULTS / "hw1" / "K1N2_seed1.json").read_text()) | {"dataset": "glyphs"}
+    (tmp_path / "hw1" / "K1N2_seed1.json").write_text(json.dumps(run))
     done = run_script("report.py", "--results", tmp_path)
     one_line_error(done, "K1N2_seed1.json is a result on glyphs", "--dataset glyphs")
     assert not list(tmp_path.glob("*.md")) and not list(tmp_path.glob("*.png"))
@@ -107,7 +107,8 @@ def test_bad_flags_and_files_get_one_line(run_script, tmp_path):
     one_line_error(run_script("report.py", "--results", tmp_path / "nowhere"), "--results", "not a folder")
     with pytest.raises(UserError, match="metrics.json"):
         report.main(["--run", str(tmp_path)])
-    (tmp_path / "costs.json").write_text("{")
+    (tmp_path / "profile_costs").mkdir()
+    (tmp_path / "profile_costs" / "costs.json").write_text("{")
     with pytest.raises(UserError, match="cannot read .*costs.json"):
         report.main(["--results", str(tmp_path)])
     with pytest.raises(UserError, match="nothing_known"):
@@ -178,34 +179,34 @@ def test_what_is_not_measured_is_said(tmp_path):
 
 
 def made_up(folder: Path, name: str, **figures) -> None:
-    """A result file of a row, with figures that no run has."""
-    common = json.loads((RESULTS / "comparison" / "maml_seed1.json").read_text())
-    (folder / "comparison").mkdir(exist_ok=True)
-    (folder / "comparison" / f"{name}_seed1.json").write_text(json.dumps(common | figures))
+    """A result file of METHOD/CASE, with figures that no run has."""
+    common = json.loads((RESULTS / "maml" / "maml_seed1.json").read_text())
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / f"{name}_seed1.json").write_text(json.dumps(common | figures))
 
 
 def test_rows_of_the_published_protocol_and_from_scratch_appear_when_they_are_measured(tmp_path):
     assert tables.vinyals_table(tmp_path) == "" and tables.inner_loop_text(tmp_path) == ""
     before = report.page(tmp_path)
     assert "scratch" not in before and "published protocol" not in before
-    made_up(tmp_path, "maml_vinyals_20way1shot", test_accuracy_transductive=0.9571, test_accuracy_support=0.9432)
+    made_up(tmp_path, "maml/vinyals_20way1shot", test_accuracy_transductive=0.9571, test_accuracy_support=0.9432)
     of_protonet = {"script": "protonet", "num_test_tasks": 2000}
     for N, K, value in ((5, 1, 0.981), (5, 5, 0.991), (20, 1, 0.951), (20, 5, 0.981)):
         for mode, more in (("", 0), ("_transductive", 0.004)):
             of_protonet[f"test_accuracy_{N}way{K}shot{mode}"] = value + more
             of_protonet[f"ci95_{N}way{K}shot{mode}"] = 0.002
-    made_up(tmp_path, "protonet_vinyals", **of_protonet)
+    made_up(tmp_path, "protonet/vinyals", **of_protonet)
     text = tables.vinyals_table(tmp_path)
     assert text.count("| ProtoNet, ") == 4 and text.count("MAML after a prototype warm-up, ") == 1
     assert "| ProtoNet, 20-way 1-shot | 96.0 (non-transductive) | 95.5 ± 0.2 | 95.1 ± 0.2 | 1 |" in text
     assert re.search(r"20-way 1-shot \| 95.8 \(transductive\) \| 95.7 ± \S+ \| 94.3 ± ", text)
     assert text in report.page(tmp_path) and "not measured" not in text
-    made_up(tmp_path, "maml_scratch", flags={"warmup_steps": 0})
+    made_up(tmp_path, "maml/maml_scratch", flags={"warmup_steps": 0})
     assert "| MAML, 5-way 1-shot, from scratch |" in report.page(tmp_path)
 
 
 def test_the_inner_loop_is_drawn_of_the_rows_that_tell_it(tmp_path):
-    made_up(tmp_path, "fomaml")  # an older result, which does not tell it
+    made_up(tmp_path, "maml/fomaml")  # an older result, which does not tell it
     pictures.draw_inner_loop(tmp_path)
     assert not (tmp_path / "inner_loop.png").exists() and tables.inner_loop_text(tmp_path) == ""
     layers = ("conv1", "conv2", "conv3", "conv4", "head")
@@ -214,7 +215,7 @@ def test_the_inner_loop_is_drawn_of_the_rows_that_tell_it(tmp_path):
         "fomaml_scratch": (0.03, 0.04, 0.05, 0.06, None)}.items()}  # fmt: skip
     for name, values in moved.items():
         flags = {"flags": {"warmup_steps": 0}} if name.endswith("scratch") else {}
-        made_up(tmp_path, name, update_norm_per_layer=values, **flags)
+        made_up(tmp_path, f"maml/{name}", update_norm_per_layer=values, **flags)
     assert list(pictures.inner_loops(tmp_path)) == list(moved)
     pictures.draw_inner_loop(tmp_path)
     first = (tmp_path / "inner_loop.png").read_bytes()
@@ -238,7 +239,7 @@ OF_MAE = {f"{kind}{way}": value
 def made_up_vit(folder: Path, name: str, seed: int, accuracies: list[float], **figures) -> None:
     """A run of protonet.py among those of mae/."""
     (folder / "mae").mkdir(exist_ok=True)
-    run = json.loads((RESULTS / "comparison" / "protonet_seed1.json").read_text())
+    run = json.loads((RESULTS / "protonet" / "default_seed1.json").read_text())
     run |= {"seed": seed, "accuracies": accuracies, "test_accuracy": sum(accuracies) / len(accuracies), "ci95": 0.01}
     run |= {"command": f"python protonet.py --init_from runs/somewhere_{seed} --random_seed {seed}", "curves": {}}
     run |= figures
@@ -246,9 +247,7 @@ def made_up_vit(folder: Path, name: str, seed: int, accuracies: list[float], **f
 
 
 def made_up_mae(folder: Path, name: str, **figures) -> None:
-    made_up(folder, name, **OF_MAE | figures)
-    (folder / "mae").mkdir(exist_ok=True)
-    (folder / "comparison" / f"{name}_seed1.json").rename(folder / "mae" / f"{name}_seed1.json")
+    made_up(folder, f"mae/{name}", **OF_MAE | figures)
 
 
 def test_the_transformers_of_protonet_stand_beside_the_auto_encoder_and_not_among_its_rows(tmp_path):
@@ -332,14 +331,13 @@ def test_memories_stand_side_by_side_with_what_is_measured_of_them(tmp_path):
     empty = tables.memories_table(tmp_path)
     assert empty.count("| `") == 4 and "training step" not in empty and "LSTM answers" not in empty
     assert tables.sights_table(tmp_path) == ""
-    (tmp_path / "mann").mkdir()
-    lstm = json.loads((RESULTS / "mann" / "conv_K1N5_seed1.json").read_text())
+    lstm = json.loads((RESULTS / "hw1" / "conv_K1N5_seed1.json").read_text())
     lstm |= {"test_accuracy": 0.967, "ci95": 0.002, "test_accuracy_alone": 0.9498, "ci95_alone": 0.002}
     lstm |= {"device": "cpu, 1 threads", "processor": "AMD EPYC, AVX512"}
     attention = lstm | {"test_accuracy": 0.99, "ci95": 0.001, "test_accuracy_alone": 0.99, "ci95_alone": 0.001}
     attention |= {"device": "NVIDIA H200", "parameters": 186952}
-    for name, run in (("K1N2", lstm), ("conv_K1N5", lstm), ("attention_K1N5", attention)):
-        (tmp_path / "mann" / f"{name}_seed1.json").write_text(json.dumps(run))
+    for name, run in (("hw1/K1N2", lstm), ("hw1/conv_K1N5", lstm), ("attention/K1N5", attention)):
+        made_up(tmp_path, name, **run)
     race = {"title": "mann, B 128, K 1, N 5, hidden 128", "device": "cpu, 2 threads", "processor": "AMD EPYC, AVX512"}
     times = {"lstm": 4, "attention": 7}
     race |= {f"{memory}, 64 features an image": {"ms": ms, "ratio": 1} for memory, ms in times.items()}
@@ -353,7 +351,7 @@ def test_memories_stand_side_by_side_with_what_is_measured_of_them(tmp_path):
     assert rows[0].endswith("(1 thread of AMD EPYC) |") and rows[1].endswith("(NVIDIA H200) |")
     assert "| 5-way 1-shot, attention | - | 99.07 (SNAIL, Vinyals' split) | 99.00 ± 0.10 |" in rows[1]
     sequence = lstm | {"accuracy_by_sight": [i / 10 for i in range(10)], "ci95_by_sight": [0.01] * 10}
-    (tmp_path / "mann" / "external_sequence_seed1.json").write_text(json.dumps(sequence))
+    made_up(tmp_path, "external_memory/external", **sequence)
     text = tables.sights_table(tmp_path)
     assert "| external memory, the paper | 36.4 | 82.8 | 91.0 | 94.9 | 98.1 |" in text and "LSTM" not in text
     assert "| external memory, ours | 0.0 ± 1.0 | 10.0 ± 1.0 | 20.0 ± 1.0 | 40.0 ± 1.0 | 90.0 ± 1.0 | 1 |" in text
@@ -365,39 +363,37 @@ def test_other_peoples_digits_stand_in_a_table_and_a_picture_of_what_is_measured
     assert not (tmp_path / "mnist.png").exists()
     figures = {"dataset": "mnist", "test_accuracy": 0.912, "ci95": 0.004}
     for K in (1, 5):
-        made_up(tmp_path, f"mnist_protonet_{K}shot", **figures)
-    made_up(tmp_path, "mnist_meta_lstm_10shot", **figures | {"test_accuracy_sgd": 0.83, "ci95_sgd": 0.005})
+        made_up(tmp_path, f"protonet/mnist_{K}shot", **figures)
+    made_up(tmp_path, "meta_lstm/mnist_10shot", **figures | {"test_accuracy_sgd": 0.83, "ci95_sgd": 0.005})
     text = findings.mnist_text(tmp_path)
     assert "| ProtoNet | 91.2 ± 0.4 | 91.2 ± 0.4 |  |  | 1 |" in text and "attempt" not in text
-    assert "NAME is, row by row, `protonet`, `meta_lstm`." in text
+    assert "NAME is, row by row, `protonet/mnist_`, `meta_lstm/mnist_`." in text
     study_pictures.draw_mnist(tmp_path)
     half = (tmp_path / "mnist.png").read_bytes()
     of_reset = {"test_accuracy": 0.31, "ci95": 0.006, "test_accuracy_sgd": 0.27, "ci95_sgd": 0.007}
-    made_up(tmp_path, "mnist_meta_lstm_reset_10shot", **figures | of_reset)
-    (tmp_path / "meta_lstm").mkdir()
+    made_up(tmp_path, "meta_lstm/mnist_reset_10shot", **figures | of_reset)
     for name, more in (("10way10shot", {"test_accuracy": 0.963}), ("10way10shot_reset", of_reset)):
-        made_up(tmp_path, name, **{"test_accuracy_sgd": 0.95, "ci95_sgd": 0.005, "ci95": 0.003} | more)
-        (tmp_path / "comparison" / f"{name}_seed1.json").rename(tmp_path / "meta_lstm" / f"{name}_seed1.json")
+        made_up(tmp_path, f"meta_lstm/{name}", **{"test_accuracy_sgd": 0.95, "ci95_sgd": 0.005, "ci95": 0.003} | more)
     text = findings.mnist_text(tmp_path)
     for figure in ("31.0 ± 0.6 %, gradient", "31.0 ± 0.6 and 96.3 ± 0.3 %", "91.2 ± 0.4; on Omniglot", "27.0 ± 0.7,"):
         assert figure in text, figure
     assert "fewer shots" not in text
-    for name in ("meta_lstm", "meta_lstm_reset"):
-        made_up(tmp_path, f"mnist_{name}_1shot", **figures | of_reset | {"test_accuracy": 0.21})
+    for start in ("", "reset_"):
+        made_up(tmp_path, f"meta_lstm/mnist_{start}1shot", **figures | of_reset | {"test_accuracy": 0.21})
     assert "with one, 21.0 ± 0.6 % from the learned" in findings.mnist_text(tmp_path)
     study_pictures.draw_mnist(tmp_path)
     assert len((tmp_path / "mnist.png").read_bytes()) > len(half) > 8_000
     evidence.refuse_other_images(tmp_path, "omniglot")
-    made_up(tmp_path, "mnist_maml_1shot", dataset="omniglot")
-    with pytest.raises(UserError, match="mnist_maml_1shot_seed1.json is a result on omniglot, its row is of mnist"):
+    made_up(tmp_path, "maml/mnist_1shot", dataset="omniglot")
+    with pytest.raises(UserError, match="mnist_1shot_seed1.json is a result on omniglot, its row is of mnist"):
         evidence.refuse_other_images(tmp_path, "omniglot")
 
 
 def test_lakes_trials_are_a_row_once_they_are_measured(tmp_path):
     old = {"script": "protonet", "num_test_tasks": 2000, "test_accuracy_one_drawer": 0.9, "ci95_one_drawer": 0.004}
-    made_up(tmp_path, "protonet_lake", **old)
+    made_up(tmp_path, "protonet/lake", **old)
     assert "official trials" not in report.page(tmp_path)
-    made_up(tmp_path, "protonet_lake", **old | {"test_accuracy_lake_runs": 0.981, "ci95_lake_runs": 0.012})
+    made_up(tmp_path, "protonet/lake", **old | {"test_accuracy_lake_runs": 0.981, "ci95_lake_runs": 0.012})
     row = next(line for line in report.page(tmp_path).splitlines() if "official trials" in line)
     assert "| 98.1 ± 1.2 | 20 runs of 20 trials |" in row and "BPL" in row
 
@@ -474,8 +470,8 @@ def test_every_script_stands_in_the_tree():
 def test_the_measured_line_of_a_script_is_that_of_the_table():
     rows = {row["name"]: row for row in tables.claim_rows(RESULTS)}
     for script, name in {
-        "protonet": "comparison/protonet",
-        "maml": "comparison/maml",
+        "protonet": "protonet/default",
+        "maml": "maml/maml",
         "meta_lstm": "meta_lstm/5way1shot",
     }.items():
         text = (REPO / f"{script}.py").read_text().split('"""')[1]
@@ -484,7 +480,7 @@ def test_the_measured_line_of_a_script_is_that_of_the_table():
         assert f"5-way 1-shot {rows['mae/mae']['ours']} %" in (REPO / "mae.py").read_text().split('"""')[1]
     for script in ("hw1", "transfer", "profile_costs", "feature_weights"):
         assert f"docs/{script}.md" in (REPO / f"{script}.py").read_text().split('"""')[1]
-    trained = json.loads((RESULTS / "costs_train.json").read_text())
+    trained = json.loads((RESULTS / "profile_costs" / "costs_train.json").read_text())
     assert (
         f"ES {trained['es']['test_loss']:.4f} ± {trained['es']['ci95']:.4f}" in (REPO / "profile_costs.py").read_text()
     )
