@@ -18,7 +18,7 @@ FLOORS = [  # a room imports only from floors below its own; ground rooms import
     {"hw1", "protonet", "transfer", "maml", "meta_lstm", "profile_costs", "feature_weights", "memorization", "bayes",
      "mae"},
     {"page", "peers", "references"},
-    {"predict", "benchmark", "evidence", "homework", "pulse"},
+    {"predict", "benchmark", "evidence", "homework"},
     {"study_pictures"},
     {"pictures"},
     {"tables", "reproduce", "ship", "growth"},
@@ -85,7 +85,7 @@ def test_no_run_of_ten_lines_stands_twice(run=10):
     assert not [sorted(found) for found in places.values() if len(found) > 1]
 
 
-RESULTS = sorted((REPO / "results").glob("*/*.json"))
+RESULTS = sorted((REPO / "results").glob("*/*_seed*.json"))
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -107,8 +107,8 @@ def test_a_result_tells_the_whole_truth_of_its_run(path):
 
 def test_every_race_and_every_study_tells_its_command_and_commit():
     read = lambda name: json.loads((REPO / "results" / name).read_text())
-    told = [*read("speed.json"), read("costs.json"), read("growth.json"), read("shipped.json")]
-    told += [*read("costs_train.json").values(), *read("features.json").values()]
+    told = [*read("speed.json"), read("profile_costs/costs.json"), read("growth.json"), read("shipped.json")]
+    told += [*read("profile_costs/costs_train.json").values(), *read("feature_weights/features.json").values()]
     for result in told:
         assert result["command"].startswith("python ") and "--resume" not in result["command"]
         assert re.fullmatch(r"[0-9a-f]{7,40}", result["git_commit"]), "the tree was dirty"
@@ -119,5 +119,5 @@ def test_every_result_stands_in_the_ledger():
     pulses = json.loads((REPO / "results" / "pulses.json").read_text())
     assert all(entry["pulse"] in pulses for entry in ledger.values())
     assert all("+" not in (pulse["commit"] or "+") for pulse in pulses.values())
-    named = {f"{path.parent.name}_{path.stem}" for path in RESULTS if path.parent.name in ("mann", "comparison")}
+    named = {f"{path.parent.name}/{path.stem}" for path in RESULTS}
     assert named <= ledger.keys()

@@ -192,7 +192,7 @@ def test_the_network_that_ships(pictures, tmp_path, monkeypatch, capsys):
 def test_it_is_the_network_of_its_result_file():
     """results/shipped.json, the run in the ledger and the file tell of the same network."""
     result = json.loads((REPO / "results" / "shipped.json").read_text())
-    run = json.loads((REPO / "results" / "comparison" / "pretrained_seed1.json").read_text())
+    run = json.loads((REPO / "results" / "protonet" / "pretrained_seed1.json").read_text())
     content = torch.load(predict.SHIPPED, weights_only=True)
     assert result["threshold"] == content["unknown"]["threshold"] and result["trained_by"] == run["command"]
     assert result["dataset"] == run["dataset"] == "omniglot" and result["num_tasks"] >= 600

@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import imageio.v3 as imageio
 import numpy as np
+import pulse
 import pytest
 import warm
 from conftest import REPO, one_line_error
 from test_others import write_mnist
 
-import pulse
 import reproduce
 from reproduce import Case, cases_of
 
