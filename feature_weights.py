@@ -13,7 +13,7 @@ functions" (Berkeley CS 182), whose parts are named here.
     python feature_weights.py --part logistic          (h) inner loop logistic regression
     python feature_weights.py                          all of them
     python feature_weights.py --smoke                  all of them, tiny, in seconds
-    python report.py --run RUN_DIR                     draws one of them
+    python reproduce.py report --run RUN_DIR           draws one of them
 
 Shapes: d features, n training points, T tasks. Tasks that share their points (a grid) are the columns of one group,
 [1, ..., n, T]; tasks with points of their own are groups of one column, [T, ..., n, 1].
@@ -297,7 +297,7 @@ def parse_args(argv=None):
     parser.prog = "feature_weights.py"
     add = groups["run"].add_argument
     add("--part", choices=[*PARTS, "all"], default="all", help="of the homework: d, e, f, g, h")
-    add("--out", metavar="DIR", help="add the results to features.json there, which report.py draws")
+    add("--out", metavar="DIR", help="add the results to features.json there, which `reproduce.py report` draws")
     add = groups["data"].add_argument
     add("--num_features", type=whole(2), default=500, metavar="d", help="Fourier features")
     add("--num_true", type=whole(1), default=11, help="features in S: the first ones")
@@ -488,7 +488,7 @@ def read_results(folder: Path) -> dict:
 
 
 def write_results(folder: Path, results: dict) -> None:
-    """features.json with the parts of this run replaced; report.py draws it."""
+    """features.json with the parts of this run replaced; `reproduce.py report` draws it."""
     experiment.write_json(folder / "features.json", read_results(folder) | results)
 
 

@@ -11,7 +11,7 @@ there before the step, on a CPU of one thread (`profile_costs.memory_meter`); on
 graph keeps its memory, and the figure says little.
 
 Figures grow like value ** power; the powers are fitted over the upper half of each range, where the constant part of
-a step no longer counts. DIR/growth.json holds all of it, DIR/growth_<method>.png shows it.
+a step no longer counts. DIR/growth.json holds all of it, DIR/speed/growth_<method>.png shows it.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ import hw1
 import mae
 import maml
 import meta_lstm
-import pictures
 import protonet
 import transfer
 from load_data import Dataset
 from profile_costs import memory_meter
+from studies.results import draw
 
 LIMIT, ENOUGH = 20.0, 2.0  # seconds that a point may take, and after which no further step of it is timed
 UNUSED = """--out --log_dir --run_name --resume --test --checkpoint --dataset --data_folder --split --image_size
@@ -264,8 +264,8 @@ def main(argv=None) -> dict:
     for fit in result["fits"]:
         powers = f"seconds ~ value^{fit['seconds']}, bytes ~ value^{fit['peak_bytes']}"
         print(f"{fit['method']:10s} {fit['axis']:5s} {powers}")
-    pictures.draw_growth(folder)
-    print(f"written: {folder / 'growth.json'} and a picture of each method beside it")
+    draw("speed", folder)
+    print(f"written: {folder / 'growth.json'} and a picture of each method in {folder / 'speed'}")
     return result
 
 

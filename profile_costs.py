@@ -11,7 +11,7 @@ first-order MAML, and MAML that keeps only every sqrt(steps)-th inner step and c
     python profile_costs.py --inner_steps 20 --hidden_dim 64  one setting
     python profile_costs.py --train                            train with MAML and with ES
     python profile_costs.py --smoke                            a complete run in seconds
-    python report.py --results runs/costs                      draws what the sweeps and the training have written
+    python reproduce.py report --results runs/costs            draws what the sweeps and the training have written
 
 What is measured is an outer step: sampling the tasks, the meta-gradient, the optimiser. Memory is the peak of what
 the step allocates above what was there before it (parameters and optimiser state): on a GPU as CUDA's allocator
@@ -447,7 +447,7 @@ def output_folder(args) -> Path:
 
 
 def run_sweep(args, device: torch.device) -> dict:
-    """Measure every point, then write costs.csv and costs.json to --out; report.py draws them.
+    """Measure every point, then write costs.csv and costs.json to --out; `reproduce.py report` draws them.
 
     Until it is complete a sweep lives in costs.partial.csv; started again it does not measure those points again.
     """
@@ -470,7 +470,9 @@ def run_sweep(args, device: torch.device) -> dict:
     write_csv(folder / "costs.csv", rows)
     experiment.write_json(folder / "costs.json", summary)
     partial.unlink(missing_ok=True)
-    print(f"written: {folder / 'costs.csv'}, {folder / 'costs.json'}; pictures: python report.py --results {folder}")
+    print(
+        f"written: {folder / 'costs.csv'}, {folder / 'costs.json'}; pictures: python reproduce.py report --results {folder}"
+    )
     return summary
 
 
@@ -568,7 +570,7 @@ def train_all(args, methods: tuple[str, ...], device: torch.device) -> dict:
         return metrics[methods[0]]
     folder = output_folder(args)
     experiment.write_json(folder / "costs_train.json", metrics)
-    print(f"written: {folder / 'costs_train.json'}; picture: python report.py --results {folder}")
+    print(f"written: {folder / 'costs_train.json'}; picture: python reproduce.py report --results {folder}")
     return metrics
 
 

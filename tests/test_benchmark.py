@@ -11,13 +11,13 @@ from conftest import known_dataset
 
 import benchmark
 import peers
-import report
 from backbone import Conv4
 from benchmark import keep, our_step, seconds_to_accuracy
 from hw1 import MANN
 from load_data import EpisodeSampler
 from protonet import proto_logits
 from references import CourseMANN, ListSampler, PlainConv4, course_step, plain_protonet_step
+from studies import speed
 
 
 def test_course_network_and_ours_are_the_same_function():
@@ -191,6 +191,6 @@ def test_peers_are_raced_and_kept(monkeypatch, tmp_path):
     [race] = json.loads((tmp_path / "speed.json").read_text())
     assert race["title"] == "peers, costs, MAML, B 4, hidden 2 x 8, 5 inner steps"
     assert race["ours"]["ratio"] == 1.0 and race["plain"]["ms"] > 0 and "--peers" in race["command"]
-    assert "| peers, ms | on | ours | plain |" in report.speed_table(tmp_path)
+    assert "| peers, ms | on | ours | plain |" in speed.races(tmp_path)
     with pytest.raises(experiment.UserError, match="--peers"):
         benchmark.main(["mann", "--peers", "--device", "cpu"])

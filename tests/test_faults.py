@@ -45,7 +45,7 @@ TRAINING = {
     "meta_lstm": ["--num_query", "2", "--train_query", "1", "--meta_batch_size", "2", "--num_val_tasks", "4"],
 }
 SCRIPTS = [*TRAINING, "memorization", "bayes", "mae", "profile_costs", "feature_weights"]
-SCRIPTS += ["predict", "benchmark", "growth", "reproduce", "report", "load_data"]
+SCRIPTS += ["predict", "benchmark", "growth", "reproduce", "studies.report", "load_data"]
 
 
 def flags_of(script, *more):
@@ -112,7 +112,7 @@ def test_every_flag_refuses_bad_values_in_one_line(script, monkeypatch, tmp_path
         named = flag.replace("--no-", "--")
         assert named in lines[0] or flag in lines[0], (typed, lines)
     assert len(cases) > 4 and not list(tmp_path.iterdir())
-    record_property(f"flag_cases/{script}", len(cases))
+    record_property(f"flag_cases/{script.split('.')[-1]}", len(cases))
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import mae
 import maml
 import meta_lstm
 import protonet
-import report
 import transfer
+from studies import speed
 
 ARGS = Namespace(smoke=True, repeats=1, device="cpu", dtype="float32", random_seed=1)
 
@@ -170,8 +170,8 @@ def test_smoke_leaves_json_and_pictures(tmp_path):
     kept = json.loads((tmp_path / "growth.json").read_text())
     assert kept == json.loads(json.dumps(found))
     assert kept["command"] == "python growth.py --smoke --method transfer --device cpu"
-    assert (tmp_path / "growth_transfer.png").stat().st_size > 5000
-    text = report.growth_table(tmp_path)
+    assert (tmp_path / "speed" / "growth_transfer.png").stat().st_size > 5000
+    text = speed.growth(tmp_path) + speed.far(tmp_path)
     assert "| transfer | N 1200, B 32, side 28 |" in text and "32 x 32 colour" in text and "skipped" not in text
 
 
@@ -183,10 +183,11 @@ def test_the_table_predicts_and_names_what_was_skipped(tmp_path):
     result = {"fits": growth.fits(rows), "rows": rows, "defaults": {"mae": {"B": 256, "side": 28}}}
     result |= {"command": "python growth.py", "device": "cpu, 2 threads", "processor": "Intel Xeon, AVX512"}
     (tmp_path / "growth.json").write_text(json.dumps(result))
-    text = report.growth_table(tmp_path)
+    text = speed.far(tmp_path)
     assert "| mae | 84 x 84 colour | 9000.0; 18.0 | 1600.0; 3.2 |" in text  # four times 0.4 s
-    assert "- mae, B 512: a step takes 9.0 s, so it was skipped" in text
-    assert report.growth_table(tmp_path / "elsewhere") == "Not measured."
+    assert "| mae | B 512 | a step takes 9.0 s | - |" in text
+    assert "| mae | B 256, side 28 | 100.0; 0.2 |" in speed.growth(tmp_path)
+    assert speed.growth(tmp_path / "elsewhere") == speed.far(tmp_path / "elsewhere") == "(not measured)"
 
 
 def test_noise_is_the_same_every_time():

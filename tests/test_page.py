@@ -1,7 +1,7 @@
 """The page to draw on, in a real browser: strokes, answers, wrong input, a phone's window; nothing leaves 127.0.0.1.
 
 The browser's tests need gradio, playwright (requirements-page.txt, pip install playwright) and chromium; without them
-they are skipped. RECORD=1 pytest -n 0 tests/test_page.py writes results/page.png and results/page.json.
+they are skipped. RECORD=1 pytest -n 0 tests/test_page.py writes results/predict/page.png and results/page.json.
 """
 
 import experiment
@@ -353,7 +353,7 @@ def test_a_taken_port_gets_a_line(served, compare):
 
 
 def test_the_picture_of_the_page(chromium, served):
-    """Four classes and an answer; RECORD=1 writes results/page.png."""
+    """Four classes and an answer; RECORD=1 writes results/predict/page.png."""
     sheet = Sheet(chromium, served[0], viewport={"width": 900, "height": 700}, device_scale_factor=1.5)
     sheet.page.get_by_text("+ class").click()
     for number, shape in enumerate([*SHAPES, SPIRAL]):
@@ -365,4 +365,4 @@ def test_the_picture_of_the_page(chromium, served):
     sheet.page.close()
     assert shown.startswith(b"\x89PNG")
     if os.environ.get("RECORD"):
-        experiment.write_atomically(REPO / "results" / "page.png", lambda out: out.write(shown))
+        experiment.write_atomically(REPO / "results" / "predict" / "page.png", lambda out: out.write(shown))

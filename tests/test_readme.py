@@ -14,8 +14,8 @@ import warm
 from conftest import REPO
 
 import benchmark
-import report
 import reproduce
+from studies import report
 
 DOCUMENTS = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 GLYPHS = "--dataset glyphs --device cpu"
@@ -136,11 +136,12 @@ def test_the_other_commands_are_known(run_script, tmp_path):
     """Those of the roof: they parse; reproduce.py's smallest form and the benchmarks have tests of their own."""
     for command in commands():
         script, *flags = shlex.split(command)
-        if script == "reproduce.py":
+        if flags[:1] == ["report"]:
+            report.parse_args(
+                [str(tmp_path) if flag.startswith(("runs/", "RUN_DIR", "DIR")) else flag for flag in flags[1:]]
+            )
+        elif script == "reproduce.py":
             reproduce.parse_args([flag for flag in flags if flag not in ("--mini_imagenet", "DIR")])
-        elif script == "report.py":
-            folder = [str(tmp_path) if flag.startswith(("runs/", "RUN_DIR")) else flag for flag in flags]
-            report.parse_args(folder)
         elif script == "benchmark.py":
             assert flags[0] in ("NAME", *benchmark.BENCHMARKS)
         else:
