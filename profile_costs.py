@@ -470,9 +470,7 @@ def run_sweep(args, device: torch.device) -> dict:
     write_csv(folder / "costs.csv", rows)
     experiment.write_json(folder / "costs.json", summary)
     partial.unlink(missing_ok=True)
-    print(
-        f"written: {folder / 'costs.csv'}, {folder / 'costs.json'}; pictures: python reproduce.py report --results {folder}"
-    )
+    print(f"written: {folder / 'costs.csv'} and costs.json; pictures: python reproduce.py report --results {folder}")
     return summary
 
 

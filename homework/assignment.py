@@ -89,8 +89,11 @@ def closure(files: list[str]) -> list[str]:
     for file in found:
         for node in ast.walk(ast.parse((HERE / file).read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            new = (f"{name.split('.')[0]}.py" for name in names)
+            if isinstance(node, ast.ImportFrom):
+                names += [node.module or "", *(f"{node.module}.{a.name}" for a in node.names)]
+            parts = [name.split(".") for name in names]
+            new = ["/".join(part[:n]) for part in parts for n in range(1, len(part) + 1)]
+            new = [file for name in new for file in (f"{name}/__init__.py", f"{name}.py")]
             found += [f for f in dict.fromkeys(new) if f not in found and (HERE / f).exists()]
     return found
 

@@ -121,6 +121,7 @@ def build(a: Assignment, out: Path) -> None:
         shutil.rmtree(out / folder, ignore_errors=True)
         (out / folder).mkdir(parents=True)
         for name, text in files.items():
+            (out / folder / name).parent.mkdir(parents=True, exist_ok=True)
             (out / folder / name).write_text(text)
     grader = ["homework.py", *closure(["homework.py"])[1:], *scripts, "requirements.txt"]
     grader += [f"homework/{name}" for name in ("assignment.py", "build.py", "checks.py", "guards.py", "sandbox.py")]

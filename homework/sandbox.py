@@ -302,6 +302,7 @@ class Sandbox:
         """A worker with these files; gone, with all that it wrote, at the end of the block."""
         folder = tempfile.mkdtemp(dir=self.folder)
         for name, text in files.items():
+            Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
             Path(folder, name).write_text(text)
         ours, theirs = socket.socketpair()
         output, output_end = os.pipe()

@@ -404,9 +404,9 @@ def panel_rows():
 
 
 def probe_panels(rows):
-    import study_pictures
+    from studies import profile_costs as study
 
-    figure = study_pictures.cost_figure(rows, "vmap", {"device": "cpu"})
+    figure = study.cost_figure(rows, "vmap", {"device": "cpu"})
     figure.savefig("figure.png")
     panels = []
     for ax in figure.axes:
@@ -425,7 +425,7 @@ def probe_panels(rows):
                 "curves": curves,
             }
         )
-    return {"panels": panels, "labels": study_pictures.COST_TITLES, "axes": study_pictures.SWEEPS}
+    return {"panels": panels, "labels": study.COST_TITLES, "axes": study.SWEEPS}
 
 
 def panels_of(student):
