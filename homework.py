@@ -65,14 +65,15 @@ def read_submission(a: Assignment, folder: Path) -> dict[str, str]:
         raise UserError(f"--submission {folder} is not a folder; name the one with the student's files")
     texts = {}
     ours = {*a.files(), "checks.py", "conftest.py", "test_public.py"} - {blank.file for blank in a.blanks}
-    for path in sorted(folder.glob("*.py")):
-        info = path.lstat()
-        if path.name in ours or not stat.S_ISREG(info.st_mode) or info.st_size > FILE_LIMIT:
+    asked = {folder / blank.file for blank in a.blanks}
+    for path in sorted({*folder.glob("*.py"), *(path for path in asked if path.exists())}):
+        name, info = path.relative_to(folder).as_posix(), path.lstat()
+        if name in ours or not stat.S_ISREG(info.st_mode) or info.st_size > FILE_LIMIT:
             continue
         try:
             fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
             with open(fd, "rb") as file:
-                texts[path.name] = file.read(FILE_LIMIT + 1).decode().replace("\r\n", "\n")
+                texts[name] = file.read(FILE_LIMIT + 1).decode().replace("\r\n", "\n")
         except (OSError, UnicodeDecodeError):
             continue
     return texts
@@ -146,7 +147,7 @@ class Grader:
         """Why `file` cannot be imported, or nothing."""
 
         def test(student):
-            student.run(import_check, name=file.removesuffix(".py"))
+            student.run(import_check, name=file.removesuffix(".py").replace("/", "."))
 
         test.graded, test.argument = {"seconds": 10}, file
         question = next(b.question for b in self.a.blanks if b.file == file)

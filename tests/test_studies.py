@@ -454,11 +454,13 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_figure_of_metrics_json_is_explained():
-    """Each name in a committed result stands on its script's page or on that of the run folder."""
+    """Each name in a committed result stands on its method's or script's page or on that of the run folder."""
     common = (REPO / "docs" / "experiment.md").read_text()
     for file in RESULTS.glob("*/*_seed1.json"):
         run = json.loads(file.read_text())
-        page = common + (REPO / "docs" / f"{run['script']}.md").read_text()
+        page = common + "".join(
+            (REPO / "docs" / f"{name}.md").read_text() for name in {file.parent.name, run["script"]}
+        )
         known = lambda name, page=page: any(f"{text}`" in page for text in (f"`{name}", name.split("_")[-1]))
         unknown = [name for name in run if not known(name) and not known(name.removesuffix("_ci95"))]
         assert not unknown, f"docs/{run['script']}.md does not explain {unknown}"
