@@ -11,7 +11,7 @@ from studies.results import PINK, Digits, Row, figure_of, load, read_if, table, 
 
 PULSE = "--train_steps 12 --eval_freq 6 --num_val_tasks 200 --num_test_tasks 200"
 
-# When attention.py is there: SCRIPT = "attention.py", LEARNER = "" and the case says in `was` what it is below.
+# How the learner is called now, and how it was called when the first results were measured.
 SCRIPT, LEARNER = "hw1.py", "--memory attention "
 WAS = "hw1.py --memory attention "
 

@@ -25,7 +25,7 @@ from studies.results import (
 PULSE = "--train_steps 12 --eval_freq 6 --num_val_tasks 200 --num_test_tasks 200"
 
 SEQUENCE = "--protocol sequence --num_shot 9 --hidden_dim 200 --shift 0.1 --jitter 0.1 --num_val_tasks 400"
-# When external_memory.py is there: name it here, its flags in the cases; `was` stays as it is.
+# Its flags were those of hw1.py, which `was` keeps; where the script gets another name, it stands here.
 SCRIPT = "hw1.py"
 
 CASES = [

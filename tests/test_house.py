@@ -59,6 +59,15 @@ def test_every_room_has_a_floor_and_no_arrow_runs_upwards():
     assert not upwards
 
 
+def test_a_study_imports_no_method():
+    """It reads results and names scripts; the images of load_data.py, for a picture, are no method."""
+    methods = {path.stem for path in (REPO / "studies").glob("*.py")} & FLOOR.keys() - {"load_data"}
+    assert len(methods) > 8
+    for path in (REPO / "studies").glob("*.py"):
+        assert not imports_of(path) & methods, path.name
+        assert len(path.read_text().splitlines()) <= 450, path.name
+
+
 def test_the_front_door_is_small_and_names_every_room():
     readme = (REPO / "README.md").read_bytes()
     assert len(readme) <= 12_500
