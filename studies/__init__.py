@@ -1,1 +1,3 @@
-"""One file a method, with its recipes; and the ledger of their results (ledger.py, status.py, pulse.py, runner.py)."""
+"""One room a method or page: its recipes, table rows and pictures. Shared rooms: results, comparison and report write the
+documents; ledger, status, pulse and runner say which results stand and run what is due.
+"""
