@@ -6,7 +6,6 @@ backwards, and the difference of the two losses says how far to go along it. Not
 
     python -m basics.evolution_strategies --num_shot 10
 
-Measured: MEASURED
 Beside MAML, with time and memory: profile_costs.py.
 """
 

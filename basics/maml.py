@@ -6,7 +6,6 @@ steps falls; its gradient goes through the steps.
 
     python -m basics.maml --num_classes 5 --num_shot 1
 
-Measured: MEASURED
 The same with all that makes it better: maml.py.
 """
 

@@ -6,7 +6,6 @@ weight can know them: the LSTM has to remember which picture bore which label.
 
     python -m basics.mann --num_classes 2 --num_shot 1
 
-Measured: MEASURED
 The same with all that makes it better: hw1.py.
 """
 

@@ -4,7 +4,7 @@ Ravi and Larochelle 2017, "Optimization as a model for few-shot learning". The l
 set, but not by gradient descent: an LSTM reads gradient and loss at each parameter and decides how much of it to forget
 and how far to step. This rule and the parameters to start from are learned from the queries' loss.
 
-    python -m basics.meta_lstm --num_classes 5 --num_shot 1    MEASURED
+    python -m basics.meta_lstm --num_classes 5 --num_shot 1
 """
 
 import torch
@@ -46,13 +46,13 @@ class MetaLSTM(nn.Module):
     def forward(self, theta: torch.Tensor, grad: torch.Tensor, loss: torch.Tensor, memory, f, i) -> tuple:
         """One update of theta [P, 1] by its gradient [P, 1] and the loss [1, 1]; all coordinates share one LSTM."""
         h, c = self.lstm(torch.cat([preprocess(grad), preprocess(loss).expand(len(grad), 2)], dim=1), memory)
-        f = torch.sigmoid(self.forget(torch.cat([h, theta, f], dim=1)))  # eq. 4
-        i = torch.sigmoid(self.input(torch.cat([h, theta, i], dim=1)))  # eq. 3
+        f = torch.sigmoid(self.forget(torch.cat([h, theta, f], dim=1)))  # section 3.2
+        i = torch.sigmoid(self.input(torch.cat([h, theta, i], dim=1)))
         return f * theta - i * grad, (h, c), f, i  # eq. 2
 
 
 def query_logits(rule: MetaLSTM, learner: nn.Module, support, labels, query, updates: int = 5) -> torch.Tensor:
-    """Logits of one task's queries after the updates (algorithm 1, lines 6 to 15); gradients count as constants."""
+    """Logits of one task's queries after the updates (algorithm 1, lines 4 to 12); gradients count as constants."""
     theta, *state = rule.theta0, None, torch.zeros_like(rule.theta0), torch.zeros_like(rule.theta0)
     for _ in range(updates):
         point = theta.detach().requires_grad_()

@@ -6,7 +6,6 @@ the prototypes. Training tasks have more classes than test tasks, which makes th
 
     python -m basics.protonet --num_classes 5 --num_shot 1
 
-Measured: MEASURED
 The same with all that makes it better: protonet.py.
 """
 

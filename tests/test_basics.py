@@ -1,4 +1,4 @@
-"""basics/: each method in one screen, and equal to the fast script in float64: same weights and episode, same gradient."""
+"""basics/: each method in one screen; equal to the fast script in float64: same weights and task, same gradient."""
 
 import experiment
 
