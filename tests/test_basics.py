@@ -14,6 +14,7 @@ from conftest import REPO
 from torch import nn
 
 import basics
+import basics.attention
 import basics.evolution_strategies
 import basics.maml
 import basics.mann
@@ -62,6 +63,21 @@ def fast_mann_after_a_step(plain: nn.Module, images, labels) -> list:
     copied(plain.parameters(), model.parameters())
     benchmark.our_step(model, torch.optim.Adam(model.parameters(), 1e-3, fused=True), images, labels, torch.float32)
     return list(model.parameters())
+
+
+def fast_attention(plain: nn.Module, images, labels) -> tuple[torch.Tensor, list]:
+    """Logits of the queries by hw1.py with one layer of attention; pairs of a parameter of `plain` and its gradient."""
+    model = hw1.MANN(N, K + 1, 0, num_layers=1, encoder="conv4", memory="attention").double()
+    weights = {name: p for name, p in plain.named_parameters() if not name.startswith("encoder.")}
+    encoder = [p for name, p in plain.encoder.named_parameters() if name not in biases_of_convolutions(plain.encoder)]
+    layer = model.attention.layers[0]
+    names = [*layer.state_dict(), *(f"{part}.{kind}" for part in ("query", "key") for kind in ("weight", "bias"))]
+    copied([*encoder, *(weights[name] for name in names)], model.parameters())
+    logits = model(images, labels)
+    model.loss_function(logits, labels).backward()
+    return logits[:, -1], [
+        *zip((*encoder, *(weights[name] for name in names)), (p.grad for p in model.parameters()), strict=True)
+    ]
 
 
 def fast_protonet(plain: nn.Sequential, support, query, query_labels) -> tuple[torch.Tensor, list]:
@@ -158,6 +174,17 @@ def test_mann_equals_hw1():
     fast = fast_mann_after_a_step(plain, images, labels)
     benchmark.plain_step(torch.optim.Adam(plain.parameters(), 1e-3), loss)
     assert all(torch.allclose(a, b, atol=1e-8) for a, b in zip(plain.parameters(), fast, strict=True))
+
+
+def test_attention_equals_hw1():
+    plain = noisy(basics.attention.Attention())
+    images, labels = torch.rand(2, K + 1, N, 784, dtype=f64), torch.eye(N, dtype=f64).expand(2, K + 1, N, N).clone()
+    labels[:, -1] = labels[:, -1, [2, 0, 1]]
+    logits = plain(images, labels)
+    F.cross_entropy(logits.flatten(0, 1), labels[:, -1].flatten(0, 1)).backward()
+    fast_logits, fast = fast_attention(plain, images, labels)
+    assert same(logits, fast_logits) and len(fast) == 12 + 17
+    assert all(same(mine.grad, gradient) for mine, gradient in fast)
 
 
 def test_protonet_equals_protonet():
