@@ -23,10 +23,12 @@ def measure(main) -> None:
     name = module.__spec__.name  # basics.maml
     parser = argparse.ArgumentParser(prog=f"python -m {name}", description=module.__doc__.split("\n")[0])
     for flag, about in inspect.signature(main).parameters.items():
-        parser.add_argument(f"--{flag}", type=int, default=about.default, help="default %(default)s")
+        parser.add_argument(f"--{flag}", type=experiment.whole(1), default=about.default, help="default %(default)s")
     parser.add_argument("--json", metavar="FILE", type=Path, help="keep figures, flags and time in this file")
     flags = vars(parser.parse_args())
     file = flags.pop("json")
+    if file and not file.parent.is_dir():
+        raise experiment.UserError(f"--json {file} is in no folder that exists; make {file.parent} first")
     begin = time.process_time()
     figures = main(**flags)
     minutes = (time.process_time() - begin) / 60

@@ -310,13 +310,21 @@ def test_it_runs_without_data_and_keeps_what_it_found(name, tmp_path, monkeypatc
     assert f"{found['mean']:.4f} ± " in capsys.readouterr().out
 
 
-def test_a_mistake_gets_one_line(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num_classes", "5000"], "error: --num_classes 5000 is more than"),
+        (["--json", "nowhere/a.json"], "error: --json nowhere/a.json"),
+        (["--num_shot", "0"], "error: argument --num_shot"),
+    ],
+)
+def test_a_mistake_is_told_before_training(flags, words, monkeypatch, capsys):
     monkeypatch.setattr(basics.maml, "load_dataset", lambda: load_dataset("glyphs"))
-    monkeypatch.setattr(sys, "argv", ["", "--num_classes", "5000"])
+    monkeypatch.setattr(sys, "argv", ["", *flags])
     with pytest.raises(SystemExit) as end:
         basics.run(basics.maml.main)
     assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("error: --num_classes 5000 is more than")
+    assert words in capsys.readouterr().err
 
 
 def test_the_test_tasks_are_those_of_the_scripts():
