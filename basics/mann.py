@@ -51,7 +51,7 @@ def evaluate(model: MANN, test: EpisodeSampler, num_tasks: int) -> torch.Tensor:
     return torch.cat(right)
 
 
-def main(num_classes: int = 2, num_shot: int = 1, steps: int = 15000, random_seed: int = 1) -> torch.Tensor:
+def main(num_classes: int = 2, num_shot: int = 1, steps: int = 8000, random_seed: int = 1) -> torch.Tensor:
     torch.manual_seed(random_seed)
     N, K, data = num_classes, num_shot, load_dataset()
     train = EpisodeSampler(data, "train", N, K, 1, 128, seed=random_seed, rotations=True)
