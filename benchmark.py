@@ -13,7 +13,7 @@
     python benchmark.py maml --peers                 also MAML by installed peers; protonet and costs as well: peers.py
     python benchmark.py NAME --out results           also into results/speed.json, in place of older figures of NAME
 
-The references (references.py) are written the way papers and course code do it. Both contestants take turns within one
+The references (basics/) are written the way papers and course code do it. Both contestants take turns within one
 run, after a warm-up; the figures are medians, with the 10th to 90th percentile.
 """
 
@@ -26,6 +26,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -35,9 +36,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import basics.evolution_strategies
+import basics.maml
+import basics.mann
+import basics.meta_lstm
+import basics.protonet
 import meta_lstm
 import profile_costs
 import protonet
@@ -45,22 +52,6 @@ from backbone import Conv4
 from hw1 import MANN, learn_a_little
 from load_data import Dataset, EpisodeSampler, load_dataset
 from maml import MAML, Setting, embed, meta_gradient, task_loss
-from references import (
-    CourseMANN,
-    ListSampler,
-    PlainConv4,
-    PlainLearner,
-    PlainMetaLSTM,
-    course_es_step,
-    course_maml_step,
-    course_step,
-    one_sinusoid,
-    plain_episode_loss,
-    plain_maml_step,
-    plain_mlp,
-    plain_protonet_step,
-    products_of_a_step,
-)
 from replay import Gradient
 
 
@@ -99,7 +90,59 @@ def print_race(title: str, seconds: dict[str, np.ndarray], device: torch.device,
     return result
 
 
+def plain_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> float:
+    """Backward pass and update as the files of basics/ show them."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
 # ----------------------------------------------------------------------------------- episodes
+
+
+class ListSampler:
+    """The course's loader in its fastest state: every image already decoded and held in memory.
+
+    Each task draws class folders, lists them (`list_folders`, as the course's code does every time),
+    draws files of each, looks every file up, stacks, shuffles the queries and is then stacked with the
+    other tasks, as a DataLoader would. The folders hold empty files; no image is read from them.
+    """
+
+    def __init__(self, dataset: Dataset, split: str, num_classes: int, num_shot: int, seed: int, root: Path):
+        self.N, self.K, self.list_folders = num_classes, num_shot, True
+        self.random = random.Random(seed)
+        self.memory, self.files = {}, {}
+        for c in dataset.splits[split].tolist():
+            folder = root / f"character{c:04d}"
+            folder.mkdir()
+            for i in range(dataset.counts[c]):
+                path = folder / f"{i:04d}.png"
+                path.touch()
+                image = dataset.images[dataset.starts[c] + i]
+                self.memory[str(path)] = image.reshape(-1).astype(np.float32) / 255
+            self.files[str(folder)] = os.listdir(folder)
+        self.folders = list(self.files)
+
+    def sample_task(self) -> tuple[np.ndarray, np.ndarray]:
+        """float32 images [K+1, N, 784] and one-hot labels [K+1, N, N]."""
+        N, K = self.N, self.K
+        images = [[None] * N for _ in range(K + 1)]
+        labels = np.zeros((K + 1, N, N), dtype=np.float32)
+        for label, folder in enumerate(self.random.sample(self.folders, N)):
+            files = os.listdir(folder) if self.list_folders else self.files[folder]
+            for row, file in enumerate(self.random.sample(files, K + 1)):
+                images[row][label] = self.memory[os.path.join(folder, file)]
+                labels[row, label, label] = 1
+        order = self.random.sample(range(N), N)
+        images[K] = [images[K][i] for i in order]
+        labels[K] = labels[K][order]
+        return np.stack([np.stack(row) for row in images]), labels
+
+    def sample(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tasks = [self.sample_task() for _ in range(batch_size)]
+        images = torch.stack([torch.from_numpy(images) for images, _ in tasks])
+        return images, torch.stack([torch.from_numpy(labels) for _, labels in tasks])
 
 
 def bench_episodes(args, device: torch.device, dataset: Dataset) -> list[dict]:
@@ -147,14 +190,43 @@ def kept_for_backward(call) -> float:
     return round(sum(storages.values()) / 1e6, 2)
 
 
+def products_of_a_step(course: nn.Module, B: int, T: int):
+    """A function that does the matrix products that no step on B sequences of length T can do without, and no more.
+
+    For each layer: the input's and the state's share of the gates, forward and backward, on numbers of the right
+    shapes. The gradient of the pixels, which oneDNN's LSTM also computes, is not among them.
+    """
+    layers = []
+    for layer in (course.layer1, course.layer2):
+        into, back = layer.weight_ih_l0.detach(), layer.weight_hh_l0.detach()  # [4 H, inputs], [4 H, H]
+        sizes = (into.shape[1], *back.T.shape)
+        layers.append((into, back, *(torch.randn(B * T, n, device=into.device) for n in sizes)))
+
+    def products() -> None:
+        for into, back, inputs, states, gates in layers:
+            inputs @ into.T
+            for _ in range(T):  # one step of the sequence waits for the one before
+                states[:B] @ back.T
+                gates[:B] @ back
+            gates.T @ inputs
+            gates.T @ states
+        gates @ into  # of the last layer: what the layer before it learns from
+
+    return products
+
+
 def bench_mann(args, device: torch.device, dataset: Dataset) -> list[dict]:
     sampler = EpisodeSampler(
         dataset, "train", args.num_classes, args.num_shot, 1, args.meta_batch_size, args.random_seed, device
     )
     images, labels = sampler.sample_rows()
-    course = CourseMANN(args.num_classes, args.hidden_dim).to(device)
+    course = basics.mann.MANN(args.num_classes, args.hidden_dim).to(device)
     course_adam = torch.optim.Adam(course.parameters(), 1e-3)
-    contestants = {"course step": lambda: course_step(course, course_adam, images, labels)}
+
+    def course_step() -> None:
+        plain_step(course_adam, basics.mann.query_loss(course(images, labels), labels))
+
+    contestants = {"course step": course_step}
     for dtype in precisions(device, probe=lambda: learn_a_little("lstm", device)):
         ours = MANN(args.num_classes, args.num_shot + 1, args.hidden_dim).to(device)
         adam = torch.optim.Adam(ours.parameters(), 1e-3, fused=True)
@@ -183,19 +255,19 @@ def bench_mann(args, device: torch.device, dataset: Dataset) -> list[dict]:
 def bench_protonet(args, device: torch.device, dataset: Dataset) -> list[dict]:
     """16 tasks of 5-way 1-shot 15-query: sampling and one training step, at the same network."""
     B, K, N, Q = args.meta_batch_size, args.num_shot, args.num_classes, args.num_query
-    plain = PlainConv4().to(device)
+    plain = basics.protonet.conv4().to(device)
     plain_adam = torch.optim.Adam(plain.parameters(), 1e-3)
     with tempfile.TemporaryDirectory() as root:
         lists = ListSampler(dataset, "train", N, K + Q - 1, args.random_seed, Path(root))
 
         def plain_step() -> None:
-            tasks = []
+            losses = []
             for _ in range(B):
                 images, labels = (torch.from_numpy(x).to(device) for x in lists.sample_task())
                 images, labels = images.view(K + Q, N, 1, 28, 28), labels.argmax(dim=-1)
-                support, query = images[:K].flatten(0, 1), images[K:].flatten(0, 1)
-                tasks.append((support, labels[:K].flatten(), query, labels[K:].flatten()))
-            plain_protonet_step(plain, plain_adam, tasks)
+                support, query = images[:K].transpose(0, 1).flatten(0, 1), images[K:].flatten(0, 1)  # in class order
+                losses.append(basics.protonet.episode_loss(plain, support, query, labels[K:].flatten(), N))
+            plain_step(plain_adam, torch.stack(losses).mean())
 
         contestants = {"tasks one after another": plain_step}
         for dtype in precisions(device):
@@ -278,15 +350,21 @@ def bench_costs(args, device: torch.device, dataset: Dataset | None) -> list[dic
     )
     results = []
     for method in ("maml", "es"):
-        net = plain_mlp(flags.layers, flags.hidden_dim).to(device)
-        adam = torch.optim.Adam(net.parameters(), 1e-3)
+        net = basics.evolution_strategies.mlp(flags.layers, flags.hidden_dim).to(device)
+        flat = nn.utils.parameters_to_vector(net.parameters()).detach()  # what Evolution Strategies move
+        adam = torch.optim.Adam(net.parameters() if method == "maml" else [flat], 1e-3)
 
-        def plain(net=net, adam=adam, method=method) -> None:
-            tasks = [one_sinusoid(flags.num_shot, flags.num_query, device) for _ in range(B)]
+        def plain(net=net, flat=flat, adam=adam, method=method) -> None:
+            tasks = [basics.evolution_strategies.sinusoid(flags.num_shot, flags.num_query) for _ in range(B)]
+            tasks = [tuple(x.to(device) for x in task) for task in tasks]
+            inner = {"rate": flags.inner_lr, "steps": flags.inner_steps}
             if method == "maml":
-                course_maml_step(net, adam, tasks, flags.inner_steps, flags.inner_lr)
+                theta, stacked = dict(net.named_parameters()), zip(*tasks, strict=True)
+                plain_step(adam, basics.maml.meta_loss(net, theta, list(stacked), **inner, criterion=F.mse_loss))
             else:
-                course_es_step(net, adam, tasks, flags.inner_steps, flags.inner_lr, flags.sigma)
+                noise = torch.randn(B, len(flat), device=device)
+                flat.grad, _ = basics.evolution_strategies.estimate(net, flat, tasks, noise, flags.sigma, **inner)
+                adam.step()
 
         model, optimizer = profile_costs.start(flags, device)
         chosen, at_once = profile_costs.fastest_engine(flags, method, device)
@@ -301,6 +379,18 @@ def bench_costs(args, device: torch.device, dataset: Dataset | None) -> list[dic
 
 
 # --------------------------------------------------------------------------------------- maml
+
+
+def pooled_conv4(num_classes: int, width: int = 64) -> nn.Sequential:
+    """`strided_conv4` of basics/maml.py with pooling in place of strides."""
+    blocks = []
+    for channels in (1, width, width, width):
+        blocks += [
+            nn.Conv2d(channels, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width, track_running_stats=False),
+        ]
+        blocks += [nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(width, num_classes))
 
 
 def bench_maml(args, device: torch.device, dataset: Dataset) -> list[dict]:
@@ -319,14 +409,16 @@ def bench_maml(args, device: torch.device, dataset: Dataset) -> list[dict]:
             for first_order in (False, True):
                 encoder = Conv4(strided=strided)
                 learner = MAML(encoder, N, steps, 0.4).to(device)
+                net = (basics.maml.strided_conv4 if strided else pooled_conv4)(N).to(device)
                 contestants = {}
                 for dtype in precisions(device):
                     s = Setting(N, strided, first_order=first_order, dtype=dtype)
                     name = str(dtype).removeprefix("torch.")
 
-                    def plain(learner=learner, steps=steps, s=s):
+                    def plain(net=net, steps=steps, s=s):
                         with experiment.autocast(device, s.dtype):
-                            plain_maml_step(learner.theta(), tasks, 0.4, steps, s.first_order, s.strided)
+                            theta = dict(net.named_parameters())
+                            basics.maml.meta_loss(net, theta, tasks, 0.4, steps, s.first_order).backward()
 
                     contestants[f"loop over tasks, {name}"] = plain
 
@@ -365,11 +457,11 @@ def bench_gpu(args, device: torch.device, dataset: Dataset) -> list[dict]:
 
     for B in (16, 32, 100):
         learner, s = MAML(Conv4(strided=True), 5, 1, 0.4).to(device), Setting(5, dtype=dtype)
-        sampler = of_tasks(5, 1, 15, B)
+        net, sampler = basics.maml.strided_conv4(5).to(device), of_tasks(5, 1, 15, B)
 
-        def by_task(learner=learner, sampler=sampler):
+        def by_task(net=net, sampler=sampler):
             with experiment.autocast(device, dtype):
-                plain_maml_step(learner.theta(), sampler.sample(), 0.4, 1, False, True)
+                basics.maml.meta_loss(net, dict(net.named_parameters()), sampler.sample(), 0.4, 1).backward()
 
         def together(learner=learner, sampler=sampler, s=s):
             theta, sizes = learner.theta(), learner.step_sizes(1)
@@ -407,20 +499,20 @@ def bench_meta_lstm(args, device: torch.device, dataset: Dataset) -> list[dict]:
     """B episodes of training: one at a time, as the re-implementations do, against all together."""
     B, K, N, Q = args.meta_batch_size, args.num_shot, args.num_classes, args.num_query
     updates, momentum = (12, 0.9) if K == 1 else (8, 0.95)
-    learner, copy = (PlainLearner(N, momentum).to(device) for _ in range(2))
-    meta = PlainMetaLSTM(nn.utils.parameters_to_vector(learner.parameters()).detach()).to(device)
+    learner = basics.meta_lstm.make_learner(N).to(device)
+    meta = basics.meta_lstm.MetaLSTM(nn.utils.parameters_to_vector(learner.parameters()).detach()[:, None]).to(device)
     adam = torch.optim.Adam(meta.parameters(), 1e-3)
     sampler = EpisodeSampler(dataset, "train", N, K, Q, B, args.random_seed, device)
 
     def one_at_a_time() -> None:
-        for episode in zip(*sampler.sample(), strict=True):
-            loss = plain_episode_loss(meta, learner, copy, episode, updates)
+        for *task, query_labels in zip(*sampler.sample(), strict=True):
+            loss = F.cross_entropy(basics.meta_lstm.query_logits(meta, learner, *task, updates), query_labels)
             adam.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(meta.parameters(), 0.25)
             adam.step()
 
-    contestants = {"one episode at a time, two copies": one_at_a_time}
+    contestants = {"one episode at a time": one_at_a_time}
     sizes, inner = meta_lstm.Learner(1, 28, N), meta_lstm.Inner(updates, N * K, momentum)
     for dtype in precisions(device):
         for share in (1.0, 0.1):

@@ -1,4 +1,4 @@
-"""The plain references of benchmark.py compute what the fast paths compute."""
+"""benchmark.py: its plain loader, what it keeps, peers that must show that they compute the same."""
 
 import experiment
 
@@ -12,43 +12,8 @@ from conftest import known_dataset
 import benchmark
 import peers
 from backbone import Conv4
-from benchmark import keep, our_step, seconds_to_accuracy
-from hw1 import MANN
-from load_data import EpisodeSampler
-from protonet import proto_logits
-from references import CourseMANN, ListSampler, PlainConv4, course_step, plain_protonet_step
+from benchmark import ListSampler, keep, seconds_to_accuracy
 from studies import speed
-
-
-def test_course_network_and_ours_are_the_same_function():
-    torch.manual_seed(0)
-    ours, course = MANN(4, 2, 16).double(), CourseMANN(4, 16).double()
-    course.layer1.load_state_dict(ours.layers[0].state_dict())
-    course.layer2.load_state_dict(ours.layers[1].state_dict())
-    images = torch.rand(3, 2, 4, 784, dtype=torch.float64)
-    labels = torch.eye(4, dtype=torch.float64).expand(3, 2, 4, 4).clone()
-    assert torch.allclose(ours(images, labels), course(images, labels), atol=1e-14)
-    # One step of plain Adam and one of ours, which runs fused, end at the same parameters.
-    course_step(course, torch.optim.Adam(course.parameters(), 1e-3), images, labels)
-    our_step(ours, torch.optim.Adam(ours.parameters(), 1e-3, fused=True), images, labels, torch.float32)
-    for a, b in zip(ours.parameters(), course.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-8)
-
-
-def test_plain_protonet_step_is_ours_for_one_task():
-    torch.manual_seed(0)
-    plain, ours = PlainConv4(width=8), Conv4(width=8)
-    with torch.no_grad():
-        for i in range(4):
-            plain[4 * i].weight.copy_(getattr(ours, f"weight{i}"))
-            plain[4 * i].bias.zero_()
-    support, support_labels, query, query_labels = EpisodeSampler(known_dataset(), "train", 4, 2, 2, 1, 1).sample()
-    task = (support[0], support_labels[0], query[0], query_labels[0])
-    loss = plain_protonet_step(plain, torch.optim.SGD(plain.parameters(), 0.0), [task])
-    # The plain way normalises support and query apart; so must ours, to be compared.
-    features = [ours(x[0], norm="batch")[None] for x in (support, query)]
-    expected = torch.nn.functional.cross_entropy(proto_logits(*features, 4)[0], query_labels[0])
-    assert abs(loss - expected.item()) < 1e-3 * expected.item()
 
 
 @pytest.mark.parametrize(("target", "reached"), [(0.25, True), (1.0, False)])

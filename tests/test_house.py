@@ -17,7 +17,7 @@ FLOORS = [  # a room imports only from floors below its own; ground rooms import
     {"tasks"},
     {"hw1", "protonet", "transfer", "maml", "meta_lstm", "profile_costs", "feature_weights", "memorization", "bayes",
      "mae"},
-    {"page", "peers", "references"},
+    {"page", "peers"},
     {"predict", "benchmark", "homework"},
     {"reproduce", "ship", "growth"},
 ]  # fmt: skip

@@ -18,7 +18,6 @@ from torch import nn
 
 import benchmark
 import meta_lstm
-import references
 from load_data import EpisodeSampler
 from meta_lstm import (
     EPS,
@@ -652,32 +651,3 @@ def test_benchmark_runs(capsys):
     [result] = benchmark.main(["meta_lstm", *flags])
     assert sum(isinstance(v, dict) for v in result.values()) == 5
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == result
-
-
-def test_the_benchmark_compares_the_same_arithmetic():
-    support, labels, query, query_labels = episode(B=1, N=5, K=1, Q=2)
-    first, copy = (references.PlainLearner(5, 0.9).double() for _ in range(2))
-    meta = references.PlainMetaLSTM(nn.utils.parameters_to_vector(first.parameters()).detach()).double()
-    rule = doubles(Learner(1, 28, 5))
-    with torch.no_grad():
-        for ours, theirs in (
-            (rule.weight_ih, meta.layer1.weight_ih),
-            (rule.weight_hh, meta.layer1.weight_hh),
-            (rule.bias_ih, meta.layer1.bias_ih),
-            (rule.bias_hh, meta.layer1.bias_hh),
-            (rule.gate_weight[0], meta.w_forget[:, 0]),
-            (rule.gate_weight[1], meta.w_input[:, 0]),
-            (rule.gate_bias[:1], meta.b_forget),
-            (rule.gate_bias[1:], meta.b_input),
-            (rule.theta0, meta.theta0[:, 0]),
-        ):
-            theirs.copy_(ours)
-    plain = references.plain_episode_loss(meta, first, copy, (support[0], labels[0], query[0], query_labels[0]), 3)
-    plain.backward()
-    loss, _ = meta_lstm.meta_gradient(
-        rule, Learner(1, 28, 5), (support, labels, query, query_labels), Inner(3, 5, 0.9), f64
-    )
-    assert plain.item() == pytest.approx(float(loss), rel=1e-4)  # they add 1e-8 before the logarithm
-    for ours, theirs in ((rule.theta0, meta.theta0), (rule.weight_hh, meta.layer1.weight_hh)):
-        a, b = ours.grad.flatten(), theirs.grad.flatten()
-        assert (a - b).norm() < 1e-2 * b.norm()

@@ -1,4 +1,4 @@
-"""MAML and ES on sinusoids: exact gradients against plain references, the memory count, sweeps that resume."""
+"""MAML and ES on sinusoids: exact gradients against a plain network, the memory count, sweeps that resume."""
 
 from experiment import UserError
 
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import benchmark
 import profile_costs
-import references
+from basics.evolution_strategies import mlp
 from profile_costs import (
     Initialisation,
     es_gradient,
@@ -44,7 +44,7 @@ def network(layers=2, hidden=7, seed=0):
     """An initialisation in float64, and the same function as an nn.Sequential."""
     torch.manual_seed(seed)
     model = Initialisation(layers, hidden).double()
-    plain = references.plain_mlp(layers, hidden).double()
+    plain = mlp(layers, hidden).double()
     with torch.no_grad():
         for linear, (W, b) in zip([m for m in plain if isinstance(m, nn.Linear)], model(), strict=True):
             linear.weight.copy_(W.T)
@@ -548,39 +548,6 @@ def test_bad_values_end_with_code_two(run_script):
 
 
 # ----------------------------------------------------------------------- benchmark and README
-
-
-def test_plain_steps_of_the_benchmark_equal_ours():
-    for method in ("maml", "es"):
-        model, plain = network()
-        data = tasks(B=4)
-        sgd = torch.optim.SGD(plain.parameters(), 1.0)
-        before = flat(plain, [p.detach().clone() for p in plain.parameters()])
-        if method == "maml":
-            loss = references.course_maml_step(plain, sgd, list(zip(*data, strict=True)), 3, RATE)
-            expected, expected_loss = gradient(model, data, RATE, 3, 4)
-            step = before - flat(plain, [p.detach() for p in plain.parameters()])
-            assert torch.allclose(step, expected, atol=1e-10)
-            assert loss == pytest.approx(expected_loss.item())
-        else:
-            losses = [references.course_es_step(plain, sgd, list(zip(*data, strict=True)), 3, RATE, 1e-5)]
-            assert losses[0] == pytest.approx(gradient(model, data, RATE, 3, 4)[1].item(), rel=1e-3)
-            # Its estimate follows the exact gradient: over many draws the mean step comes near it.
-            steps = []
-            for _ in range(400):
-                with torch.no_grad():
-                    start = torch.cat([p.reshape(-1) for p in plain.parameters()])
-                references.course_es_step(plain, sgd, list(zip(*data, strict=True))[:1], 1, RATE, 1e-5)
-                with torch.no_grad():
-                    steps.append(start - torch.cat([p.reshape(-1) for p in plain.parameters()]))
-                    torch.nn.utils.vector_to_parameters(start, plain.parameters())
-            names, fast = [n for n, _ in plain.named_parameters()], list(plain.parameters())
-            x, y, query_x, query_y = (t[0] for t in data)
-            inner = torch.autograd.grad(F.mse_loss(plain(x), y), fast, create_graph=True)
-            moved = {n: w - RATE * g for n, w, g in zip(names, fast, inner, strict=True)}
-            loss = F.mse_loss(torch.func.functional_call(plain, moved, (query_x,)), query_y)
-            exact = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, fast)])
-            assert F.cosine_similarity(torch.stack(steps).mean(0), exact, dim=0) > 0.8
 
 
 def test_benchmark_runs(capsys):
