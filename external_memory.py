@@ -1,9 +1,9 @@
 """An LSTM with a table beside it, that writes down what it sees and looks it up again: images in one long sequence.
 
-Santoro et al. 2016, "Meta-learning with memory-augmented neural networks", as in the paper: 50 images of 5 characters in
-a shuffled order, the label of each told with the next image. The network writes over the least used rows of its table
-and reads rows by likeness (eqs. 2 to 8). What counts is the accuracy at the second, third, ..., tenth sight of a
-character.
+Santoro et al. 2016, "Meta-learning with memory-augmented neural networks", in the protocol of the paper: 50 images of 5
+characters in a shuffled order, the label of each told with the next image. The network writes over the least used rows
+of its table and reads rows by likeness (eqs. 2 to 8). What counts is the accuracy at the second, third, ..., tenth
+sight of a character.
 
     python external_memory.py               5 characters, 10 images of each
     python external_memory.py --no_table    the paper's baseline: two LSTM layers on the same sequences
