@@ -18,6 +18,7 @@ sys.path.insert(0, str(REPO))
 
 import experiment  # noqa: E402
 
+import torch  # noqa: E402
 import warm  # noqa: E402
 
 import load_data  # noqa: E402
@@ -250,3 +251,21 @@ def one_line_error(result, *words):
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     for word in words:
         assert word in lines[0], (word, lines[0])
+
+
+def refused_in_one_line(main, flags, words, capsys):
+    """Assert that main(flags) on the glyphs ends with exit code 2 and one `error:` line with these words."""
+    with pytest.raises(SystemExit) as stop:
+        experiment.run_script(lambda: main(["--dataset", "glyphs", *flags]))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err, err
+
+
+def stirred(module, scale=0.3, seed=0):
+    """The module in float64, no parameter at a special value: zero-started layers would hide what they do."""
+    generator = torch.Generator().manual_seed(seed)
+    module = module.double()
+    with torch.no_grad():
+        for p in module.parameters():
+            p += scale * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    return module
