@@ -183,7 +183,7 @@ def front_table(out: Path) -> str:
     """One row a method, for the front door."""
     chosen = {
         "mann/K1N2": "hw1",
-        "mann/attention_K1N5": "hw1",
+        "mann/attention_K1N5": "attention",
         "comparison/protonet": "protonet",
         "comparison/transfer": "transfer",
         "comparison/fomaml": "maml",

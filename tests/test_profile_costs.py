@@ -22,20 +22,10 @@ from torch.utils._pytree import tree_leaves
 import benchmark
 import profile_costs
 import references
-from profile_costs import (
-    Initialisation,
-    es_gradient,
-    fit,
-    inner_step,
-    inner_step_in_factors,
-    inner_step_in_place,
-    maml_gradient,
-    mse,
-    parse_args,
-    peak_memory,
-    predict,
-    sample_tasks,
-)
+from bench.meters import peak_memory
+from bench.sweeps import COLUMNS, fit
+from mlp import Initialisation, inner_step_in_factors, inner_step_in_place, mse, predict
+from profile_costs import es_gradient, inner_step, maml_gradient, parse_args, sample_tasks
 
 RATE = 0.05
 
@@ -397,7 +387,7 @@ def test_killed_sweep_resumes_and_a_complete_one_measures_anew(tmp_path, monkeyp
     assert {p.name for p in tmp_path.iterdir()} == {"costs.csv", "costs.json"}
     with open(tmp_path / "costs.csv") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == profile_costs.COLUMNS and len(rows) == 9 * 9
+    assert tuple(rows[0]) == COLUMNS and len(rows) == 9 * 9
     assert [row["seconds"] for row in rows[: len(before)]] == before and len(before) >= 30
     assert all(row["runtime_fit"] and row["memory_fit"] and float(row["peak_bytes"]) > 0 for row in rows)
     saved = json.loads((tmp_path / "costs.json").read_text())
