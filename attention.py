@@ -199,7 +199,7 @@ def parse_args(argv=None):
     add("--schedule", choices=["constant", "linear"], default="linear", help="linear: falls to 0 over the second half")
     shared = "deal the tasks of a step from the images of P classes, each encoded once; 0: no"
     add("--shared_classes", type=whole(0), default=60, metavar="P", help=shared)
-    add("--clip", type=number(), default=1.0, help="largest norm of the gradient; 0: no limit")
+    add("--clip", type=number(above=True), default=1.0, help="largest norm of the gradient")
     add = groups["data"].add_argument
     add("--jitter", type=number(0, 1), default=0.1, help="random turn (radians), size and slant of training images")
     add("--shift", type=number(0, 1), default=0.1, help="random shift of training images, a share of half their size")
@@ -286,8 +286,7 @@ def main(argv=None) -> dict:
     for _ in run.steps():
         loss = forward_backward()
         experiment.average_gradients(model)
-        if args.clip > 0:
-            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         for optimizer, schedule in zip(optimizers.values(), schedules.values(), strict=True):
             optimizer.step()
             schedule.step()

@@ -203,7 +203,7 @@ def parse_args(argv=None):
     add = groups["optimisation"].add_argument
     add("--learning_rate", type=number(above=True), default=3e-3, help="of Adam, at its peak")
     add("--schedule", choices=["constant", "linear"], default="linear", help="linear: falls to 0 over the second half")
-    add("--clip", type=number(), default=1.0, help="largest norm of the gradient; 0: no limit")
+    add("--clip", type=number(above=True), default=1.0, help="largest norm of the gradient")
     add = groups["data"].add_argument
     add("--jitter", type=number(0, 1), default=0.1, help="random turn (radians), size and slant of training images")
     add("--shift", type=number(0, 1), default=0.1, help="random shift of training images, a share of half their size")
@@ -274,15 +274,14 @@ def main(argv=None) -> dict:
     for _ in run.steps():
         loss = forward_backward()
         experiment.average_gradients(model)
-        if args.clip > 0:
-            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         schedule.step()
         run.record(loss)
         if run.time_to_evaluate():
             with run.clock_stopped():
                 scalars = {}
-                for part, sampler in (("val", val), ("test", test)):  # test is only drawn; nothing is decided by it
+                for part, sampler in (("val", val), ("test", test)):  # over all sights; test decides nothing
                     accuracies, loss_there = evaluate(model, sampler, args.num_val_tasks)
                     scalars |= {f"Loss/{part}": loss_there, f"Accuracy/{part}": accuracies.mean().item()}
             run.evaluated(scalars["Accuracy/val"], scalars)

@@ -270,7 +270,7 @@ def test_a_smoke_run_leaves_its_figures(tmp_path):
     "flags",
     [
         "--encoder none --encoder_rate 0 --shared_classes 0 --num_layers 1",
-        "--encoder strided --num_shot 2 --heads 2 --shift 0 --jitter 0 --schedule constant --clip 0",
+        "--encoder strided --num_shot 2 --heads 2 --shift 0 --jitter 0 --schedule constant --clip 9",
     ],
 )
 def test_every_flag_in_a_smoke_run(flags, tmp_path):

@@ -252,7 +252,7 @@ def test_a_smoke_run_leaves_its_figures(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--no_table --num_shot 2 --clip 0 --schedule constant",
+        "--no_table --num_shot 2 --clip 9 --schedule constant",
         "--heads 2 --dtype bfloat16 --shift 0 --jitter 0",
         "--num_shot 1 --encoder conv4",
     ],
