@@ -48,10 +48,13 @@ import basics.protonet
 import meta_lstm
 import profile_costs
 import protonet
+from attention import CausalAttention, query_loss
 from backbone import Conv4
-from hw1 import MANN, learn_a_little
+from external_memory import SequenceLearner
+from hw1 import MANN, Recurrent
 from load_data import Dataset, EpisodeSampler, load_dataset
 from maml import MAML, Setting, embed, meta_gradient, task_loss
+from memory import learn_a_little
 from replay import Gradient
 
 
@@ -167,14 +170,26 @@ def bench_episodes(args, device: torch.device, dataset: Dataset) -> list[dict]:
 # --------------------------------------------------------------------------------------- mann
 
 
-def our_step(model: MANN, optimizer, images: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> None:
-    """The step of hw1.py's train loop."""
+def our_step(model, optimizer, images: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> None:
+    """The step of the train loop of hw1.py and of attention.py."""
     with experiment.autocast(images.device, dtype):
         preds = model(images, labels)
-    loss = model.loss_function(preds.float() if dtype == torch.bfloat16 else preds, labels)
+    loss = query_loss(preds.float() if dtype == torch.bfloat16 else preds, labels)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+
+
+class OverEpisodes(torch.nn.Module):
+    """A reader of sequences that is given episodes as hw1.py is: support images with their labels, then the queries."""
+
+    def __init__(self, reader: SequenceLearner):
+        super().__init__()
+        self.reader = reader
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        told = torch.cat([labels[:, :-1], torch.zeros_like(labels[:, -1:])], dim=1)
+        return self.reader(torch.cat([features, told], dim=-1).flatten(1, 2)).view(labels.shape)
 
 
 def kept_for_backward(call) -> float:
@@ -227,16 +242,20 @@ def bench_mann(args, device: torch.device, dataset: Dataset) -> list[dict]:
         plain_step(course_adam, basics.mann.query_loss(course(images, labels), labels))
 
     contestants = {"course step": course_step}
-    for dtype in precisions(device, probe=lambda: learn_a_little("lstm", device)):
+    for dtype in precisions(device, probe=lambda: learn_a_little(torch.nn.LSTM, device)):
         ours = MANN(args.num_classes, args.num_shot + 1, args.hidden_dim).to(device)
         adam = torch.optim.Adam(ours.parameters(), 1e-3, fused=True)
         step = lambda ours=ours, adam=adam, dtype=dtype: our_step(ours, adam, images, labels, dtype)
         contestants[f"our step, {str(dtype).removeprefix('torch.')}"] = step
     features, kept = torch.rand(*images.shape[:3], 64, device=device), {}  # as an encoder would give them
-    for memory in ("lstm", "attention", "external"):
-        ours = MANN(
-            args.num_classes, args.num_shot + 1, args.hidden_dim, head="linear", dim_input=64, memory=memory
-        ).to(device)
+    N = args.num_classes
+    learners = {
+        "lstm": MANN(N, args.num_shot + 1, args.hidden_dim, Recurrent(head="linear"), dim_input=64),
+        "attention": CausalAttention(64, layers=2),
+        "external": OverEpisodes(SequenceLearner(N, args.hidden_dim, dim_input=64)),
+    }
+    for memory, ours in learners.items():
+        ours = ours.to(device)
         adam = torch.optim.Adam(ours.parameters(), 1e-3, fused=True)
         step = lambda ours=ours, adam=adam: our_step(ours, adam, features, labels, torch.float32)
         contestants[f"{memory}, 64 features an image"] = step

@@ -7,7 +7,7 @@
 One value at a time is varied around the method's defaults. A step is the script's own: its `main` runs with its
 flags and is given noise for pictures and a stopwatch for a run; what a step costs does not depend on what pictures
 show. Measured are whole steps: drawing tasks, forward and backward pass, optimiser. Memory is the peak above what was
-there before the step, on a CPU of one thread (`profile_costs.memory_meter`); on a GPU a step that was recorded as a
+there before the step, on a CPU of one thread (`bench.meters.memory_meter`); on a GPU a step that was recorded as a
 graph keeps its memory, and the figure says little.
 
 Figures grow like value ** power; the powers are fitted over the upper half of each range, where the constant part of
@@ -31,14 +31,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import attention
 import hw1
 import mae
 import maml
 import meta_lstm
 import protonet
 import transfer
+from bench.meters import memory_meter
 from load_data import Dataset
-from profile_costs import memory_meter
 from studies.results import draw
 
 LIMIT, ENOUGH = 20.0, 2.0  # seconds that a point may take, and after which no further step of it is timed
@@ -61,9 +62,9 @@ WAYS, SIDES = (2, 5, 10, 20, 40), (28, 40, 56, 84)  # multiples of four: mae.py'
 N, K, B = ("--num_classes", WAYS), ("--num_shot", SHOTS), "--meta_batch_size"
 Q, SIDE = ("--train_query", SHOTS), ("--image_size", SIDES)
 METHODS = {
-    "mann": Method(hw1, "--memory lstm", {"N": N, "K": K, "B": (B, BY_TWO), "side": SIDE}),
+    "mann": Method(hw1, "", {"N": N, "K": K, "B": (B, BY_TWO), "side": SIDE}),
     # By default it deals from 60 classes, which is too few for 100 ways.
-    "attention": Method(hw1, "--memory attention --shared_classes 100", {"N": N, "K": K, "B": (B, BY_TWO)}),
+    "attention": Method(attention, "--shared_classes 100", {"N": N, "K": K, "B": (B, BY_TWO)}),
     "protonet": Method(
         protonet,
         FEW,

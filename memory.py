@@ -1,9 +1,7 @@
-"""What a black-box learner can remember with, beside the LSTM in hw1.py: attention, or an external memory.
+"""What the learners that read labelled images in a sequence share: hw1.py, attention.py and external_memory.py.
 
-`CausalAttention` keeps every support item and looks back at all of them (Mishra et al. 2018, "A simple neural attentive
-meta-learner", SNAIL; Vaswani et al. 2017). `ExternalMemory` is an LSTM that writes to a table of rows, always over the
-least used ones, and reads from it by likeness (Santoro et al. 2016, "Meta-learning with memory-augmented neural
-networks", eqs. 2 to 8); `one_step_late` makes the sequences of their paper. Nothing here knows of flags or training.
+An encoder that reads the images first, the queries of one task, sequences with late labels and their accuracy, and
+pictures of what is remembered. Nothing here knows of flags or training.
 """
 
 from __future__ import annotations
@@ -12,175 +10,61 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ---------------------------------------------------------------------------------- attention
+from backbone import Conv4
+
+# ------------------------------------------------------------------------------ reading images
 
 
-def visible(S: int, N: int, device=None) -> torch.Tensor:
-    """Who may look at whom, bool [S + N, S + N]: row t is the item that looks.
+class ImageReader(nn.Module):
+    """A learner that reads its images as pixels, or as the features of an encoder that is trained along.
 
-    A support item sees the support items up to itself; each of the N queries sees the support set and itself, so that N
-    queries in one pass are asked as if each were alone.
-    """
-    seen = torch.ones(S + N, S + N, dtype=torch.bool, device=device).tril()
-    seen[S:, S:] = torch.eye(N, dtype=torch.bool, device=device)
-    return seen
-
-
-def attend(scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Softmax over the keys (last axis) that `seen` allows; each row sums to one (Vaswani et al., eq. 1)."""
-    return scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
-
-
-class AttentionLayer(nn.Module):
-    """Items look at other items and take over what they find: multi-head attention, then two linear layers.
-
-    Labels enter by comparison: `same` is added to a head's score where the two items bear the same label, so that a
-    head can gather the images of a class or pass them over. No label has a name, and permuting the labels permutes
-    nothing. The last linear maps start at zero: at first the layer hands on what it gets.
+    encoder: "none" leaves the pixels, "strided" gives 64 features of a strided Conv4 (28x28 images), "conv4" those of
+        the Conv4 of protonet.py.
+    `D` is the number of features of an image.
     """
 
-    def __init__(self, D: int, heads: int):
+    def __init__(self, encoder: str = "none", dim_input: int = 784):
         super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.same = nn.Parameter(torch.zeros(heads, 1, 1))
-        self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
-        for last in (self.out, self.mlp[-1]):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        self.encoder = None if encoder == "none" else Conv4(dim_input // 784, strided=encoder == "strided")
+        self.D = self.encoder.out_features if self.encoder else dim_input
+        # Averaged over space, the features of all images are alike at first; this brings out the difference.
+        self.standardise = nn.BatchNorm1d(self.D, affine=False) if encoder == "strided" else nn.Identity()
 
-    def forward(self, x: torch.Tensor, same: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """Items x [B, T, D]; same [B, T, T] is 1 where labels agree; seen [T, T]."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, T, d]
-        weights = attend(q @ k.mT / q.shape[-1] ** 0.5 + self.same * same[:, None], seen)
-        x = x + self.out((weights @ v).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """[..., 784] pixels to [..., D] features."""
+        if self.encoder is None:
+            return images
+        flat = images.reshape(-1, self.encoder.weight0.shape[1], 28, 28)
+        flat = flat.contiguous(memory_format=torch.channels_last)
+        norm = "batch" if self.training else "running"
+        return self.standardise(self.encoder(flat, norm=norm, momentum=0.1)).view(*images.shape[:-1], -1)
 
 
-class CausalAttention(nn.Module):
-    """Attention layers over the support set and the queries, then one look back that reads the labels off.
+def features_once(model: ImageReader, sampler, num_tasks: int) -> torch.Tensor | None:
+    """Features [images, D] of the sampler's split, where its tasks would encode more images than it has; else None."""
+    few = num_tasks * sampler.N * (sampler.K + 1) < len(sampler.images)
+    if model.encoder is None or few or sampler.jitter or sampler.shift:
+        return None
+    return torch.cat([model.encode(part.flatten(1).float() / 255) for part in sampler.images.split(1000)])
 
-    The last look (SNAIL's read; Vinyals et al. 2016, eq. 1) gives the class of an item as the share of its attention
-    that falls on each label, p(c) = sum over support items j of a_j [y_j = c]. Scores are negative squared distances of
-    learned projections, which start as the identity: training starts at the nearest-neighbour rule. Any number of
-    classes and shots can be asked of one network.
+
+def guess(model: nn.Module, support: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """The classes [N] that a model of rows gives the queries of one task.
+
+    support [1, N*K, C, H, W] in class order, query [1, N, C, H, W]. `model` takes images and labels as rows, as
+    `EpisodeSampler.sample_rows` gives them.
     """
-
-    def __init__(self, D: int, layers: int = 1, heads: int = 4):
-        super().__init__()
-        self.layers = nn.ModuleList(AttentionLayer(D, heads) for _ in range(layers))
-        self.query, self.key = nn.Linear(D, D), nn.Linear(D, D)
-        for linear in (self.query, self.key):
-            nn.init.eye_(linear.weight)
-            nn.init.zeros_(linear.bias)
-
-    def look(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Attention weights [B, T, S] of all T = (K+1) N items over the S = K N support items; rows sum to one."""
-        rows, N, D = features.shape[1:]
-        S = (rows - 1) * N
-        x, y = features.flatten(1, 2), labels[:, :-1].flatten(1, 2)  # [B, T, D], [B, S, N]
-        same = F.pad(y @ y.mT, (0, N, 0, N))  # queries have no labels
-        seen = visible(S, N, x.device)
-        for layer in self.layers:
-            x = layer(x, same, seen)
-        q, k = self.query(x), self.key(x[:, :S])
-        # -|q - k|^2 without |q|^2, which the softmax does not see; over sqrt(D) lest it be saturated at first.
-        return attend((2 * q @ k.mT - k.square().sum(dim=-1)[:, None]) / D**0.5, seen[:, :S])
-
-    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Logits [B, K+1, N, N] for features [B, K+1, N, D] and one-hot labels [B, K+1, N, N].
-
-        The labels of the last row, the queries, are not looked at. A support item sees its own label.
-        """
-        shares = self.look(features, labels) @ labels[:, :-1].flatten(1, 2)  # [B, T, N]
-        return torch.log(shares + 1e-30).view(labels.shape)
+    N = query.shape[1]
+    images = torch.cat([support.view(1, N, -1, query[0, 0].numel()).transpose(1, 2), query.view(1, 1, N, -1)], dim=1)
+    labels = torch.eye(N, device=query.device).expand(1, images.shape[1], N, N)  # the last row is not looked at
+    model.eval()
+    return model(images, labels)[0, -1].argmax(dim=-1)
 
 
-# ---------------------------------------------------------------------------- external memory
-
-
-def least_used(usage: torch.Tensor, n: int) -> torch.Tensor:
-    """One-hot weights [B, n, R] of the n least used of R rows, usage [B, R] (Santoro et al., eq. 6).
-
-    Of rows used alike the first comes first. Row i of the answer is for head i, so that the heads do not write over
-    each other; their sum is the paper's w^lu.
-    """
-    return F.one_hot(usage.argsort(dim=-1, stable=True)[:, :n], usage.shape[-1]).to(usage.dtype)
-
-
-def write(memory, read_weights, usage, keys, gate):
-    """The memory after a step's write, and the write weights [B, H, R] (Santoro et al., eqs. 6 to 8).
-
-    memory [B, R, W]; read_weights [B, H, R] and usage [B, R] of the step before; keys [B, H, W]; gate [B, H, 1] is
-    sigma(alpha): 1 writes where the head has just read, 0 to the least used row. These rows are emptied first.
-    """
-    least = least_used(usage, keys.shape[1])
-    weights = gate * read_weights + (1 - gate) * least  # eq. 7
-    kept = 1 - least.sum(dim=1)
-    return memory * kept[..., None] + weights.mT @ keys, weights  # eq. 8
-
-
-def read(memory, keys, sharpness):
-    """What H heads read [B, H, W], and their read weights [B, H, R] (Santoro et al., eqs. 2 to 4)."""
-    similarity = F.normalize(keys, dim=-1, eps=1e-6) @ F.normalize(memory, dim=-1, eps=1e-6).mT  # eq. 2
-    weights = (sharpness * similarity).softmax(dim=-1)  # eq. 3
-    return weights @ memory, weights  # eq. 4
-
-
-class ExternalMemory(nn.Module):
-    """An LSTM with a table of R rows of W numbers that it writes to and reads from by H heads at every step.
-
-    Called as nn.LSTM(batch_first=True) is, with its state [1, B, ...] extended by the table, the read weights and the
-    usage. `units` is the size of an output: the controller's state and what was read. `decay` is gamma of eq. 5.
-    sharpness: the cosines of eq. 3 lie in [-1, 1], and over 128 rows their softmax is almost flat; as in the neural
-    Turing machine a learned factor sharpens it, from this value on. The paper: 1, not learned.
-    """
-
-    def __init__(
-        self,
-        inputs: int,
-        hidden: int = 200,
-        rows: int = 128,
-        width: int = 40,
-        heads: int = 4,
-        decay: float = 0.95,
-        sharpness: float = 10.0,
-    ):
-        super().__init__()
-        self.rows, self.width, self.heads, self.decay = rows, width, heads, decay
-        self.units = hidden + heads * width
-        self.into, self.back = nn.Linear(inputs, 4 * hidden), nn.Linear(self.units, 4 * hidden, bias=False)
-        self.keys = nn.Linear(hidden, heads * width)
-        self.gate = nn.Linear(hidden, heads)
-        self.sharpness = nn.Parameter(torch.full((heads, 1), float(sharpness)))
-
-    def start(self, B: int, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The state before the first item: everything zero."""
-        hidden = self.keys.in_features
-        shapes = [(hidden,), (hidden,), (self.rows, self.width), (self.heads, self.rows), (self.rows,)]
-        return tuple(like.new_zeros(1, B, *shape) for shape in shapes)
-
-    def forward(self, sequence: torch.Tensor, state=None, trace: list | None = None):
-        """sequence [B, T, inputs] -> outputs [B, T, units] and the state.
-
-        trace: a list to which each step appends its read and write weights, [B, H, R] each.
-        """
-        h, c, memory, weights, usage = (s[0] for s in state or self.start(len(sequence), sequence))
-        got = weights @ memory  # what the step before has read
-        outputs = []
-        for gates in self.into(sequence).unbind(dim=1):  # the images' share of the LSTM's gates, all at once
-            i, f, g, o = (gates + self.back(torch.cat([h, got.flatten(1)], dim=-1))).chunk(4, dim=-1)
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = o.sigmoid() * c.tanh()
-            keys = self.keys(h).tanh().unflatten(-1, (self.heads, self.width))
-            memory, written = write(memory, weights, usage, keys, self.gate(h).sigmoid()[..., None])
-            got, weights = read(memory, keys, self.sharpness)
-            usage = (self.decay * usage + weights.sum(dim=1) + written.sum(dim=1)).detach()  # eq. 5, only ranked
-            outputs.append(torch.cat([h, got.flatten(1)], dim=-1))
-            if trace is not None:
-                trace.append((weights, written))
-        return torch.stack(outputs, dim=1), tuple(s[None] for s in (h, c, memory, weights, usage))
+def learn_a_little(cell: type[nn.RNNBase], device: torch.device) -> None:
+    """One forward and backward pass of a small recurrent layer: not every processor has these kernels in bfloat16."""
+    states, _ = cell(8, 8, batch_first=True).to(device)(torch.zeros(2, 3, 8, device=device))
+    states.sum().backward()
 
 
 # --------------------------------------------------------------- sequences with late labels
@@ -238,10 +122,10 @@ def attention_figure(support: torch.Tensor, query: torch.Tensor, weights: torch.
     return figure
 
 
-def memory_figure(memory: ExternalMemory, sequence: torch.Tensor):
+def memory_figure(memory: nn.Module, sequence: torch.Tensor):
     """A matplotlib figure of the weights with which the first task of a sequence [B, T, D + N] is read and written.
 
-    A row is a row of the memory, a column a step of time; the heads are added up.
+    A row is a row of the memory, a column a step of time; the heads are added up. `memory` is an `ExternalMemory`.
     """
     from matplotlib.figure import Figure
 

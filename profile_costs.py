@@ -27,33 +27,24 @@ import experiment
 from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
 
 import argparse
-import contextlib
-import csv
-import io
 import math
-import time
-from itertools import pairwise
-from pathlib import Path
+from functools import partial
 
-import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
+
+from bench.meters import clock, cost
+from bench.sweeps import fits_and_losses, measure_points, output_folder, write_sweep
+from mlp import Initialisation, inner_step_in_factors, inner_step_in_place, inputs_and_errors, mse, predict, recomputed
 
 METHODS = ("maml", "es", "fomaml", "checkpoint")
 LABELS = {"maml": "MAML", "es": "Evolution Strategies", "fomaml": "first-order MAML", "checkpoint": "checkpointed MAML"}
-ENGINES = {
-    "maml": ("vmap", "loop", "factors"),
-    "es": ("vmap", "loop"),
-    "fomaml": ("vmap", "loop"),
-    "checkpoint": ("vmap", "loop"),
-}
+ENGINES = {method: ("vmap", "loop") for method in METHODS} | {"maml": ("vmap", "loop", "factors")}
 SWEEPS = {"inner_steps": (1, 2, 5, 10, 15, 20), "layers": (1, 2, 3, 4, 6), "hidden_dim": (32, 64, 128, 256, 512)}
 SMOKE_SWEEPS = {"inner_steps": (1, 2, 4), "layers": (1, 2, 3), "hidden_dim": (8, 16, 32)}
 UNUSED = """--out --dtype --test --checkpoint --dataset --data_folder --split --image_size --num_classes
 --rotations --train_steps --patience""".split()
 
-# ----------------------------------------------------------------------------------- the tasks
+# ------------------------------------------------------------------------- the study: MAML and ES
 
 
 def sample_tasks(B: int, K: int, Q: int, device=None, dtype=torch.float32):
@@ -69,77 +60,6 @@ def sample_tasks(B: int, K: int, Q: int, device=None, dtype=torch.float32):
     return x, curve(x), query_x, curve(query_x)
 
 
-# --------------------------------------------------------------------------------- the network
-
-
-class Initialisation(torch.nn.Module):
-    """theta: all weights and biases of an MLP with one input and one output, in one vector [D]."""
-
-    def __init__(self, layers: int, hidden_dim: int):
-        super().__init__()
-        self.sizes = [1, *[hidden_dim] * layers, 1]
-        uniform = lambda i, o: (2 * torch.rand(i * o + o) - 1) / math.sqrt(i)  # torch's own for nn.Linear
-        self.theta = torch.nn.Parameter(torch.cat([uniform(i, o) for i, o in pairwise(self.sizes)]))
-
-    def forward(self, theta: torch.Tensor | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The layers (W [..., i, o], b [..., 1, o]) in a vector theta [..., D]: views, no copies."""
-        theta = self.theta if theta is None else theta
-        shapes = list(pairwise(self.sizes))
-        pieces = theta.split([n for i, o in shapes for n in (i * o, o)], dim=-1)
-        return [(pieces[2 * n].unflatten(-1, s), pieces[2 * n + 1].unsqueeze(-2)) for n, s in enumerate(shapes)]
-
-
-# A layer is (W, b), or (W, b, A, D) for the weights W - A^T D and the bias b - sum of D's rows. W is [i, o] while all
-# tasks share it, as before the first inner step, and [G, i, o] when each of G tasks has its own.
-
-
-def apply(layer: tuple, a: torch.Tensor) -> torch.Tensor:
-    """Inputs a [G, n, i] of a layer -> a W + b [G, n, o]."""
-    W, b, *factors = layer
-    z = torch.baddbmm(b, a, W) if W.dim() == 3 else a @ W + b
-    return z - (a @ factors[0].mT + 1) @ factors[1] if factors else z
-
-
-def apply_transposed(layer: tuple, d: torch.Tensor) -> torch.Tensor:
-    """Errors d [G, n, o] behind a layer -> d W^T [G, n, i], the errors before it."""
-    W, _, *factors = layer
-    back = d @ W.mT
-    return back - (d @ factors[1].mT) @ factors[0] if factors else back
-
-
-def predict(layers: list[tuple], x: torch.Tensor, inputs: list | None = None) -> torch.Tensor:
-    """The network's output [G, n, 1] at x [G, n, 1]; appends the input of every layer [G, n, i] to `inputs`."""
-    for layer in layers[:-1]:
-        if inputs is not None:
-            inputs.append(x)
-        x = apply(layer, x).relu_()
-    if inputs is not None:
-        inputs.append(x)
-    return apply(layers[-1], x)
-
-
-def mse(layers: list[tuple], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each task [G]."""
-    return (predict(layers, x) - y).square().mean(dim=(-2, -1))
-
-
-def inputs_and_errors(layers: list[tuple], x: torch.Tensor, y: torch.Tensor) -> list[tuple]:
-    """(a [G, n, i], d [G, n, o]) of every layer: the gradient of the mean squared error is a^T d for W, d's sum for b.
-
-    Back-propagation in tensor operations, so that autograd can differentiate through it.
-    """
-    inputs, pairs = [], []
-    d = (predict(layers, x, inputs) - y) * (2 / x.shape[-2])
-    for layer, a in zip(layers[::-1], inputs[::-1], strict=True):
-        pairs.append((a, d))
-        if a is not x:
-            d = apply_transposed(layer, d) * (a > 0)
-    return pairs[::-1]
-
-
-# --------------------------------------------------------------------------------- the methods
-
-
 def inner_step(layers: list[tuple], x: torch.Tensor, y: torch.Tensor, rate: float, second_order: bool = True):
     """phi <- phi - rate * dL/dphi on the support set (MAML, eq. 1), in new tensors, one network a task."""
     with torch.set_grad_enabled(second_order and torch.is_grad_enabled()):
@@ -150,46 +70,10 @@ def inner_step(layers: list[tuple], x: torch.Tensor, y: torch.Tensor, rate: floa
     ]
 
 
-def inner_step_in_place(layers: list[tuple], x: torch.Tensor, y: torch.Tensor, rate: float) -> None:
-    """The same written over phi: nothing is kept."""
-    for (W, b), (a, d) in zip(layers, inputs_and_errors(layers, x, y), strict=True):
-        W.baddbmm_(a.mT, d, alpha=-rate)
-        b.sub_(d.sum(-2, keepdim=True), alpha=rate)
-
-
-def inner_step_in_factors(layers: list[tuple], x: torch.Tensor, y: torch.Tensor, rate: float) -> list[tuple]:
-    """The same, but phi is never formed: theta stays shared, and a step adds K rows to the factors A and D.
-
-    A gradient on K points has rank K, and K is 10 where a weight matrix has hundreds of rows.
-    """
-    new = []
-    for (W, b, *old), (a, d) in zip(layers, inputs_and_errors(layers, x, y), strict=True):
-        A, D = (torch.cat(rows, dim=-2) for rows in zip(old, (a, rate * d), strict=True)) if old else (a, rate * d)
-        new.append((W, b, A, D))
-    return new
-
-
-def checkpointed_steps(layers: list[tuple], x: torch.Tensor, y: torch.Tensor, rate: float, steps: int) -> list[tuple]:
-    """`steps` inner steps of which only every sqrt(steps)-th is kept; backward computes the others again."""
-
-    def segment(count: int, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        layers = list(zip(flat[::2], flat[1::2], strict=True))
-        for _ in range(count):
-            layers = inner_step(layers, x, y, rate)
-        return tuple(tensor for layer in layers for tensor in layer)
-
-    length = math.isqrt(steps - 1) + 1  # rounded up
-    flat = tuple(tensor for layer in layers for tensor in layer)
-    for begin in range(0, steps, length):
-        count = min(length, steps - begin)
-        flat = checkpoint(segment, count, *flat, use_reentrant=False, preserve_rng_state=False)
-    return list(zip(flat[::2], flat[1::2], strict=True))
-
-
 def adapt(layers: list[tuple], x: torch.Tensor, y: torch.Tensor, rate: float, steps: int, method: str, engine: str):
     """The layers after `steps` inner steps on the support set, differentiable as the method wants it."""
     if method == "checkpoint":
-        return checkpointed_steps(layers, x, y, rate, steps)
+        return recomputed(lambda layers: inner_step(layers, x, y, rate), layers, steps)
     for _ in range(steps):
         if engine == "factors":
             layers = inner_step_in_factors(layers, x, y, rate)
@@ -244,18 +128,21 @@ def es_gradient(model: Initialisation, tasks, rate: float, steps: int, at_once: 
     return total
 
 
-def meta_step(model: Initialisation, optimizer, args, method: str, engine: str, at_once: int = 0) -> torch.Tensor:
-    """One outer step: sample tasks, meta-gradient into theta.grad, optimiser; returns the mean query loss."""
-    optimizer.zero_grad()
+def gradient_by(args, method: str, engine: str, at_once: int = 0):
+    """How many tasks an outer step has, and its gradient as a function (model, tasks) -> loss."""
     at_once = 1 if engine == "loop" else at_once or max(args.meta_batch_size, args.num_perturbations)
-    inner = (args.inner_lr, args.inner_steps, at_once)
-    pairs = args.num_perturbations // 2
-    B = min(args.meta_batch_size, pairs) if method == "es" else args.meta_batch_size
-    tasks = sample_tasks(B, args.num_shot, args.num_query, model.theta.device)
-    if method == "es":
-        loss = es_gradient(model, tasks, *inner, args.num_perturbations, args.sigma)
-    else:
-        loss = maml_gradient(model, tasks, *inner, method, engine)
+    inner = {"rate": args.inner_lr, "steps": args.inner_steps, "at_once": at_once}
+    if method != "es":
+        return args.meta_batch_size, partial(maml_gradient, **inner, method=method, engine=engine)
+    estimate = partial(es_gradient, **inner, perturbations=args.num_perturbations, sigma=args.sigma)
+    return min(args.meta_batch_size, args.num_perturbations // 2), estimate
+
+
+def meta_step(model: Initialisation, optimizer, args, method: str, engine: str, at_once: int = 0) -> torch.Tensor:
+    """One outer step, as it is measured: tasks, meta-gradient into theta.grad, optimiser; the mean query loss."""
+    B, gradient = gradient_by(args, method, engine, at_once)
+    optimizer.zero_grad()
+    loss = gradient(model, sample_tasks(B, args.num_shot, args.num_query, model.theta.device))
     optimizer.step()
     return loss
 
@@ -269,54 +156,6 @@ def start(args, device: torch.device) -> tuple[Initialisation, torch.optim.Optim
 # --------------------------------------------------------------------------------- measuring
 
 
-@contextlib.contextmanager
-def memory_meter(device: torch.device):
-    """Bytes allocated at the worst moment of the block, above what was there before it: a function to call after it.
-
-    By the allocator's own record: CUDA's statistics, and on a CPU the profiler's list of allocations and releases.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield lambda: torch.cuda.max_memory_allocated(device) - before
-        torch.cuda.synchronize(device)
-        return
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
-        yield lambda: highest(record)
-
-
-def highest(record: torch.profiler.profile) -> int:
-    """The most bytes that were allocated at once in a record of the CPU's allocations."""
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()  # negative where memory is released
-        peak = max(peak, now)
-    return peak
-
-
-def peak_memory(step, device: torch.device) -> int:
-    """The same of one call of `step`."""
-    with memory_meter(device) as peak:
-        step()
-    return peak()
-
-
-def clock(step, device: torch.device, repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls of `step`; long ones stop after three when eight seconds are used up."""
-    seconds = []
-    while len(seconds) < repeats and (len(seconds) < 3 or sum(seconds) < 8):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - begin)
-    return seconds
-
-
 def measure(args, method: str, engine: str, device: torch.device) -> dict:
     """Median, 10th and 90th percentile of the seconds of an outer step, and its peak memory in bytes."""
     torch.manual_seed(args.random_seed)
@@ -326,16 +165,7 @@ def measure(args, method: str, engine: str, device: torch.device) -> dict:
         meta_step(model, optimizer, args, method, engine, args.at_once)
         model.theta.grad = None  # so that each step allocates what the first one does
 
-    clock(step, device, args.warmup)
-    seconds = clock(step, device, args.outer_steps)
-    low, median, high = np.percentile(seconds, [10, 50, 90])
-    return {
-        "seconds": float(median),
-        "seconds_p10": float(low),
-        "seconds_p90": float(high),
-        "repeats": len(seconds),
-        "peak_bytes": peak_memory(step, device),
-    }
+    return cost(step, device, args.warmup, args.outer_steps)
 
 
 def fastest_engine(args, method: str, device: torch.device) -> tuple[str, int]:
@@ -356,74 +186,6 @@ def fastest_engine(args, method: str, device: torch.device) -> tuple[str, int]:
     return min(seconds, key=seconds.get)
 
 
-# ------------------------------------------------------------------------------------- sweeps
-
-SETTING = (
-    "method",
-    "engine",
-    "inner_steps",
-    "layers",
-    "hidden_dim",
-    "meta_batch_size",
-    "num_perturbations",
-    "num_shot",
-    "num_query",
-    "at_once",
-    "outer_steps",
-    "inner_lr",
-    "device",
-    "torch",
-    "random_seed",
-    "git_commit",
-)
-MEASURED = ("repeats", "seconds", "seconds_p10", "seconds_p90", "peak_bytes")
-COLUMNS = ("sweep", *SETTING, *MEASURED, "runtime_fit", "memory_fit")
-
-
-def fit(sweep: str, x: list[float], y: list[float]) -> dict:
-    """How y grows with x: a line a + b x, or over hidden units a power a x^b; least squares, with R^2."""
-    u, v = np.asarray(x, float), np.asarray(y, float)
-    if sweep == "hidden_dim":
-        u, v = np.log(u), np.log(v)
-    slope, intercept = np.polyfit(u, v, 1)
-    left = v - (intercept + slope * u)
-    r2 = 1 - (left @ left) / max(((v - v.mean()) ** 2).sum(), 1e-300) if np.ptp(v) > 0 else 1.0
-    form = "power" if sweep == "hidden_dim" else "line"
-    a = math.exp(intercept) if form == "power" else intercept
-    return {"form": form, "a": float(a), "b": float(slope), "r2": float(r2)}
-
-
-def fit_text(f: dict, unit: str) -> str:
-    if abs(f["b"]) < 1e-9:
-        return f"{f['a']:.3g} {unit}, flat"
-    if f["form"] == "power":
-        return f"{f['a']:.3g} {unit} * x^{f['b']:.2f} (R2 {f['r2']:.3f})"
-    return f"{f['a']:.3g} + {f['b']:.3g} x {unit} (R2 {f['r2']:.3f})"
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    experiment.write_atomically(path, lambda out: out.write(text.getvalue().encode()))
-
-
-def read_csv(path: Path) -> list[dict]:
-    """The rows of a sweep as text; UserError when the file is none of ours."""
-    try:
-        with open(path, newline="") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--out: cannot read {path} ({error}); choose another --out") from None
-    if tuple(reader.fieldnames or ()) != COLUMNS or any(None in row or None in row.values() for row in rows):
-        raise UserError(f"--out: {path} is not a table of this script; choose another --out")
-    return rows
-
-
 def points(args) -> list[tuple[str, str, str, argparse.Namespace]]:
     """(sweep, method, engine, flags) of every point to measure."""
     sweeps = SMOKE_SWEEPS if args.smoke else SWEEPS
@@ -437,78 +199,10 @@ def points(args) -> list[tuple[str, str, str, argparse.Namespace]]:
     ]
 
 
-def output_folder(args) -> Path:
-    folder = Path(args.out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder} is no folder to write to ({error}); choose another") from None
-    return folder
-
-
 def run_sweep(args, device: torch.device) -> dict:
-    """Measure every point, then write costs.csv and costs.json to --out; `reproduce.py report` draws them.
-
-    Until it is complete a sweep lives in costs.partial.csv; started again it does not measure those points again.
-    """
-    folder = output_folder(args)
-    partial = folder / "costs.partial.csv"
-    key = lambda row: tuple(str(row[name]) for name in SETTING)  # of another commit: measured again
-    known = {key(row): {name: row[name] for name in MEASURED} for row in read_csv(partial)}
-    rows, todo = [], points(args)
-    for sweep, method, engine, flags in tqdm(todo, unit="point", disable=None):
-        here = {"method": method, "engine": engine, "device": experiment.device_name(device)}
-        here |= {"torch": torch.__version__, "git_commit": args.git_commit or "none"}
-        row = {"sweep": sweep} | {name: here.get(name, vars(flags).get(name)) for name in SETTING}
-        new = key(row) not in known  # a point may also be part of two sweeps
-        if new:
-            known[key(row)] = measure(flags, method, engine, device)
-        rows.append(row | {name: float(value) for name, value in known[key(row)].items()})
-        if new:
-            write_csv(partial, rows)
-    summary = summarise(args, rows, device) | {"rows": rows}
-    write_csv(folder / "costs.csv", rows)
-    experiment.write_json(folder / "costs.json", summary)
-    partial.unlink(missing_ok=True)
-    print(f"written: {folder / 'costs.csv'} and costs.json; pictures: python reproduce.py report --results {folder}")
-    return summary
-
-
-def curves(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
-    """The rows of each (sweep, method, engine), in the order of the swept value."""
-    found: dict = {}
-    for row in rows:
-        found.setdefault((row["sweep"], row["method"], row["engine"]), []).append(row)
-    return found
-
-
-def summarise(args, rows: list[dict], device: torch.device) -> dict:
-    """Fits of every curve (also written into the rows, printed), where ES is not the cheaper one, its cosine."""
-    fits, dearer, found = [], [], curves(rows)
-    for (sweep, method, engine), curve in found.items():
-        x = [row[sweep] for row in curve]
-        runtime = fit(sweep, x, [row["seconds"] * 1e3 for row in curve])
-        memory = fit(sweep, x, [row["peak_bytes"] / 1e6 for row in curve])
-        for row in curve:
-            row |= {"runtime_fit": fit_text(runtime, "ms"), "memory_fit": fit_text(memory, "MB")}
-        fits.append({"sweep": sweep, "method": method, "engine": engine, "runtime": runtime, "memory": memory})
-        print(f"{sweep:12s} {method:10s} {engine:8s} {row['runtime_fit']:38s} {row['memory_fit']}")
-    for (sweep, method, engine), curve in found.items():
-        maml = found.get((sweep, "maml", engine)) if method == "es" else None
-        for theirs, ours in zip(maml or [], curve, strict=False):
-            for name in ("seconds", "peak_bytes"):
-                if ours[name] > theirs[name]:
-                    dearer.append(
-                        {
-                            "what": name,
-                            "sweep": sweep,
-                            "value": ours[sweep],
-                            "engine": engine,
-                            "es": ours[name],
-                            "maml": theirs[name],
-                        }
-                    )
-    return {
+    """Measure every point, then write costs.csv and costs.json to --out; `reproduce.py report` draws them."""
+    rows = measure_points(args, points(args), lambda *point: measure(*point, device), device)
+    summary = {
         "script": "profile_costs",
         "command": args.command,
         "git_commit": args.git_commit,
@@ -516,10 +210,12 @@ def summarise(args, rows: list[dict], device: torch.device) -> dict:
         "device": experiment.device_name(device),
         "torch": torch.__version__,
         "processor": experiment.processor(),
-        "fits": fits,
-        "es_dearer": dearer,
+        **fits_and_losses(rows),
         "es_cosine": [] if args.method not in ("all", "es") else es_cosines(args, device),
+        "rows": rows,
     }
+    write_sweep(args, rows, summary)
+    return summary
 
 
 def es_cosines(args, device: torch.device) -> list[dict]:
@@ -542,15 +238,9 @@ def es_cosines(args, device: torch.device) -> list[dict]:
     for count in [2 * args.meta_batch_size * 4**n for n in range(2 if args.smoke else 5)]:
         es_gradient(model, tasks, args.inner_lr, args.inner_steps, args.meta_batch_size, count, args.sigma)
         cosine = torch.nn.functional.cosine_similarity(exact, model.theta.grad, dim=0).item()
-        found.append(
-            {
-                "perturbations": count,
-                "cosine": cosine,
-                "expected": (1 + 2 * m * (D + 1) / count) ** -0.5,
-                "parameters": D,
-                "disagreement": m,
-            }
-        )
+        expected = (1 + 2 * m * (D + 1) / count) ** -0.5
+        found.append({"perturbations": count, "cosine": cosine, "expected": expected})
+        found[-1] |= {"parameters": D, "disagreement": m}
     return found
 
 
@@ -604,8 +294,11 @@ def train(args, method: str, device: torch.device) -> dict:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 - 2 * step / args.train_steps))
     run = Run(args, "profile_costs", f"sinusoids_{method}")
     run.track(model=model, optimizer=optimizer, schedule=schedule)
+    B, gradient = gradient_by(args, method, args.engine, args.at_once)
     for _ in run.steps():
-        loss = meta_step(model, optimizer, args, method, args.engine, args.at_once)
+        optimizer.zero_grad()
+        loss = gradient(model, sample_tasks(B, args.num_shot, args.num_query, device))  # MAML's calls backward()
+        optimizer.step()
         schedule.step()
         run.record(loss)
         if run.time_to_evaluate():
@@ -614,21 +307,10 @@ def train(args, method: str, device: torch.device) -> dict:
             run.evaluated(None, {"Loss/val": after.mean().item(), "Loss/val_before": before.mean().item()})
     before, after = evaluate(model, args, args.num_test_tasks, TEST_SEED)
     loss, ci95 = experiment.mean_and_ci95(after)
-    return run.finish(
-        {
-            "method": method,
-            "engine": args.engine,
-            "test_loss": loss,
-            "ci95": ci95,
-            "test_loss_before": before.mean().item(),
-            "num_test_tasks": args.num_test_tasks,
-            "learning_rate": args.learning_rate,
-            "inner_steps": args.inner_steps,
-            "parameters": model.theta.numel(),
-            "device": experiment.device_name(device),
-            "examples": examples(model, args),
-        }
-    )
+    setting = "method engine num_test_tasks learning_rate inner_steps".split()
+    metrics = {name: getattr(args, name) for name in setting} | {"parameters": model.theta.numel()}
+    metrics |= {"test_loss": loss, "ci95": ci95, "test_loss_before": before.mean().item()}
+    return run.finish(metrics | {"device": experiment.device_name(device), "examples": examples(model, args)})
 
 
 @torch.no_grad()
@@ -654,13 +336,11 @@ def parse_args(argv=None):
     add("--sweep", choices=["all", *SWEEPS], help="measure over a range of this flag; all: the three one by one")
     add("--train", action="store_true", help="meta-train instead of measuring")
     add("--method", choices=["all", *METHODS], default="all", help="what to measure or, with --train, to train with")
-    add(
-        "--engine",
-        choices=["vmap", "loop", "factors", "auto"],
-        default="vmap",
-        help="vmap: all adaptations together; loop: one after another; factors (only MAML): together, with the adapted "
-        "weights kept as low-rank factors; auto: measures all of these, training takes the fastest",
+    engines = (
+        "vmap: adapts all together; loop: one by one; factors: together, MAML's weights as low-rank factors; auto: "
     )
+    engines += "measures all of these, training takes the fastest"
+    add("--engine", choices=["vmap", "loop", "factors", "auto"], default="vmap", help=engines)
     add("--at_once", type=whole(0), default=0, help="adaptations that vmap and factors do together; 0: all")
     add("--out", default="runs/costs", help="folder of a sweep's tables, and of --train's with all methods")
     add("--warmup", type=whole(1), default=2, help="outer steps before the measured ones")
@@ -674,15 +354,8 @@ def parse_args(argv=None):
     add("--learning_rate", type=number(above=True), default=1e-3, help="of Adam; ES: 3e-3 is too much")
     add("--num_perturbations", type=whole(2), help="ES: perturbed networks in an outer step; None: as many as tasks")
     add("--sigma", type=number(above=True), default=1e-3, help="ES: standard deviation of the perturbations")
-    smoke = {
-        "hidden_dim": 16,
-        "meta_batch_size": 4,
-        "num_query": 20,
-        "num_val_tasks": 20,
-        "num_test_tasks": 20,
-        "eval_freq": 10,
-        "outer_steps": 3,
-    }
+    smoke = {"hidden_dim": 16, "meta_batch_size": 4, "num_query": 20, "num_val_tasks": 20, "num_test_tasks": 20}
+    smoke |= {"eval_freq": 10, "outer_steps": 3}
     args = experiment.parse(parser, argv, smoke)
     if args.smoke and not args.train and not args.sweep:
         args.sweep = "all"
@@ -713,21 +386,13 @@ def main(argv=None) -> dict:
     found = []
     for method in METHODS if args.method == "all" else [args.method]:
         for engine in ENGINES[method] if args.engine == "auto" else [args.engine]:
-            found.append({"method": method, "engine": engine} | measure(args, method, engine, device))
-            row = found[-1]
-            print(
-                f"{LABELS[method]:20s} {engine:8s} {row['seconds'] * 1e3:9.2f} ms  "
-                f"({row['seconds_p10'] * 1e3:.2f} to {row['seconds_p90'] * 1e3:.2f})  "
-                f"{row['peak_bytes'] / 1e6:9.3f} MB"
-            )
-    metrics = {
-        "device": experiment.device_name(device),
-        "inner_steps": args.inner_steps,
-        "layers": args.layers,
-        "hidden_dim": args.hidden_dim,
-        "costs": found,
-    }
-    return experiment.report(args, "profile_costs", "sinusoids", metrics)
+            row = {"method": method, "engine": engine} | measure(args, method, engine, device)
+            found.append(row)
+            median, low, high = (1e3 * row[name] for name in ("seconds", "seconds_p10", "seconds_p90"))
+            cost_of = f"{median:9.2f} ms  ({low:.2f} to {high:.2f})  {row['peak_bytes'] / 1e6:9.3f} MB"
+            print(f"{LABELS[method]:20s} {engine:8s} {cost_of}")
+    setting = {name: getattr(args, name) for name in SWEEPS} | {"device": experiment.device_name(device)}
+    return experiment.report(args, "profile_costs", "sinusoids", setting | {"costs": found})
 
 
 if __name__ == "__main__":

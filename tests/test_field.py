@@ -714,7 +714,7 @@ def test_training_starts_from_the_weights_of_a_run(script, runs):
     args = MODULES[script].parse_args([*GLYPHS, *TINY[script], "--train_steps", "4", "--init_from", str(runs / script)])
     model = {
         "protonet": lambda: protonet.make_encoder(args, 1),
-        "hw1": lambda: hw1.MANN(2, 2, 8, head="linear"),
+        "hw1": lambda: hw1.MANN(2, 2, 8, hw1.Recurrent(head="linear")),
         "maml": lambda: maml.MAML(protonet.Conv4(1, 4, 28, strided=True), 5, 1, 0.4, "linear", False, 1.0, False),
     }[script]()
     experiment.init_from(args, model)

@@ -23,7 +23,7 @@ from replay import Gradient, Replayed
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 cuda = torch.device("cuda")
 SCRIPTS = [
-    "hw1.py", "hw1.py --memory attention", "hw1.py --memory external", "protonet.py", "protonet.py --encoder residual",
+    "hw1.py", "attention.py", "external_memory.py", "protonet.py", "protonet.py --encoder residual",
     "maml.py", "maml.py --first_order", "maml.py --head proto --optimizer muon", "maml.py --freeze_body",
     "maml.py --inner_steps 2 --multi_step_loss --learn_inner_lrs --per_step_norm --optimizer muon", "meta_lstm.py",
     "transfer.py", "mae.py", "memorization.py", "bayes.py", "profile_costs.py", "feature_weights.py --part closed_form",

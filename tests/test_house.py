@@ -13,10 +13,10 @@ FLOORS = [  # a room imports only from floors below its own; ground rooms import
     {"experiment", "replay"},
     {"backbone", "omniglot", "glyphs"},
     {"memory"},
-    {"load_data"},
+    {"load_data", "mlp"},
     {"tasks"},
-    {"hw1", "protonet", "transfer", "maml", "meta_lstm", "profile_costs", "feature_weights", "memorization", "bayes",
-     "mae"},
+    {"hw1", "attention", "external_memory", "protonet", "transfer", "maml", "meta_lstm", "profile_costs",
+      "feature_weights", "memorization", "bayes", "mae"},
     {"page", "peers"},
     {"predict", "benchmark", "homework"},
     {"reproduce", "ship", "growth"},
@@ -100,7 +100,7 @@ def test_a_result_tells_the_whole_truth_of_its_run(path):
     assert not re.search(r"--(log_dir|run_name)|/tmp/", result["command"])
     assert re.fullmatch(r"[0-9a-f]{7,40}", result["git_commit"]), "the tree was dirty"
     assert result["flags"]["random_seed"] == result["seed"] and result["processor"] and result["versions"]["torch"]
-    if result["script"] in ("hw1", "protonet", "maml", "meta_lstm", "transfer", "mae"):
+    if result["script"] in ("hw1", "attention", "external_memory", "protonet", "maml", "meta_lstm", "transfer", "mae"):
         of_digits, only_tested = path.stem.startswith("mnist_"), "--test" in result["command"]
         assert re.fullmatch(r"[0-9a-f]{64}", result["dataset_digest"])
         assert result["dataset"] == ("mnist" if of_digits else "omniglot")

@@ -14,7 +14,7 @@ from conftest import REPO, known_dataset, one_line_error
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import hw1
-from hw1 import MANN, evaluate
+from hw1 import MANN, Recurrent, evaluate
 from load_data import DataGenerator, EpisodeSampler, deal_tasks
 
 SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]
@@ -28,21 +28,22 @@ def episodes(B=3, K=2, N=4, seed=0):
     "options",
     [
         {},
-        {"recurrent": "gru"},
-        {"recurrent": "rnn"},
+        {"cell": "gru"},
+        {"cell": "rnn"},
         {"num_layers": 1},
         {"num_layers": 3},
         {"head": "linear"},
         {"forget_bias": 1.0},
         {"encoder": "strided"},
-        {"encoder": "strided", "head": "linear", "recurrent": "gru"},
+        {"encoder": "conv4", "head": "linear", "cell": "gru"},
         {"logit_scale": 5.0},
     ],
 )
 def test_shapes_and_gradients(options):
     images, labels = episodes()
     before = images.clone(), labels.clone()
-    model = MANN(4, 3, 16, **options)
+    encoder = options.pop("encoder", "none")
+    model = MANN(4, 3, 16, Recurrent(**options), encoder)
     preds = model(images, labels)
     assert preds.shape == (3, 3, 4, 4) and preds.dtype == torch.float32
     assert torch.equal(images, before[0]) and torch.equal(labels, before[1])  # inputs are not modified
@@ -93,7 +94,7 @@ def test_loss_by_hand():
 
 def test_alone_equals_together_for_the_first_query_only():
     images, labels = episodes(B=6)
-    model = MANN(4, 3, 16, num_layers=3, head="linear").double().eval()
+    model = MANN(4, 3, 16, Recurrent(num_layers=3, head="linear")).double().eval()
     together = model(images.double(), labels.double())[:, -1]
     alone = model.forward_alone(images.double(), labels.double())
     assert torch.allclose(together[:, 0], alone[:, 0], atol=1e-12)
@@ -164,7 +165,7 @@ def test_the_courses_own_loop_learns():
     """Course code that imports only DataGenerator: a DataLoader, an own loop; one-shot memory of flags."""
     torch.manual_seed(0)
     loader = torch.utils.data.DataLoader(DataGenerator(2, 2, "train", config={"dataset": "glyphs"}), batch_size=64)
-    model = MANN(2, 2, 64, head="linear")
+    model = MANN(2, 2, 64, Recurrent(head="linear"))
     optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
     losses = []
     for step, (images, labels) in enumerate(loader):
@@ -396,6 +397,10 @@ BAD_FLAGS = {
     "--recurrent transformer": "--recurrent",
     "--nonsense": "--nonsense",
     "--encoder strided --image_size 64": "--image_size 64",
+    "--memory attention --encoder_rate 0.1": "hw1.py --memory attention is now attention.py",
+    "--memory=external": "hw1.py --memory external is now external_memory.py",
+    "--protocol sequence --num_shot 9": "hw1.py --protocol sequence is now external_memory.py --no_table",
+    "--memory lstm": "hw1.py without it",
     "--test": "--checkpoint",
     "--resume a --checkpoint b": "exclude",
     "--resume nowhere": "--resume nowhere",

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import REPO, has_omniglot
 
-import hw1
+import attention
 import load_data
 import maml
 import protonet
@@ -85,7 +85,7 @@ def test_which_runs_are_asked_lakes_trials():
     "script, flags, kinds",
     [
         (maml, ["--meta_batch_size", "1", "--train_query", "1"], ["_transductive", "_support"]),
-        (hw1, ["--memory", "attention", "--encoder", "strided"], ["", "_alone"]),
+        (attention, ["--encoder", "strided"], ["", "_alone"]),
         (transfer, [], [""]),
     ],
 )
@@ -93,7 +93,7 @@ def test_lakes_trials_in_the_report_of_other_methods(script, flags, kinds, tmp_p
     base = ["--smoke", "--dataset", "omniglot", "--split", "lake", "--num_shot", "1", "--log_dir", str(tmp_path)]
     base += ["--train_steps", "2", "--eval_freq", "2", "--num_test_tasks", "2", "--device", "cpu"]
     base += [] if script is transfer else ["--num_val_tasks", "2"]
-    base += {"maml": ["--warmup_steps", "1"], "hw1": [], "transfer": ["--finetune_steps", "1"]}[script.__name__]
+    base += {"maml": ["--warmup_steps", "1"], "attention": [], "transfer": ["--finetune_steps", "1"]}[script.__name__]
     found = script.main([*base, *flags, "--num_classes", "20", "--run_name", "20"])
     for kind in kinds:
         right = 400 * found[f"test_accuracy_lake_runs{kind}"]
@@ -217,11 +217,11 @@ def test_a_classifier_of_characters_on_mnist(adapt, tmp_path):
             transfer.main(flags)
 
 
-def test_attention_on_mnist_needs_no_word_of_its_memory(tmp_path):
-    flags = ["--memory", "attention", "--smoke", "--dataset", "glyphs", "--log_dir", str(tmp_path), "--device", "cpu"]
+def test_attention_on_mnist(tmp_path):
+    flags = ["--smoke", "--dataset", "glyphs", "--log_dir", str(tmp_path), "--device", "cpu"]
     few = "--encoder strided --train_steps 2 --eval_freq 2 --num_val_tasks 2 --num_test_tasks 2".split()
-    hw1.main([*flags, *few, "--run_name", "a"])
+    attention.main([*flags, *few, "--run_name", "a"])
     folder = write_mnist(tmp_path / "m")
     flags = ["--test", "--checkpoint", str(tmp_path / "a"), "--dataset", "mnist", "--data_folder", str(folder)]
-    metrics = hw1.main([*flags, "--num_classes", "10", "--num_shot", "2", "--num_test_tasks", "4"])
-    assert (metrics["N"], metrics["K"], metrics["flags"]["memory"]) == (10, 2, "attention")
+    metrics = attention.main([*flags, "--num_classes", "10", "--num_shot", "2", "--num_test_tasks", "4"])
+    assert (metrics["N"], metrics["K"]) == (10, 2)

@@ -19,23 +19,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import basics.evolution_strategies
 import benchmark
 import profile_costs
-from basics.evolution_strategies import mlp
-from profile_costs import (
-    Initialisation,
-    es_gradient,
-    fit,
-    inner_step,
-    inner_step_in_factors,
-    inner_step_in_place,
-    maml_gradient,
-    mse,
-    parse_args,
-    peak_memory,
-    predict,
-    sample_tasks,
-)
+from bench.meters import peak_memory
+from bench.sweeps import COLUMNS, fit
+from mlp import Initialisation, inner_step_in_factors, inner_step_in_place, mse, predict
+from profile_costs import es_gradient, inner_step, maml_gradient, parse_args, sample_tasks
 
 RATE = 0.05
 
@@ -44,7 +34,7 @@ def network(layers=2, hidden=7, seed=0):
     """An initialisation in float64, and the same function as an nn.Sequential."""
     torch.manual_seed(seed)
     model = Initialisation(layers, hidden).double()
-    plain = mlp(layers, hidden).double()
+    plain = basics.evolution_strategies.mlp(layers, hidden).double()
     with torch.no_grad():
         for linear, (W, b) in zip([m for m in plain if isinstance(m, nn.Linear)], model(), strict=True):
             linear.weight.copy_(W.T)
@@ -397,7 +387,7 @@ def test_killed_sweep_resumes_and_a_complete_one_measures_anew(tmp_path, monkeyp
     assert {p.name for p in tmp_path.iterdir()} == {"costs.csv", "costs.json"}
     with open(tmp_path / "costs.csv") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == profile_costs.COLUMNS and len(rows) == 9 * 9
+    assert tuple(rows[0]) == COLUMNS and len(rows) == 9 * 9
     assert [row["seconds"] for row in rows[: len(before)]] == before and len(before) >= 30
     assert all(row["runtime_fit"] and row["memory_fit"] and float(row["peak_bytes"]) > 0 for row in rows)
     saved = json.loads((tmp_path / "costs.json").read_text())

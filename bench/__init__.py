@@ -1,0 +1,1 @@
+"""Measuring: clocks, memory meters and sweeps."""
