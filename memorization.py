@@ -379,8 +379,9 @@ def main(argv=None) -> dict:
         batch = train.sample()
         predictions, cost = learner(batch, args.inner_lr, args.inner_steps)
         error = task_losses(predictions, batch.query_y, args.kind, args.num_classes).mean()
+        loss = error + args.beta * cost
         optimizer.zero_grad()
-        (error + args.beta * cost).backward()
+        loss.backward()
         experiment.average_gradients(learner)
         for p in {"none": [], "encoder": learner.encoder.parameters(), "all": learner.parameters()}[args.fresh_adam]:
             optimizer.state.pop(p, None)

@@ -12,6 +12,26 @@ import torch
 import torch.distributed as dist
 
 
+def recorded(model: torch.nn.Module, device: torch.device, *generators: torch.Generator) -> Callable:
+    """A decorator for a step's forward and backward pass: on a GPU one CUDA graph, elsewhere the function itself.
+
+        @recorded(model, device, sampler.generator)
+        def forward_backward() -> torch.Tensor:
+            loss = loss_of(model, sampler.sample())
+            optimizer.zero_grad()
+            loss.backward()
+            return loss.detach()
+
+    generators: those that the step draws from. `Gradient` says what the step may do, and what it may take and return.
+    """
+    return lambda step: Gradient(step, model, device, generators) if can_record(device) else step
+
+
+def can_record(device: torch.device) -> bool:
+    """Only a GPU records, and one process alone: between processes sums would be part of the graph."""
+    return device.type == "cuda" and not (dist.is_initialized() and dist.get_world_size() > 1)
+
+
 class Replayed:
     """`compute(*tensors)`, a list of tensors, recorded on a GPU at its first call with tensors of these shapes.
 
@@ -28,8 +48,7 @@ class Replayed:
         generators: Iterable[torch.Generator] = (),
     ):
         self.compute, self.changed, self.generators, self.shapes = compute, list(changed), list(generators), None
-        # Between processes sums would be part of the graph.
-        self.records = device.type == "cuda" and not (dist.is_initialized() and dist.get_world_size() > 1)
+        self.records = can_record(device)
 
     def __call__(self, *inputs: torch.Tensor) -> list:
         if not self.records:

@@ -30,7 +30,7 @@ from torch import nn
 
 from backbone import Conv4
 from load_data import Dataset, EpisodeSampler, LakeRuns, distort, fixed_tasks, lake_runs, load_dataset, turns
-from replay import Gradient
+from replay import recorded
 
 
 class Drawings:
@@ -248,17 +248,19 @@ def main(argv=None) -> dict:
         **{f"schedule_{k}": v for k, v in schedules.items()},
     )
 
-    def compute(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward_backward(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         loss = F.cross_entropy(classifier(images, dtype, norm="batch", momentum=0.1), labels)
+        classifier.zero_grad()
         loss.backward()
         return loss.detach()
 
-    gradients = {name: Gradient(partial(compute, part), part, device) for name, part in model.items()}
+    # One CUDA graph a phase on a GPU; on a CPU `recorded` does nothing.
+    of_phase = {name: recorded(part, device)(partial(forward_backward, part)) for name, part in model.items()}
     for step in run.steps():
         name, drawings = ("pretrained", first) if step <= pretrain_steps else ("finetuned", second)
         if step == pretrain_steps + 1:  # phase 2 starts from the pre-trained body and a new head
             model["finetuned"].encoder.load_state_dict(model["pretrained"].encoder.state_dict())
-        loss = gradients[name](*drawings.batch(args.meta_batch_size))
+        loss = of_phase[name](*drawings.batch(args.meta_batch_size))
         experiment.average_gradients(model[name])
         optimizers[name].step()
         schedules[name].step()
