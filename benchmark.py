@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +43,10 @@ import meta_lstm
 import profile_costs
 import protonet
 from backbone import Conv4
+from fewshot.learners.task_loop import mean_over_tasks
 from hw1 import MANN, learn_a_little
 from load_data import Dataset, EpisodeSampler, load_dataset
-from maml import MAML, Setting, embed, meta_gradient, task_loss
+from maml import MAML, Setting, embed, task_loss
 from references import (
     CourseMANN,
     ListSampler,
@@ -332,7 +334,8 @@ def bench_maml(args, device: torch.device, dataset: Dataset) -> list[dict]:
 
                     def ours(learner=learner, s=s, steps=steps):
                         theta, sizes = learner.theta(), learner.step_sizes(steps)
-                        meta_gradient(learner, tasks, lambda *task: task_loss(theta, sizes, *task, s, [1.0]))
+                        loss_of = lambda *task: task_loss(theta, sizes, *task, s)
+                        mean_over_tasks(loss_of, tasks, learner).backward()
 
                     contestants[f"maml.py, {name}"] = ours
 
@@ -372,8 +375,10 @@ def bench_gpu(args, device: torch.device, dataset: Dataset) -> list[dict]:
                 plain_maml_step(learner.theta(), sampler.sample(), 0.4, 1, False, True)
 
         def together(learner=learner, sampler=sampler, s=s):
-            theta, sizes = learner.theta(), learner.step_sizes(1)
-            return meta_gradient(learner, sampler.sample(), lambda *task: task_loss(theta, sizes, *task, s, [1.0]))
+            loss_of = partial(task_loss, learner.theta(), learner.step_sizes(1), s=s)
+            loss = mean_over_tasks(loss_of, sampler.sample(), learner)
+            loss.backward()
+            return loss.detach()
 
         compare(
             f"gpu, maml, strided, 1 step, second order, B {B}", together, learner, sampler, {"task by task": by_task}

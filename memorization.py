@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbone import Conv4, conv4
+from backbone import Conv4, conv4, on_sphere
 from load_data import load_dataset
 from tasks import RECIPES, Batch, Diseased, FixedLabels, Grasping, Recipe, Stream, basis_tasks, sinusoid_tasks
 
@@ -137,12 +137,6 @@ class Plain(nn.Module):
         if self.conv:
             x = on_sphere(self.conv(x, norm="support", num_support=num_support), num_support)
         return x, torch.zeros(())
-
-
-def on_sphere(features: torch.Tensor, num_support: int) -> torch.Tensor:
-    """Features [B, P, D] less the mean of the support set's, stretched to length sqrt(D) (as in maml.py)."""
-    centred = features - features[:, :num_support].mean(dim=1, keepdim=True)
-    return centred * (centred.square().mean(dim=-1, keepdim=True) + 1e-5).rsqrt()
 
 
 class Maml(nn.Module):

@@ -62,7 +62,7 @@ def seen_by_protonet(encoder, episode, N, dtype):
     return {"N": N, "K": support.shape[1] // N, "Q": query.shape[1] // N, "B": len(support)} | sides(support)
 
 
-def seen_by_maml(learner, batch, loss_of):
+def seen_by_maml(loss_of, batch, learner):
     support, _, query, _ = batch
     N = len(learner.head_weight)
     return {"N": N, "K": support.shape[1] // N, "Q": query.shape[1] // N, "B": len(support)} | sides(support)
@@ -85,7 +85,7 @@ def seen_by_mae(model, images, order, args, dtype):
 SPIES = {
     "mann": (hw1.MANN, "encode", seen_by_hw1),
     "protonet": (protonet, "episode_loss", seen_by_protonet),
-    "maml": (maml, "meta_gradient", seen_by_maml),
+    "maml": (maml, "mean_over_tasks", seen_by_maml),
     "meta_lstm": (meta_lstm, "meta_gradient", seen_by_meta_lstm),
     "transfer": (transfer.Classifier, "forward", seen_by_transfer),
     "mae": (mae, "losses", seen_by_mae),
