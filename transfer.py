@@ -33,7 +33,7 @@ from load_data import Dataset, EpisodeSampler, LakeRuns, distort, fixed_tasks, l
 from replay import recorded
 
 
-class Drawings:
+class LabelledDrawings:
     """Random minibatches of (image, class) from the training drawings of some classes, and the held-out ones.
 
     A generator of its own, whose state can be saved, draws the batches and their distortions.
@@ -89,7 +89,7 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
-def held_out_accuracy(model: Classifier, drawings: Drawings, dtype: torch.dtype) -> torch.Tensor:
+def held_out_accuracy(model: Classifier, drawings: LabelledDrawings, dtype: torch.dtype) -> torch.Tensor:
     """Whether each held-out drawing is labelled right: float [n]."""
     right = []
     for rows, labels in zip(drawings.test[0].split(1000), drawings.test[1].split(1000), strict=True):
@@ -214,7 +214,7 @@ def main(argv=None) -> dict:
     channels = dataset.images.shape[1]
     known = [*splits["train"], *splits["val"]]
     common = args.held_out, args.random_seed, device, args.jitter, experiment.shard()
-    first, second = Drawings(dataset, known, *common), Drawings(dataset, splits["test"], *common)
+    first, second = LabelledDrawings(dataset, known, *common), LabelledDrawings(dataset, splits["test"], *common)
     if args.meta_batch_size % experiment.shard()[1]:
         processes = experiment.shard()[1]
         raise UserError(f"--meta_batch_size {args.meta_batch_size} does not divide over {processes} processes")
@@ -308,7 +308,9 @@ def few_shot_report(args, encoder: Conv4, tasks: EpisodeSampler, runs: LakeRuns 
     }
 
 
-def report(args, model, first: Drawings, second: Drawings, tasks: EpisodeSampler, runs, dtype, device) -> dict:
+def report(
+    args, model, first: LabelledDrawings, second: LabelledDrawings, tasks: EpisodeSampler, runs, dtype, device
+) -> dict:
     """Held-out accuracy of both phases and the few-shot figure on the common test tasks."""
     pretrained, pretrained_ci95 = experiment.mean_and_ci95(held_out_accuracy(model["pretrained"], first, dtype))
     finetuned, finetuned_ci95 = experiment.mean_and_ci95(held_out_accuracy(model["finetuned"], second, dtype))
