@@ -192,7 +192,7 @@ class BlackBox(nn.Module):
         return self.decoder(torch.cat([context, query], dim=-1))
 
 
-class Learner(nn.Module):
+class MetaLearner(nn.Module):
     """An encoder that is not adapted (Plain, Activations or Weights), then MAML or the black box."""
 
     def __init__(self, args, inputs: int, outputs: int):
@@ -254,7 +254,7 @@ def task_figures(outputs: torch.Tensor, y: torch.Tensor, kind: str, ways: int) -
 
 
 @torch.no_grad()
-def evaluate(learner: Learner, stream: Stream, num_tasks: int, args, steps: int, condition: str = "own") -> dict:
+def evaluate(learner: MetaLearner, stream: Stream, num_tasks: int, args, steps: int, condition: str = "own") -> dict:
     """Figure and loss of each of the stream's first `num_tasks` tasks: {"figure": [n], "loss": [n]}.
 
     The encoder gives means, without noise. With condition="other" each task gets its neighbour's support set.
@@ -360,7 +360,7 @@ def main(argv=None) -> dict:
 
     train = stream("train", args.random_seed, args.meta_batch_size, experiment.shard())
     val = stream("val", VAL_SEED, min(100, args.num_val_tasks))
-    learner = Learner(args, inputs, outputs)
+    learner = MetaLearner(args, inputs, outputs)
     name = dataset.name if dataset else args.task
     if args.test:
         step = experiment.load_best(args.checkpoint, learner)
@@ -397,7 +397,7 @@ def main(argv=None) -> dict:
     return run.finish(metrics | {"device": experiment.device_name(device)})
 
 
-def final_report(args, learner: Learner, stream) -> dict:
+def final_report(args, learner: MetaLearner, stream) -> dict:
     """The figures on fresh training tasks and on the fixed test tasks, with each support set."""
     metrics = {
         "task": args.task,
