@@ -209,9 +209,7 @@ def parse_args(argv=None):
     add("--inner_lr", type=number(), default=0.4, help="rate of the inner steps, or where the learned rates start")
     add("--head_lr", type=number(), default=0.0, help="the same for a linear head; 0: N / sqrt(features)")
     add("--learn_inner_lrs", action="store_true", help="learn a rate per tensor and step")
-    add(
-        "--per_step_norm", action="store_true", help="learn batch norm's scales and shifts for each inner step (MAML++)"
-    )
+    add("--per_step_norm", action="store_true", help="learn scales and shifts of batch norm for each step (MAML++)")
     first = "first training steps, one-shot, with a head of prototypes and no inner step; the papers: 0"
     add("--warmup_steps", type=whole(0), default=4000, help=first)
     add("--first_order", action="store_true", help="drop the second derivative")
