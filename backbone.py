@@ -27,6 +27,7 @@ from replay import Replayed
 
 NORMS = ("running", "batch", "support")
 EPS = 1e-5  # of batch norm
+LAYERS = ("conv1", "conv2", "conv3", "conv4", "head")  # of a network of four blocks with a linear head
 PARTS_OF_A_BLOCK = ("weight", "gamma", "beta", "mean", "var")
 
 
@@ -213,6 +214,12 @@ def norm_of_all(x: torch.Tensor, mean, var, gamma, beta, momentum: float, eps: f
 def prototypes(support: torch.Tensor, num_classes: int) -> torch.Tensor:
     """Mean feature of each class (Snell et al. 2017, eq. 1): support [B, N*K, D] in class order -> [B, N, D]."""
     return support.unflatten(1, (num_classes, -1)).mean(dim=2)
+
+
+def on_sphere(features: torch.Tensor, num_support: int) -> torch.Tensor:
+    """Features [..., n, D] less the mean of each task's first num_support, stretched to length sqrt(D)."""
+    centred = features - features.narrow(-2, 0, num_support).mean(dim=-2, keepdim=True)
+    return centred * (centred.square().mean(dim=-1, keepdim=True) + EPS).rsqrt()
 
 
 class ViT(nn.Module):

@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +52,10 @@ import protonet
 from attention import CausalAttention, query_loss
 from backbone import Conv4
 from external_memory import SequenceLearner
+from fewshot.learners.task_loop import mean_over_tasks
 from hw1 import MANN, Recurrent
 from load_data import Dataset, EpisodeSampler, load_dataset
-from maml import MAML, Setting, embed, meta_gradient, task_loss
+from maml import MAML, Setting, embed, task_loss
 from memory import learn_a_little
 from replay import Gradient
 
@@ -443,7 +445,8 @@ def bench_maml(args, device: torch.device, dataset: Dataset) -> list[dict]:
 
                     def ours(learner=learner, s=s, steps=steps):
                         theta, sizes = learner.theta(), learner.step_sizes(steps)
-                        meta_gradient(learner, tasks, lambda *task: task_loss(theta, sizes, *task, s, [1.0]))
+                        loss_of = lambda *task: task_loss(theta, sizes, *task, s)
+                        mean_over_tasks(loss_of, tasks, learner).backward()
 
                     contestants[f"maml.py, {name}"] = ours
 
@@ -483,8 +486,10 @@ def bench_gpu(args, device: torch.device, dataset: Dataset) -> list[dict]:
                 basics.maml.meta_loss(net, dict(net.named_parameters()), sampler.sample(), 0.4, 1).backward()
 
         def together(learner=learner, sampler=sampler, s=s):
-            theta, sizes = learner.theta(), learner.step_sizes(1)
-            return meta_gradient(learner, sampler.sample(), lambda *task: task_loss(theta, sizes, *task, s, [1.0]))
+            loss_of = partial(task_loss, learner.theta(), learner.step_sizes(1), s=s)
+            loss = mean_over_tasks(loss_of, sampler.sample(), learner)
+            loss.backward()
+            return loss.detach()
 
         compare(
             f"gpu, maml, strided, 1 step, second order, B {B}", together, learner, sampler, {"task by task": by_task}
@@ -540,7 +545,9 @@ def bench_meta_lstm(args, device: torch.device, dataset: Dataset) -> list[dict]:
 
             def together(rule=rule, ours=ours, dtype=dtype) -> None:
                 ours.zero_grad()
-                meta_lstm.meta_gradient(rule, sizes, sampler.sample(), inner, dtype, tasks_at_once=args.tasks_at_once)
+                for tasks in meta_lstm.in_parts(sampler.sample(), args.tasks_at_once):
+                    losses, _ = meta_lstm.query_losses(rule, sizes, tasks, inner, dtype=dtype)
+                    (losses.sum() / B).backward()
                 nn.utils.clip_grad_norm_(rule.parameters(), 0.25)
                 ours.step()
 

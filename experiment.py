@@ -896,6 +896,18 @@ def load_best(folder: Path | str, model: torch.nn.Module) -> int:
     return best["step"]
 
 
+def peak_megabytes(device: torch.device) -> float:
+    """Most memory so far: of torch on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
 def device_name(device: torch.device) -> str:
     """For reports: the GPU's name, or the CPU threads in use."""
     if device.type == "cuda":

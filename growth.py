@@ -149,8 +149,8 @@ def measure(name: str, flags: list[str], characters: int, channels: int, args) -
     script, clock = METHODS[name].script, Stopwatch(args.repeats, LIMIT)
     drawings = 8 if script is transfer else 24
 
-    def load_dataset(dataset: str, folder: str | None, split: str, side: int) -> Dataset:
-        return noise(characters, drawings, side, channels)
+    def load_dataset(name: str, data_folder: str | None, split: str, image_size: int) -> Dataset:
+        return noise(characters, drawings, image_size, channels)
 
     common = ["--device", args.device, "--dtype", args.dtype, "--random_seed", str(args.random_seed)]
     try:

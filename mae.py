@@ -30,7 +30,7 @@ from torch import nn
 
 from backbone import Block, Muon, SumOfAll, ViT, patchify, prototypes, sines_and_cosines, unpatchify
 from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_dataset, turns
-from replay import Gradient
+from replay import recorded
 
 PATCH = 4  # pixels a side
 GRID = 4, 4  # points that `bend` moves
@@ -372,15 +372,17 @@ def main(argv=None) -> dict:
     run = Run(args, "mae", dataset.name, dataset.digest)
     run.track(model=model, optimizer=optimizer, schedule=schedule, sampler=train)
 
-    def compute(*drawn: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        error, disagreement = losses(model, *drawn, args, dtype)
+    @recorded(model, device)  # one CUDA graph on a GPU; on a CPU this line does nothing
+    def forward_backward(images: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        error, disagreement = losses(model, images, order, args, dtype)
         loss = error + args.contrast * disagreement
+        optimizer.zero_grad()
         loss.backward()
         return loss.detach(), error.detach(), disagreement.detach()
 
-    gradient = Gradient(compute, model, device)
     for _ in run.steps():
-        loss, error, disagreement = gradient(*train.draw(args.meta_batch_size, copies=2 if args.contrast else 1))
+        images, order = train.draw(args.meta_batch_size, copies=2 if args.contrast else 1)
+        loss, error, disagreement = forward_backward(images, order)
         experiment.average_gradients(model)
         optimizer.step()
         schedule.step()

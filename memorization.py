@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbone import Conv4, conv4
+from backbone import Conv4, conv4, on_sphere
 from load_data import load_dataset
 from tasks import RECIPES, Batch, Diseased, FixedLabels, Grasping, Recipe, Stream, basis_tasks, sinusoid_tasks
 
@@ -139,12 +139,6 @@ class Plain(nn.Module):
         return x, torch.zeros(())
 
 
-def on_sphere(features: torch.Tensor, num_support: int) -> torch.Tensor:
-    """Features [B, P, D] less the mean of the support set's, stretched to length sqrt(D) (as in maml.py)."""
-    centred = features - features[:, :num_support].mean(dim=1, keepdim=True)
-    return centred * (centred.square().mean(dim=-1, keepdim=True) + 1e-5).rsqrt()
-
-
 class Maml(nn.Module):
     """Predictions by a network (two hidden layers, or a linear head) whose weights a few gradient steps adapt."""
 
@@ -198,7 +192,7 @@ class BlackBox(nn.Module):
         return self.decoder(torch.cat([context, query], dim=-1))
 
 
-class Learner(nn.Module):
+class MetaLearner(nn.Module):
     """An encoder that is not adapted (Plain, Activations or Weights), then MAML or the black box."""
 
     def __init__(self, args, inputs: int, outputs: int):
@@ -260,7 +254,7 @@ def task_figures(outputs: torch.Tensor, y: torch.Tensor, kind: str, ways: int) -
 
 
 @torch.no_grad()
-def evaluate(learner: Learner, stream: Stream, num_tasks: int, args, steps: int, condition: str = "own") -> dict:
+def evaluate(learner: MetaLearner, stream: Stream, num_tasks: int, args, steps: int, condition: str = "own") -> dict:
     """Figure and loss of each of the stream's first `num_tasks` tasks: {"figure": [n], "loss": [n]}.
 
     The encoder gives means, without noise. With condition="other" each task gets its neighbour's support set.
@@ -366,7 +360,7 @@ def main(argv=None) -> dict:
 
     train = stream("train", args.random_seed, args.meta_batch_size, experiment.shard())
     val = stream("val", VAL_SEED, min(100, args.num_val_tasks))
-    learner = Learner(args, inputs, outputs)
+    learner = MetaLearner(args, inputs, outputs)
     name = dataset.name if dataset else args.task
     if args.test:
         step = experiment.load_best(args.checkpoint, learner)
@@ -379,8 +373,9 @@ def main(argv=None) -> dict:
         batch = train.sample()
         predictions, cost = learner(batch, args.inner_lr, args.inner_steps)
         error = task_losses(predictions, batch.query_y, args.kind, args.num_classes).mean()
+        loss = error + args.beta * cost
         optimizer.zero_grad()
-        (error + args.beta * cost).backward()
+        loss.backward()
         experiment.average_gradients(learner)
         for p in {"none": [], "encoder": learner.encoder.parameters(), "all": learner.parameters()}[args.fresh_adam]:
             optimizer.state.pop(p, None)
@@ -402,7 +397,7 @@ def main(argv=None) -> dict:
     return run.finish(metrics | {"device": experiment.device_name(device)})
 
 
-def final_report(args, learner: Learner, stream) -> dict:
+def final_report(args, learner: MetaLearner, stream) -> dict:
     """The figures on fresh training tasks and on the fixed test tasks, with each support set."""
     metrics = {
         "task": args.task,

@@ -26,6 +26,7 @@ import maml
 import profile_costs
 import protonet
 from backbone import Conv4
+from fewshot.learners.task_loop import mean_over_tasks
 from load_data import Dataset, EpisodeSampler
 
 TOLERANCE = 1e-8  # of the loss and of the gradient, relative, in float64
@@ -170,8 +171,9 @@ def races_of_maml(args, device: torch.device, dataset: Dataset) -> Iterator[tupl
 
             def ours(tasks=tasks, learner=learner, s=s, steps=steps) -> float:
                 theta, sizes = learner.theta(), learner.step_sizes(steps)
-                loss_of = lambda *task: maml.task_loss(theta, sizes, *task, s, [1.0])
-                return maml.meta_gradient(learner, tasks, loss_of).item()
+                loss = mean_over_tasks(lambda *task: maml.task_loss(theta, sizes, *task, s), tasks, learner)
+                loss.backward()
+                return loss.item()
 
             some, double = in_double(tasks), copy.deepcopy(learner).double()
             with torch.no_grad():

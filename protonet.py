@@ -28,7 +28,7 @@ from torch import nn
 
 from backbone import Conv4, Muon, Residual, ViT, prototypes
 from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, lake_runs, load_dataset, log_episode
-from replay import Gradient
+from replay import recorded
 
 # ---------------------------------------------------------------------------------- the method
 
@@ -244,15 +244,17 @@ def main(argv=None) -> dict:
     run = Run(args, "protonet", dataset.name, dataset.digest)
     run.track(model=encoder, optimizer=optimizer, schedule=schedule, sampler=train)
 
-    def compute() -> torch.Tensor:
-        loss = episode_loss(encoder, train.sample(), N, dtype)
+    val_rows, test_rows = (rows_of((tasks, args.num_val_tasks)) for tasks in (val, test))
+
+    @recorded(encoder, device, train.generator)  # one CUDA graph on a GPU; on a CPU this line does nothing
+    def forward_backward() -> torch.Tensor:
+        loss = episode_loss(encoder, train.sample(), num_classes=N, dtype=dtype)
+        optimizer.zero_grad()
         loss.backward()
         return loss.detach()
 
-    gradient = Gradient(compute, encoder, device, [train.generator])
-    val_rows, test_rows = (rows_of((tasks, args.num_val_tasks)) for tasks in (val, test))
     for _ in run.steps():
-        loss = gradient()
+        loss = forward_backward()
         experiment.average_gradients(encoder)
         optimizer.step()
         schedule.step()

@@ -30,10 +30,10 @@ from torch import nn
 
 from backbone import Conv4
 from load_data import Dataset, EpisodeSampler, LakeRuns, distort, fixed_tasks, lake_runs, load_dataset, turns
-from replay import Gradient
+from replay import recorded
 
 
-class Drawings:
+class LabelledDrawings:
     """Random minibatches of (image, class) from the training drawings of some classes, and the held-out ones.
 
     A generator of its own, whose state can be saved, draws the batches and their distortions.
@@ -89,7 +89,7 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
-def held_out_accuracy(model: Classifier, drawings: Drawings, dtype: torch.dtype) -> torch.Tensor:
+def held_out_accuracy(model: Classifier, drawings: LabelledDrawings, dtype: torch.dtype) -> torch.Tensor:
     """Whether each held-out drawing is labelled right: float [n]."""
     right = []
     for rows, labels in zip(drawings.test[0].split(1000), drawings.test[1].split(1000), strict=True):
@@ -214,7 +214,7 @@ def main(argv=None) -> dict:
     channels = dataset.images.shape[1]
     known = [*splits["train"], *splits["val"]]
     common = args.held_out, args.random_seed, device, args.jitter, experiment.shard()
-    first, second = Drawings(dataset, known, *common), Drawings(dataset, splits["test"], *common)
+    first, second = LabelledDrawings(dataset, known, *common), LabelledDrawings(dataset, splits["test"], *common)
     if args.meta_batch_size % experiment.shard()[1]:
         processes = experiment.shard()[1]
         raise UserError(f"--meta_batch_size {args.meta_batch_size} does not divide over {processes} processes")
@@ -248,17 +248,19 @@ def main(argv=None) -> dict:
         **{f"schedule_{k}": v for k, v in schedules.items()},
     )
 
-    def compute(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward_backward(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         loss = F.cross_entropy(classifier(images, dtype, norm="batch", momentum=0.1), labels)
+        classifier.zero_grad()
         loss.backward()
         return loss.detach()
 
-    gradients = {name: Gradient(partial(compute, part), part, device) for name, part in model.items()}
+    # One CUDA graph a phase on a GPU; on a CPU `recorded` does nothing.
+    of_phase = {name: recorded(part, device)(partial(forward_backward, part)) for name, part in model.items()}
     for step in run.steps():
         name, drawings = ("pretrained", first) if step <= pretrain_steps else ("finetuned", second)
         if step == pretrain_steps + 1:  # phase 2 starts from the pre-trained body and a new head
             model["finetuned"].encoder.load_state_dict(model["pretrained"].encoder.state_dict())
-        loss = gradients[name](*drawings.batch(args.meta_batch_size))
+        loss = of_phase[name](*drawings.batch(args.meta_batch_size))
         experiment.average_gradients(model[name])
         optimizers[name].step()
         schedules[name].step()
@@ -306,7 +308,9 @@ def few_shot_report(args, encoder: Conv4, tasks: EpisodeSampler, runs: LakeRuns 
     }
 
 
-def report(args, model, first: Drawings, second: Drawings, tasks: EpisodeSampler, runs, dtype, device) -> dict:
+def report(
+    args, model, first: LabelledDrawings, second: LabelledDrawings, tasks: EpisodeSampler, runs, dtype, device
+) -> dict:
     """Held-out accuracy of both phases and the few-shot figure on the common test tasks."""
     pretrained, pretrained_ci95 = experiment.mean_and_ci95(held_out_accuracy(model["pretrained"], first, dtype))
     finetuned, finetuned_ci95 = experiment.mean_and_ci95(held_out_accuracy(model["finetuned"], second, dtype))

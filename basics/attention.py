@@ -6,7 +6,7 @@ the share of its attention that falls on each label. Labels enter only by compar
 
     python -m basics.attention --num_classes 5 --num_shot 1
 
-The same with all that makes it better: hw1.py --memory attention.
+The same with all that makes it better: attention.py.
 """
 
 import torch

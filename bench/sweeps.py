@@ -148,6 +148,4 @@ def write_sweep(args, rows: list[dict], summary: dict) -> None:
     write_csv(folder / "costs.csv", rows)
     experiment.write_json(folder / "costs.json", summary)
     (folder / "costs.partial.csv").unlink(missing_ok=True)
-    print(
-        f"written: {folder / 'costs.csv'}, {folder / 'costs.json'}; pictures: python reproduce.py report --results {folder}"
-    )
+    print(f"written: {folder / 'costs.csv'} and costs.json; pictures: python reproduce.py report --results {folder}")

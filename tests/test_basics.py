@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import REPO
 from torch import nn
 
+import attention
 import basics
 import basics.attention
 import basics.evolution_strategies
@@ -27,6 +28,7 @@ import meta_lstm
 import profile_costs
 import protonet
 from backbone import Conv4
+from fewshot.learners import lstm_rule, side_by_side
 from load_data import EpisodeSampler, fixed_tasks, load_dataset
 
 NAMES = sorted(path.stem for path in (REPO / "basics").glob("[a-z]*.py"))
@@ -66,15 +68,15 @@ def fast_mann_after_a_step(plain: nn.Module, images, labels) -> list:
 
 
 def fast_attention(plain: nn.Module, images, labels) -> tuple[torch.Tensor, list]:
-    """Logits of the queries by hw1.py with one layer of attention; pairs of a parameter of `plain` and its gradient."""
-    model = hw1.MANN(N, K + 1, 0, num_layers=1, encoder="conv4", memory="attention").double()
+    """Logits of the queries by attention.py with one layer; pairs of a parameter of `plain` and its gradient."""
+    model = attention.AttentionLearner(layers=1).double()
     weights = {name: p for name, p in plain.named_parameters() if not name.startswith("encoder.")}
     encoder = [p for name, p in plain.encoder.named_parameters() if name not in biases_of_convolutions(plain.encoder)]
     layer = model.attention.layers[0]
     names = [*layer.state_dict(), *(f"{part}.{kind}" for part in ("query", "key") for kind in ("weight", "bias"))]
     copied([*encoder, *(weights[name] for name in names)], model.parameters())
     logits = model(images, labels)
-    model.loss_function(logits, labels).backward()
+    attention.query_loss(logits, labels).backward()
     return logits[:, -1], [
         *zip((*encoder, *(weights[name] for name in names)), (p.grad for p in model.parameters()), strict=True)
     ]
@@ -98,15 +100,15 @@ def fast_maml(plain: nn.Sequential, tasks, rate, steps, **options) -> tuple[torc
     theta, sizes = learner.theta(), [dict.fromkeys(learner.names, rate)] * steps
     copied(plain.parameters(), theta.values())
     s = maml.Setting(N, dtype=f64, **options)
-    losses = [maml.task_loss(theta, sizes, *task, s, [1.0]) for task in zip(*tasks, strict=True)]
+    losses = [maml.task_loss(theta, sizes, *task, s) for task in zip(*tasks, strict=True)]
     loss = sum(losses) / len(losses)
-    adapted = maml.adapt(theta, sizes, tasks[0][0], tasks[1][0], s)[-1]
+    adapted = maml.inner_loop(theta, sizes, tasks[0][0], tasks[1][0], s)[-1]
     return loss, torch.autograd.grad(loss, list(theta.values())), [adapted[name] for name in theta]
 
 
 def fast_meta_lstm(plain: nn.Module, task, updates: int) -> tuple[float, list]:
     """Query loss of one task by meta_lstm.py and its gradients, in the shapes of `plain`."""
-    learner = meta_lstm.Learner(1, 28, N)
+    learner = side_by_side.Learner(1, 28, N)
     rule = meta_lstm.MetaLSTM(learner.initial()).double()
     gates = torch.cat([plain.forget.weight, plain.input.weight]), torch.cat([plain.forget.bias, plain.input.bias])
     lstm = plain.lstm
@@ -114,8 +116,9 @@ def fast_meta_lstm(plain: nn.Module, task, updates: int) -> tuple[float, list]:
     mine = (rule.weight_ih, rule.weight_hh, rule.bias_ih, rule.bias_hh, rule.gate_weight, rule.gate_bias, rule.theta0)
     copied(values, mine)
     inner = meta_lstm.Inner(updates, N * K, 0.9)
-    loss, _ = meta_lstm.meta_gradient(rule, learner, [x[None] for x in task], inner, f64)
-    return float(loss), [p.grad for p in mine]
+    losses, _ = meta_lstm.query_losses(rule, learner, [x[None] for x in task], inner, dtype=f64)
+    losses.sum().backward()
+    return losses.item(), [p.grad for p in mine]
 
 
 def fast_estimate(plain: nn.Sequential, tasks, sigma, rate, steps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -247,7 +250,7 @@ def test_a_tiny_gradient_is_shown_in_another_way():
     """0, one below e^-10 and one above, as meta_lstm.py shows them to its rule."""
     x = torch.tensor([0.0, 1e-6, -1e-6, 1e-3, -20.0], dtype=f64)
     shown = basics.meta_lstm.preprocess(x[:, None])
-    assert torch.allclose(shown, torch.stack(meta_lstm.preprocess(x), dim=1), atol=1e-14)
+    assert torch.allclose(shown, torch.stack(lstm_rule.preprocess(x), dim=1), atol=1e-14)
 
 
 def test_evolution_strategies_equal_profile_costs():

@@ -15,8 +15,9 @@ from torch.func import vmap
 import hw1
 import protonet
 from backbone import Conv4, Muon
+from fewshot.learners.task_loop import mean_over_tasks
 from load_data import EpisodeSampler, load_dataset
-from maml import MAML, Setting, meta_gradient, task_loss
+from maml import MAML, Setting, multi_step_loss, task_loss
 from memory import one_step_late
 from replay import Gradient, Replayed
 
@@ -91,8 +92,10 @@ def of_maml(**setting):
     s = Setting(5, sphere=True, **setting)
 
     def compute():
-        loss_of = partial(task_loss, learner.theta(), learner.step_sizes(2), s=s, weights=[0.5, 0.5])
-        return meta_gradient(learner, sampler.sample(), loss_of)
+        loss_of = partial(multi_step_loss, learner.theta(), learner.step_sizes(2), s=s, weights=[0.5, 0.5])
+        loss = mean_over_tasks(loss_of, sampler.sample(), learner)
+        loss.backward()
+        return loss.detach()
 
     optimizer = torch.optim.Adam(learner.parameters(), 1e-3, fused=True)
     return learner, compute, [sampler.generator], optimizer
@@ -191,7 +194,7 @@ def test_tasks_together_have_the_meta_gradient_of_a_loop():
     learner = MAML(Conv4(width=8, strided=True), 5, 1, 0.4).to(cuda).double()
     sampler = EpisodeSampler(load_dataset("glyphs"), "train", 5, 1, 2, 3, 1, cuda)
     batch = tuple(x.double() if x.is_floating_point() else x for x in sampler.sample())
-    loss_of = partial(task_loss, learner.theta(), learner.step_sizes(1), s=Setting(5), weights=[1.0])
+    loss_of = partial(task_loss, learner.theta(), learner.step_sizes(1), s=Setting(5))
     parameters = [p for p in learner.parameters() if p.requires_grad]
     together = torch.autograd.grad(vmap(loss_of)(*batch).mean(), parameters)
     single = torch.stack([loss_of(*task) for task in zip(*batch, strict=True)]).mean()

@@ -56,20 +56,20 @@ def seen_by_hw1(model, images):
     return {"N": N, "K": rows - 1, "B": len(images), "side": round(images.shape[-1] ** 0.5)}
 
 
-def seen_by_protonet(encoder, episode, N, dtype):
-    support, _, query, _ = episode
+def seen_by_protonet(encoder, episode, num_classes, dtype):
+    (support, _, query, _), N = episode, num_classes
     return {"N": N, "K": support.shape[1] // N, "Q": query.shape[1] // N, "B": len(support)} | sides(support)
 
 
-def seen_by_maml(learner, batch, loss_of):
+def seen_by_maml(loss_of, batch, learner):
     support, _, query, _ = batch
     N = len(learner.head_weight)
     return {"N": N, "K": support.shape[1] // N, "Q": query.shape[1] // N, "B": len(support)} | sides(support)
 
 
-def seen_by_meta_lstm(rule, learner, episodes, *_):
-    support, _, query, _ = episodes
-    N = learner.num_classes
+def seen_by_meta_lstm(tasks, tasks_at_once):
+    support, labels, query, _ = tasks
+    N = int(labels.max()) + 1
     return {"N": N, "K": support.shape[1] // N, "Q": query.shape[1] // N, "B": len(support)} | sides(support)
 
 
@@ -84,8 +84,8 @@ def seen_by_mae(model, images, order, args, dtype):
 SPIES = {
     "mann": (hw1.MANN, "encode", seen_by_hw1),
     "protonet": (protonet, "episode_loss", seen_by_protonet),
-    "maml": (maml, "meta_gradient", seen_by_maml),
-    "meta_lstm": (meta_lstm, "meta_gradient", seen_by_meta_lstm),
+    "maml": (maml, "mean_over_tasks", seen_by_maml),
+    "meta_lstm": (meta_lstm, "in_parts", seen_by_meta_lstm),
     "transfer": (transfer.Classifier, "forward", seen_by_transfer),
     "mae": (mae, "losses", seen_by_mae),
 }

@@ -14,8 +14,10 @@ from torch.func import vmap
 
 import maml
 from backbone import Conv4
+from fewshot.learners import outer_loop
+from fewshot.learners.task_loop import mean_over_tasks
 from load_data import EpisodeSampler, load_dataset
-from maml import MAML, Setting, adapt, evaluate, meta_gradient, query_logits, task_loss
+from maml import MAML, Setting, evaluate, inner_loop, multi_step_loss, query_logits, task_loss
 from protonet import proto_logits
 
 SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]
@@ -46,14 +48,14 @@ def batch(B=2, seed=0):
 
 def outer_loss(model, tasks, s, weights=(1.0,)):
     theta, sizes = model.theta(), model.step_sizes(len(model.rates))
-    return sum(task_loss(theta, sizes, *task, s, weights) for task in zip(*tasks, strict=True)) / len(tasks[0])
+    return sum(multi_step_loss(theta, sizes, *task, s, weights) for task in zip(*tasks, strict=True)) / len(tasks[0])
 
 
 def gradients(model, tasks, s, weights=(1.0,), steps=None):
     """The meta-gradient of maml.py, as {parameter: tensor}."""
     model.zero_grad()
     theta, sizes = model.theta(), model.step_sizes(len(model.rates) if steps is None else steps)
-    meta_gradient(model, tasks, lambda *task: task_loss(theta, sizes, *task, s, weights))
+    mean_over_tasks(lambda *task: multi_step_loss(theta, sizes, *task, s, weights), tasks, model).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -75,8 +77,7 @@ CASES = [
 @pytest.mark.parametrize("steps, head, options", CASES)
 def test_the_meta_gradient_equals_finite_differences(steps, head, options):
     """Central differences of the outer loss along random directions, inner rates included; relative error < 1e-6."""
-    options, per_step_norm = dict(options), options.get("per_step_norm", False)
-    options.pop("per_step_norm", None)
+    per_step_norm = options.get("per_step_norm", False)
     s = Setting(N, head=head, dtype=torch.float64, **options)
     model, tasks = learner(head, steps, strided=s.strided, per_step_norm=per_step_norm), batch()
     if per_step_norm:
@@ -101,14 +102,14 @@ def test_the_meta_gradient_equals_finite_differences(steps, head, options):
 
 
 def test_one_vmap_equals_the_tasks_one_by_one():
-    """The two ways in which meta_gradient goes over tasks: the GPU's and the CPU's, with any number of threads."""
+    """The two ways in which mean_over_tasks goes over tasks: the GPU's and the CPU's, with any number of threads."""
     others = {"head": "proto", "strided": False}, {"batch_norm": "support"}, {"sphere": True}
     for options in ({}, {"first_order": True}, *others):
         s = Setting(N, dtype=torch.float64, **options)
         model, tasks = learner(s.head, 2, strided=s.strided), batch(3)
         one_by_one = gradients(model, tasks, s)
         theta, sizes = model.theta(), model.step_sizes(2)
-        loss = vmap(lambda *t, s=s, theta=theta, sizes=sizes: task_loss(theta, sizes, *t, s, [1.0]))(*tasks).mean()
+        loss = vmap(lambda *t, s=s, theta=theta, sizes=sizes: task_loss(theta, sizes, *t, s))(*tasks).mean()
         model.zero_grad()
         loss.backward()
         for name, p in model.named_parameters():
@@ -136,7 +137,7 @@ def test_what_is_learned_per_step_has_the_gradient_of_finite_differences(what, f
     With first order the gradients of the inner steps are constants: the derivative by the last step's rate, and by the
     last step's shift, is then still exact, which is compared.
     """
-    s = Setting(N, dtype=torch.float64, first_order=first_order)
+    s = Setting(N, dtype=torch.float64, first_order=first_order, per_step_norm=True)
     model, tasks = learner(steps=3, per_step_norm=True), batch()
     torch.nn.init.normal_(model.shifts, std=0.1)
     found, tensor = gradients(model, tasks, s)[what], getattr(model, what)
@@ -157,14 +158,17 @@ def test_what_is_learned_per_step_has_the_gradient_of_finite_differences(what, f
 
 def test_per_step_norms_of_zero_change_nothing_and_others_do():
     """Bit for bit: the adapted parameters and the gradient of all that is learned without the flag."""
-    s, tasks = Setting(N, dtype=torch.float64), batch()
-    plain, own = learner(steps=2), learner(steps=2, per_step_norm=True)
+    tasks, settings = batch(), [Setting(N, dtype=torch.float64, per_step_norm=own) for own in (False, True)]
+    plain, own = models = learner(steps=2), learner(steps=2, per_step_norm=True)
     assert "shifts" not in plain.state_dict() and own.shifts.shape == (2, 8, 4)
-    a, b = (gradients(model, tasks, s) for model in (plain, own))
+    a, b = (gradients(model, tasks, s) for model, s in zip(models, settings, strict=True))
     assert b.pop("shifts").abs().max() > 1e-6 and a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     torch.nn.init.constant_(own.shifts, 0.5)
-    path, moved = (adapt(m.theta(), m.step_sizes(3), tasks[0][0], tasks[1][0], s) for m in (plain, own))
+    path, moved = (
+        inner_loop(model.theta(), model.step_sizes(3), tasks[0][0], tasks[1][0], s)
+        for model, s in zip(models, settings, strict=True)
+    )
     assert torch.equal(path[0]["gamma1"], moved[0]["gamma1"]) and set(path[0]) == set(moved[0])
     # The first step starts from the same parameters: it differs by the shift; the third, untrained, adds none.
     assert torch.allclose(moved[1]["beta3"] - path[1]["beta3"], torch.full((4,), 0.5, dtype=torch.float64), atol=1e-12)
@@ -198,7 +202,7 @@ def test_beside_muon_adam_learns_what_the_inner_steps_have_of_their_own(tmp_path
     moved["rates"][:, -2] = (first["rates"][:, -2] - 5 / 8**0.5).abs()  # of the head's weight, N / sqrt(D)
     used = {name: change[change > 0] for name, change in moved.items()}
     for change in used.values():  # Adam's first step has the length of its rate, unless the gradient is tiny
-        assert len(change) > 10 and change.max() < 1.001 * maml.STEPS_RATE < 1.01 * change.median()
+        assert len(change) > 10 and change.max() < 1.001 * outer_loop.STEPS_RATE < 1.01 * change.median()
     maml.main([*flags, "--train_steps", "4", "--run_name", "whole"])
     maml.main(["--resume", str(tmp_path / "first"), "--train_steps", "4"])
     assert all(map(torch.equal, saved("first")["model"].values(), saved("whole")["model"].values()))
@@ -209,7 +213,7 @@ def test_first_order_is_the_gradient_at_the_adapted_parameters():
     s = Setting(N, first_order=True, dtype=torch.float64)
     first = gradients(model, tasks, s)
     support, labels, query, query_labels = (x[0] for x in tasks)
-    end = adapt(model.theta(), model.step_sizes(2), support, labels, s)[-1]
+    end = inner_loop(model.theta(), model.step_sizes(2), support, labels, s)[-1]
     end = {k: p.detach().requires_grad_() for k, p in end.items()}
     there = torch.autograd.grad(F.cross_entropy(query_logits(end, support, query, s), query_labels), list(end.values()))
     second = gradients(model, tasks, s._replace(first_order=False))
@@ -224,7 +228,7 @@ def test_without_inner_steps_proto_maml_is_protonet(batch_norm):
     """Logits equal -||f - c||^2 up to a constant of each query."""
     s, model = Setting(N, head="proto", batch_norm=batch_norm, dtype=torch.float64), learner("proto", 0)
     support, labels, query, _ = (x[0] for x in batch(1))
-    (theta,) = adapt(model.theta(), [], support, labels, s)
+    (theta,) = inner_loop(model.theta(), [], support, labels, s)
     logits = query_logits(theta, support, query, s)
     if batch_norm == "support":
         features = maml.embed(theta, torch.cat([support, query]), s, len(support))
@@ -242,8 +246,8 @@ def test_the_warm_up_head_is_one_inner_step_from_zero(sphere):
     s = Setting(N, strided=False, dtype=torch.float64, sphere=sphere)
     model = MAML(Conv4(width=4), N, 1, 0.4, head_lr=N / 4**0.5).double()
     support, labels, _, _ = (x[0] for x in batch(1))
-    after = adapt(model.theta(), model.step_sizes(1), support, labels, s)[-1]
-    (made,) = adapt(model.theta(), [], support, labels, s._replace(head="one_step"))
+    after = inner_loop(model.theta(), model.step_sizes(1), support, labels, s)[-1]
+    (made,) = inner_loop(model.theta(), [], support, labels, s._replace(head="one_step"))
     assert made["head_weight"].abs().max() > 0.05
     for name in after:
         assert torch.allclose(after[name], made[name], atol=1e-12), name
@@ -256,8 +260,8 @@ def test_the_warm_up_asks_in_both_directions(head):
     sampler = EpisodeSampler(known_dataset(), "train", N, 1, 1, 1, seed=4)
     support, labels, query, query_labels = (x[0] for x in sampler.sample())
     support, query = (x.double() + torch.rand_like(x, dtype=torch.float64) for x in (support, query))
-    forth = maml.task_loss(theta, [], support, labels, query, query_labels, s, [1.0])
-    back = maml.task_loss(theta, [], query[query_labels.argsort()], labels, support, labels, s, [1.0])
+    forth = maml.task_loss(theta, [], support, labels, query, query_labels, s)
+    back = maml.task_loss(theta, [], query[query_labels.argsort()], labels, support, labels, s)
     found = maml.warmup_loss(theta, support, labels, query, query_labels, s)
     assert torch.allclose(found, (forth + back) / 2, atol=1e-12) and (forth - back).abs() > 1e-6
 
@@ -269,7 +273,7 @@ def test_on_the_sphere_one_step_from_a_zero_head_compares_distances(batch_norm):
     model = MAML(Conv4(width=4), N, 1, 0.4, head_lr=N / 4**0.5).double()
     support, _, query, _ = (x[0] for x in batch(1))
     support, labels = support[::K], torch.arange(N)
-    theta = adapt(model.theta(), model.step_sizes(1), support, labels, s)[-1]
+    theta = inner_loop(model.theta(), model.step_sizes(1), support, labels, s)[-1]
     logits = query_logits(theta, support, query, s)
     if batch_norm == "support":
         both = maml.embed(theta, torch.cat([support, query]), s, N)
@@ -288,7 +292,7 @@ def test_a_zero_head_is_adapted_but_not_meta_learned():
     model = MAML(Conv4(width=4), N, 2, 0.4, zero_head=True).double()
     found = gradients(model, tasks, s)
     assert "head_weight" not in found and found["encoder.weight0"].abs().max() > 0
-    before, *_, after = adapt(model.theta(), model.step_sizes(2), tasks[0][0], tasks[1][0], s)
+    before, *_, after = inner_loop(model.theta(), model.step_sizes(2), tasks[0][0], tasks[1][0], s)
     assert before["head_weight"].abs().max() == 0 and after["head_weight"].abs().max() > 0
 
 
@@ -296,7 +300,7 @@ def test_anil_adapts_the_head_alone_and_maml_everything():
     tasks, model = batch(1), learner()
     for freeze_body in (True, False):
         s = Setting(N, freeze_body=freeze_body, dtype=torch.float64)
-        before, after = adapt(model.theta(), model.step_sizes(1), tasks[0][0], tasks[1][0], s)
+        before, after = inner_loop(model.theta(), model.step_sizes(1), tasks[0][0], tasks[1][0], s)
         for name in before:
             assert torch.equal(before[name], after[name]) == (freeze_body and not name.startswith("head")), name
 
@@ -309,7 +313,7 @@ def test_queries_influence_each_other_only_in_the_transductive_mode(sphere):
     changed[-1] = 1 - changed[-1]
     for mode, same in (("support", True), ("transductive", False)):
         s = Setting(N, batch_norm=mode, dtype=torch.float64, sphere=sphere)
-        theta = adapt(model.theta(), model.step_sizes(1), support, labels, s)[-1]
+        theta = inner_loop(model.theta(), model.step_sizes(1), support, labels, s)[-1]
         a, b = (query_logits(theta, support, x, s)[:-1] for x in (query, changed))
         assert torch.allclose(a, b, atol=1e-12) == same
 
@@ -351,7 +355,7 @@ def test_how_far_each_layer_moves_is_the_norm_of_its_update(head, freeze_body):
     assert found.shape == (6, 5) and not found.requires_grad
     tasks = [task for batch in sampler.first(6) for task in zip(*batch, strict=True)]
     for task, mine in zip(tasks, found.tolist(), strict=True):
-        path = adapt(model.theta(), model.step_sizes(2), task[0], task[1], s)
+        path = inner_loop(model.theta(), model.step_sizes(2), task[0], task[1], s)
         before, after = ({k: p.detach().numpy() for k, p in path[i].items()} for i in (0, -1))
         for layer, value in zip(maml.LAYERS, mine, strict=True):
             names = ["head_weight", "head_bias"]

@@ -15,8 +15,8 @@ from memorization import (
     CONDITIONS,
     Activations,
     BlackBox,
-    Learner,
     Maml,
+    MetaLearner,
     Mlp,
     Weights,
     adapt,
@@ -239,7 +239,7 @@ def test_regularised_codes_have_the_noise_they_claim():
 def test_without_a_support_set_it_has_no_influence(learner, regulariser):
     args = memorization.parse_args(["--task", "basis", "--learner", learner, "--regulariser", regulariser])
     torch.manual_seed(0)
-    model, batch = Learner(args, 1, 1), basis_tasks(4, 5, 6, rng())
+    model, batch = MetaLearner(args, 1, 1), basis_tasks(4, 5, 6, rng())
     changed = batch._replace(support_y=batch.support_y + 1)
     outputs = lambda batch, condition: model(batch, 0.1, 2, condition, sample=False)[0]
     assert torch.equal(outputs(batch, "emptied"), outputs(changed, "emptied"))

@@ -18,23 +18,10 @@ from torch import nn
 
 import benchmark
 import meta_lstm
+from fewshot.learners.lstm_rule import HIDDEN, LSTMCell, preprocess
+from fewshot.learners.side_by_side import EPS, Learner, ask, task_losses
 from load_data import EpisodeSampler
-from meta_lstm import (
-    EPS,
-    HIDDEN,
-    PRESETS,
-    GradientDescent,
-    Inner,
-    Learner,
-    LSTMCell,
-    MetaLSTM,
-    adapt,
-    ask,
-    evaluate,
-    fixed_pool,
-    preprocess,
-    task_losses,
-)
+from meta_lstm import PRESETS, GradientDescent, Inner, MetaLSTM, evaluate, fixed_pool, query_losses, train_learner
 
 SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]
 f64 = torch.float64
@@ -61,6 +48,16 @@ def episode(B=2, N=3, K=2, Q=2, size=28, channels=1):
     query = torch.rand(B, N * Q, channels, size, size, dtype=f64)
     labels = torch.arange(N).repeat_interleave(K).expand(B, -1)
     return support, labels, query, torch.stack([torch.randperm(N * Q) % N for _ in range(B)])
+
+
+def meta_gradient(rule, learner, tasks, inner, tasks_at_once=4, **options):
+    """As in the train loop: the gradient of the mean query loss, part after part, and the mean."""
+    B, total = len(tasks[0]), 0.0
+    for part in meta_lstm.in_parts(tasks, tasks_at_once):
+        loss = query_losses(rule, learner, part, inner, **options)[0].sum() / B
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 # ------------------------------------------------------------------------------- counts and pieces
@@ -181,8 +178,10 @@ def test_with_forced_gates_it_is_gradient_descent():
         rule.gate_bias.copy_(torch.tensor([1e3, math.log(rate / (1 - rate))], dtype=f64))  # f = 1, i = rate
     support, labels, _, _ = episode()
     inner = Inner(4, 6, 0.9)
-    theta, statistics = adapt(rule, learner, support, labels, inner, dtype=f64)
-    by_rule, same_statistics = adapt(GradientDescent(rule.theta0, rate), learner, support, labels, inner, dtype=f64)
+    theta, statistics = train_learner(rule, learner, support, labels, inner, dtype=f64)
+    by_rule, same_statistics = train_learner(
+        GradientDescent(rule.theta0, rate), learner, support, labels, inner, dtype=f64
+    )
     P = learner.size()
     assert torch.allclose(theta[:, :P], by_rule, atol=1e-12) and not theta[:, P:].any()
     assert all(torch.allclose(a, b) for a, b in zip(statistics, same_statistics, strict=True))
@@ -228,7 +227,7 @@ def test_an_episode_equals_the_plain_reference_with_its_meta_gradient():
     learner = Learner(1, 28, 3)
     rule = doubles(learner)
     support, labels, query, query_labels = episode()
-    theta, _ = adapt(rule, learner, support, labels, Inner(3, 6, 0.9), dtype=f64)
+    theta, _ = train_learner(rule, learner, support, labels, Inner(3, 6, 0.9), dtype=f64)
     losses = task_losses(learner(theta, query, None, 0.0, f64), query_labels)
     names, parameters = zip(*rule.named_parameters(), strict=True)
     grads = torch.autograd.grad(losses.sum(), parameters)
@@ -250,7 +249,7 @@ def test_meta_gradient_adds_up_over_chunks_of_tasks():
     grads = []
     for at_once in (1, 2, 3):
         rule.zero_grad()
-        meta_lstm.meta_gradient(rule, learner, tasks, Inner(2, 6, 0.9), f64, at_once)
+        meta_gradient(rule, learner, tasks, Inner(2, 6, 0.9), at_once, dtype=f64)
         grads.append(torch.cat([p.grad.flatten() for p in rule.parameters()]))
     assert torch.allclose(grads[0], grads[1], atol=1e-9) and torch.allclose(grads[0], grads[2], atol=1e-9)
 
@@ -259,7 +258,7 @@ def test_support_statistics_normalise_training_queries_with_their_gradient():
     learner = Learner(1, 28, 3)
     rule = doubles(learner)
     tasks = episode()
-    meta_lstm.meta_gradient(rule, learner, tasks, Inner(2, 6, 0.9), f64, query_norm="support")
+    meta_gradient(rule, learner, tasks, Inner(2, 6, 0.9), dtype=f64, query_norm="support")
 
     def plain_scores(theta, support, query):  # the learner of one task, every batch norm in full
         p = {name: part[0] for name, part in learner.unpack(theta[None]).items()}
@@ -273,7 +272,7 @@ def test_support_statistics_normalise_training_queries_with_their_gradient():
             x = F.max_pool2d(F.relu(x), 2)
         return F.linear(x.flatten(1), p["head.weight"], p["head.bias"])[len(support) :]
 
-    theta, _ = adapt(rule, learner, *tasks[:2], Inner(2, 6, 0.9), dtype=f64)
+    theta, _ = train_learner(rule, learner, *tasks[:2], Inner(2, 6, 0.9), dtype=f64)
     losses = [F.cross_entropy(plain_scores(t, s, q), y) for t, s, q, y in zip(theta, tasks[0], *tasks[2:], strict=True)]
     expected = torch.autograd.grad(sum(losses) / 2, list(rule.parameters()))
     for p, other in zip(rule.parameters(), expected, strict=True):
@@ -294,7 +293,7 @@ def test_support_statistics_in_training_are_those_of_a_test():
 
 
 def query_loss(rule, learner, tasks, second_order):
-    theta, _ = adapt(rule, learner, *tasks[:2], Inner(2, 6, 0.9), second_order, f64)
+    theta, _ = train_learner(rule, learner, *tasks[:2], Inner(2, 6, 0.9), second_order, f64)
     return task_losses(learner(theta, tasks[2], None, 0.0, f64), tasks[3]).sum()
 
 
@@ -368,7 +367,7 @@ def test_batches_hold_all_classes_in_equal_parts(monkeypatch):
     monkeypatch.setattr(Learner, "__call__", lambda self, *a: spy(*a))
     labels = torch.arange(10).repeat_interleave(10)[None]
     images = labels[..., None, None, None].expand(1, 100, 1, 28, 28).float()
-    adapt(GradientDescent(learner.initial(), 0.1), learner, images, labels, Inner(2, 25, 0.9))
+    train_learner(GradientDescent(learner.initial(), 0.1), learner, images, labels, Inner(2, 25, 0.9))
     assert len(seen) == 8 and all(len(batch) == 25 for batch in seen)
     for batch in seen:
         assert all(2 <= batch.count(c) <= 3 for c in range(10))
@@ -382,7 +381,7 @@ def test_no_query_influences_another_at_test_time():
     support, labels, query, _ = sampler.sample()
     support, query = torch.rand_like(support), torch.rand_like(query)
     with torch.no_grad():
-        theta, statistics = adapt(rule, learner, support, labels, Inner(2, 5, 0.9))
+        theta, statistics = train_learner(rule, learner, support, labels, Inner(2, 5, 0.9))
         whole = ask(learner, theta, query, statistics, torch.float32)
         alone = ask(learner, theta, query[:, 3:4], statistics, torch.float32)
     assert torch.allclose(whole[:, 3:4], alone, atol=1e-5)
@@ -447,7 +446,7 @@ def test_smoke_run_reports_everything(trained):
         "Gradient/meta_norm",
         "Support/loss_update02",
         "Accuracy/val",
-        "Gate_forget/conv0_update01",
+        "Gate_forget/conv1_update01",
         "Gate_input/head_update02",
         "Accuracy/test",
     }
@@ -462,7 +461,7 @@ def test_training_lowers_the_loss():
     losses = []
     for _ in range(12):
         optimizer.zero_grad()
-        losses.append(float(meta_lstm.meta_gradient(rule, learner, tasks, Inner(2, 5, 0.9))[0]))
+        losses.append(meta_gradient(rule, learner, tasks, Inner(2, 5, 0.9)))
         optimizer.step()
     assert losses[-1] < 0.7 * losses[0]
 
@@ -471,16 +470,16 @@ def test_resume_is_bit_exact(tmp_path, one_rate):
     base = [*SMOKE, "--dtype", "float32", "--num_val_tasks", "2", "--num_test_tasks", "2", "--log_dir", str(tmp_path)]
     whole = meta_lstm.main([*base, "--run_name", "whole"])
 
-    real, calls = meta_lstm.meta_gradient, []
+    real, calls = meta_lstm.query_losses, []
 
-    def stop_after_three(*args):
+    def stop_after_three(*args, **options):
         calls.append(0)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(meta_lstm, "meta_gradient", stop_after_three)
+        patch.setattr(meta_lstm, "query_losses", stop_after_three)
         with pytest.raises(KeyboardInterrupt):
             meta_lstm.main([*base, "--run_name", "cut"])
     resumed = meta_lstm.main(["--resume", str(tmp_path / "cut"), "--num_test_tasks", "2"])

@@ -10,14 +10,14 @@ from conftest import known_dataset
 
 import transfer
 from backbone import Conv4
-from transfer import Classifier, Drawings, fit_heads, held_out_accuracy
+from transfer import Classifier, LabelledDrawings, fit_heads, held_out_accuracy
 
 SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]
 
 
 def test_held_out_drawings_are_never_drawn_for_training():
     data = known_dataset(num_classes=6)
-    drawings = Drawings(data, [1, 4, 5], 5, seed=0, device="cpu", jitter=0.0)
+    drawings = LabelledDrawings(data, [1, 4, 5], 5, seed=0, device="cpu", jitter=0.0)
     images, labels = drawings.batch(5000)
     classes, numbers = ((images[:, 0, 0, i] * 255).round().long() for i in (0, 1))
     assert torch.equal(torch.tensor([1, 4, 5])[labels], classes)
@@ -27,7 +27,7 @@ def test_held_out_drawings_are_never_drawn_for_training():
     held = data.images[drawings.test[0].numpy()]
     assert set(held[:, 0, 0, 1].tolist()) == set(range(15, 20)) and len(held) == 15
     with pytest.raises(UserError, match="--held_out 20 leaves no drawing"):
-        Drawings(data, [1], 20, seed=0, device="cpu", jitter=0.0)
+        LabelledDrawings(data, [1], 20, seed=0, device="cpu", jitter=0.0)
 
 
 def test_heads_fit_each_task_on_its_own():
@@ -42,7 +42,7 @@ def test_heads_fit_each_task_on_its_own():
 
 
 def test_accuracy_of_a_perfect_and_a_blind_classifier():
-    drawings = Drawings(known_dataset(num_classes=6), range(6), 5, seed=0, device="cpu", jitter=0.0)
+    drawings = LabelledDrawings(known_dataset(num_classes=6), range(6), 5, seed=0, device="cpu", jitter=0.0)
     model = Classifier(Conv4(width=4), 6)
     model.forward = lambda images, dtype: -(images[:, 0, 0, :1] * 255 - torch.arange(6)).abs()
     assert held_out_accuracy(model, drawings, torch.float32).tolist() == [1.0] * 30

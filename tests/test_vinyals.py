@@ -165,7 +165,7 @@ def test_the_course_s_interface_has_the_turned_classes_too():
 
 
 def test_the_fine_tuning_baseline_tells_turned_classes_apart():
-    drawings = transfer.Drawings(turned(6), [1, 4, 5], 5, seed=0, device="cpu", jitter=0.0)
+    drawings = transfer.LabelledDrawings(turned(6), [1, 4, 5], 5, seed=0, device="cpu", jitter=0.0)
     assert drawings.num_classes == 12
     images, labels = drawings.batch(5000)
     classes, numbers, turn = decode(images)

@@ -1,0 +1,1 @@
+"""The library that the scripts share; its folders are its wings."""
