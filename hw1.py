@@ -354,7 +354,7 @@ def parse_args(argv=None):
 def memory_of(run: str | None) -> str:
     """--memory of a saved run, whose flags `experiment.parse` judges later; lstm where there is none."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return json.loads((Path(run) / "flags.json").read_text())["flags"]["memory"]
+        return json.loads((Path(run).expanduser() / "flags.json").read_text())["flags"]["memory"]
     return "lstm"
 
 
