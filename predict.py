@@ -372,7 +372,9 @@ def fonts_for(names: list[str]) -> list[str] | None:
     from matplotlib import font_manager
 
     missing, families = set("".join(names)), []
-    plain = [(font.name, font.fname) for font in font_manager.fontManager.ttflist if font.weight == 400]
+    installed = [font for font in font_manager.fontManager.ttflist if (font.weight, font.style) == (400, "normal")]
+    # Last Resort, which comes with matplotlib, has a box for every character.
+    plain = [(font.name, font.fname) for font in installed if not font.name.startswith("Last Resort")]
     for family, file in [("DejaVu Sans", font_manager.findfont("DejaVu Sans")), *plain]:
         try:
             font = font_manager.get_font(file)
