@@ -29,6 +29,8 @@ import ast
 import atexit
 import contextlib
 import ctypes
+import errno
+import io
 import json
 import math
 import platform
@@ -63,6 +65,8 @@ CURVE_POINTS = 50  # of each curve in metrics.json, at most twice as many
 # What metrics.json holds and neither the last line of stdout nor TensorBoard shows: too long to be read.
 ONLY_IN_FILE = {"accuracies", "curves", "flags", "versions", "episode", "examples", "errors", "history", "path"}
 ONLY_IN_FILE |= {"reconstruction"}
+SAVE_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")  # Ctrl-C, kill, a lost connection, two of schedulers
+typed_in: Path | None = None  # the script that the flags were typed for; None where a program gave them
 
 
 class UserError(Exception):
@@ -126,9 +130,20 @@ SPLITS = ["course", "lake", "vinyals"]
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        """A leading ~ is the home folder also where the shell leaves it: in --flag=~/x and in quotes."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([at_home(word) for word in words], namespace)
+
     def error(self, message):
         """One line instead of argparse's usage text."""
         raise UserError(f"{message} (see python {self.prog} --help)")
+
+
+def at_home(word: str) -> str:
+    """A word of the command line, PATH or --flag=PATH, with the home folder instead of a leading ~."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{flag}{equals}{os.path.expanduser(value)}"
 
 
 def make_parser(doc: str, without: tuple[str, ...] = (), **defaults) -> tuple[argparse.ArgumentParser, dict]:
@@ -226,6 +241,8 @@ def parse(
         args.rotations = True
     if getattr(args, "dataset", None) == "mnist" and not args.test:
         raise UserError("--dataset mnist is for --test --checkpoint RUN_DIR, of a run that trained on other classes")
+    global typed_in
+    typed_in = Path(sys.argv[0]) if argv is None else None
     args.git_commit = git_commit()  # of the code that runs, whatever happens to the files meanwhile
     args.command = newcomers_command(parser.prog, sys.argv[1:] if argv is None else argv)
     if typed.get("resume"):
@@ -265,11 +282,42 @@ def read_flags(folder: Path | str, flag: str, *needed: str) -> dict:
     return saved
 
 
-def run_script(main) -> None:
-    """Run `main()`; what the user can mend becomes one line on stderr and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
+class _Unbroken(io.FileIO):
+    """The raw file below stdout or stderr; what cannot be printed is dropped."""
+
+    def write(self, data) -> int:
+        try:
+            while (written := super().write(data)) is None:  # a terminal that another program made non-blocking
+                time.sleep(0.01)
+            return written
+        except OSError:  # closed, a pipe that nobody reads, a lost terminal, a full disk
+            return len(data)
+
+
+def keep_printing() -> None:
+    """From now on no print, progress bar or warning ends the program, whatever becomes of stdout and stderr."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # started with it closed; /dev/null takes its number, so that no file of the run does
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            continue
         if hasattr(stream, "reconfigure"):  # a console that lacks a character shows its number
             stream.reconfigure(errors="backslashreplace")
+        below = getattr(stream, "buffer", None)
+        raw = getattr(below, "raw", below)
+        if stream is not getattr(sys, f"__{name}__") or type(raw) is not io.FileIO:
+            continue
+        with contextlib.suppress(OSError):
+            stream.flush()
+        unbroken = _Unbroken(raw.fileno(), "w", closefd=False)
+        how = {"encoding": stream.encoding, "errors": stream.errors, "line_buffering": stream.line_buffering}
+        buffer = unbroken if raw is below else io.BufferedWriter(unbroken)  # python -u has no buffer
+        setattr(sys, name, io.TextIOWrapper(buffer, **how, write_through=stream.write_through))
+
+
+def run_script(main) -> None:
+    """Run `main()`; what the user can mend becomes one line on stderr and exit code 2."""
+    keep_printing()
     try:
         main()
     except UserError as error:
@@ -278,6 +326,11 @@ def run_script(main) -> None:
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except PermissionError as error:
+        print(
+            f"error: no access to {error.filename} ({error.strerror}); name another or change its mode", file=sys.stderr
+        )
+        sys.exit(2)
     except (MemoryError, RuntimeError) as error:  # on a CPU torch has no class of its own for this
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         too_large = "can't allocate memory", "out of memory", "size calculation overflowed"
@@ -314,9 +367,13 @@ def setup(args) -> torch.device:
             raise UserError("--device mps: torch finds no Apple GPU here; use --device cpu or auto")
         return torch.device("mps")
     gpu = args.device != "cpu" and torch.cuda.is_available()
-    if "RANK" in os.environ and not dist.is_initialized():
+    if started_by_torchrun() and not dist.is_initialized():
         one_each = gpu and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
-        dist.init_process_group("nccl" if one_each else "gloo")  # NCCL refuses processes that share a GPU
+        try:
+            dist.init_process_group("nccl" if one_each else "gloo")  # NCCL refuses processes that share a GPU
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            raise UserError(f"cannot join the other processes ({reason}); {UNSET_RANK}") from error
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     if not gpu:
         share_cores()
@@ -324,6 +381,22 @@ def setup(args) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+UNSET_RANK = "start by torchrun, or unset RANK and WORLD_SIZE to train in one process"
+
+
+def started_by_torchrun() -> bool:
+    """Whether the environment names this process and the others; single variables are left over and mean nothing."""
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if not rank or not size:
+        return False
+    if not rank.isdecimal() or not size.isdecimal() or int(rank) >= int(size):
+        raise UserError(f"RANK={rank} and WORLD_SIZE={size} in the environment are no processes; {UNSET_RANK}")
+    lacks = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if lacks and int(size) > 1:
+        raise UserError(f"the environment has WORLD_SIZE={size} but no {' and '.join(lacks)}; {UNSET_RANK}")
+    return not lacks
 
 
 def keep_freed_memory() -> None:
@@ -460,8 +533,11 @@ def figures_of(name: str, per_task) -> dict[str, float]:
 # ----------------------------------------------------------------------------- the run folder
 
 
-def write_atomically(path: Path, write) -> None:
-    """Call write(file) on a temporary file and move it to `path`; the old file survives a failure."""
+def write_atomically(path: Path, write, flag: str = "--log_dir") -> None:
+    """Call write(file) on a temporary file and move it to `path`; the old file survives a failure.
+
+    flag: what chooses another place, for the words of the error.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(partial, "wb") as out:
@@ -470,9 +546,10 @@ def write_atomically(path: Path, write) -> None:
             os.fsync(out.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise UserError(f"cannot write {path} ({error}); free some space or choose another --log_dir") from error
+        raise UserError(f"cannot write {path} ({error}); free some space or choose another {flag}") from error
     finally:
-        partial.unlink(missing_ok=True)  # there only after a failure, of whatever kind
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)  # there only after a failure, of whatever kind
 
 
 def write_beside(checkpoint: str, name: str, write) -> None:
@@ -494,6 +571,8 @@ def load_checkpoint(path: Path, parts: tuple[str, ...] = ("model", "step")) -> d
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; the run has saved nothing yet, start a new one") from None
+    except PermissionError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); make it readable or use another run") from None
     except Exception as error:  # torch raises many kinds for a damaged or hostile file
         reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged or not a checkpoint ({reason}); use another run") from error
@@ -525,16 +604,31 @@ def parse_python(text: str) -> ast.Module:
 
 
 def git_commit() -> str | None:
-    """Commit of the code, with a + when files were changed; None outside a repository."""
+    """Commit of the code, with a + when it holds more than that commit; None outside a repository of its own.
+
+    A copy of the package that another repository ignores or does not track has no commit. Variables such as GIT_DIR,
+    which name another repository, are ignored. A module beside this file that was imported and never added is more.
+    """
+    here = Path(__file__).parent
+    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k.startswith("GIT_CONFIG_")}
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, check=True, env=env)
+        return os.fsdecode(done.stdout).strip()
+
+    files = [str(getattr(module, "__file__", None)) for module in list(sys.modules.values())]
+    mine = {f for f in files if f.startswith(f"{here}{os.sep}") and "site-packages" not in f}
+    mine = {Path(f).relative_to(here).as_posix() for f in mine}
     try:
-        git = ["git", "-C", str(Path(__file__).parent)]
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        code = ["--", ".", ":!results"]  # what a run writes there is no change of the code
-        status = [*git, "status", "--porcelain", "-uno", *code]
-        changed = subprocess.run(status, capture_output=True, text=True, check=True)
+        added = set(git("ls-files", "-z", "--", Path(__file__).name, *mine).split("\0"))
+        if Path(__file__).name not in added:
+            return None
+        commit = git("rev-parse", "--short=12", "HEAD")
+        # What a run writes into results/ is no change of the code.
+        changed = git("status", "--porcelain", "-uno", "--", ".", ":!results") or mine - added
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return commit + ("+" if changed else "")
 
 
 RUN_STATE = ("step", "best", "best_step", "stale", "seconds", "cpu_seconds", "loss_sum", "loss_count", "curves")
@@ -568,9 +662,11 @@ def hold(folder: Path) -> None:
             import msvcrt
 
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError:
-        file.close()
-        raise UserError(f"--resume {folder}: another process is training this run; wait for its end") from None
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            file.close()
+            raise UserError(f"--resume {folder}: another process is training this run; wait for its end") from None
+        print(f"note: no locks on this file system ({error.strerror}); start {folder} only once", file=sys.stderr)
     LOCKS[path] = file
     atexit.register(release, folder)
 
@@ -586,7 +682,7 @@ def release(folder: Path) -> None:
 
 def resume_command(script: str, folder: Path) -> str:
     """What to type to continue a run."""
-    own = Path(sys.argv[0]) if Path(sys.argv[0]).name == f"{script}.py" else Path(__file__).with_name(f"{script}.py")
+    own = typed_in if typed_in and typed_in.suffix == ".py" else Path(__file__).with_name(f"{script}.py")
     words = ["python", str(own), "--resume", str(folder)]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
@@ -704,18 +800,22 @@ class Run:
         write_atomically(self.folder / "checkpoint.pt", lambda out: torch.save(state, out))
 
     def steps(self):
-        """Yield the numbers of the steps still to do; on Ctrl-C or SIGTERM save and leave."""
+        """Yield the numbers of the steps still to do; on Ctrl-C and the other signals of SAVE_ON save and leave."""
         a, caught = self.args, []
 
         def remember(signum, frame):
-            if caught:  # asked twice: do not wait for the end of the step
-                raise KeyboardInterrupt
+            if signum in caught and signum in (signal.SIGINT, signal.SIGTERM):
+                raise KeyboardInterrupt  # asked twice: do not wait for the end of the step
             caught.append(signum)
 
         previous = {}
+        asking = [getattr(signal, name) for name in SAVE_ON if hasattr(signal, name)]  # Windows has two of them
+        # What nohup ignores stays ignored; of Ctrl-C a shell's background jobs are told to, yet `kill -INT` is meant.
+        asking = [s for s in asking if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]
         with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
-            previous = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
-        quiet = not (sys.stdout.isatty() and self.writes)
+            for s in asking:
+                previous[s] = signal.signal(s, remember)
+        quiet = not (self.writes and sys.stdout and sys.stdout.isatty())
         self._bar = bar = tqdm(total=a.train_steps, initial=self.step, unit="step", disable=quiet)
         try:
             while self.step < a.train_steps and not self.out_of_patience():
@@ -732,7 +832,7 @@ class Run:
         finally:
             bar.close()
             for s, handler in previous.items():
-                signal.signal(s, handler)
+                signal.signal(s, handler or signal.SIG_DFL)
 
     def _tick(self) -> None:
         """Add the time since the last call to the training seconds."""

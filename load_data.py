@@ -48,6 +48,7 @@ from omniglot import (
     locate_mnist,
     locate_omniglot,
     mnist_arrays,
+    must_be_readable,
     omniglot_arrays,
 )
 
@@ -171,6 +172,7 @@ def load_dataset(
         build = lambda: mnist_arrays(*pair, image_size)
     elif name == "folder":
         folder = Path(data_folder or "")
+        must_be_readable(folder, f"--data_folder {data_folder}")
         if not data_folder or not folder.is_dir():
             raise UserError(f"--dataset folder needs --data_folder, a folder of class folders; got {data_folder!r}")
         classes, notes = list_folder(folder)
@@ -664,7 +666,7 @@ def class_sheet(dataset: Dataset, rows: int = 10, columns: int = 10) -> np.ndarr
 
 def main(argv=None) -> Dataset:
     """Print what was found; write a picture of one episode and one of some classes to runs/."""
-    parser = experiment._Parser(prog="load_data.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = experiment._Parser(prog="load_data.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--dataset", choices=["auto", "omniglot", "glyphs", "folder", "mnist"], default="auto")
     parser.add_argument("--data_folder", help="where the images are")
     parser.add_argument("--split", choices=experiment.SPLITS, default="course")

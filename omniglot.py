@@ -12,6 +12,7 @@ from experiment import UserError
 
 import contextlib
 import csv
+import functools
 import gzip
 import hashlib
 import io
@@ -20,6 +21,7 @@ import os
 import re
 import sys
 import time
+import unicodedata
 import urllib.error
 import urllib.request
 import warnings
@@ -162,6 +164,25 @@ def is_junk(name: str) -> bool:
     return name.startswith((".", "~$")) or name.endswith("~") or lower in NO_CLASSES or lower in NO_PICTURES
 
 
+def plain_name(name: str) -> str:
+    """A name of a file or class in one Unicode normal form; bytes in it that are no UTF-8 become \\x and two digits.
+
+    Macs write "é" as two characters and others as one: names are compared in this form wherever they meet.
+    """
+    return unicodedata.normalize("NFC", name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
+
+
+def must_be_readable(folder: Path, asked: str) -> None:
+    """UserError where the folder is there and closed to this user; `asked` is how the user named it."""
+    try:
+        os.stat(os.path.join(folder, "."))
+        os.listdir(folder)
+    except PermissionError as error:
+        raise UserError(f"{asked} cannot be read ({error.strerror}); make it readable or name another") from None
+    except OSError:
+        pass  # missing or a file: whoever needs a folder says so
+
+
 def has_pictures(files: list[Path]) -> bool:
     """Whether one of the files looks like a picture, by its name."""
     Image.init()
@@ -171,10 +192,13 @@ def has_pictures(files: list[Path]) -> bool:
 def contents(folder: Path) -> tuple[list[Path], list[Path]]:
     """The sub-folders and the files of a folder, sorted and without junk."""
     try:
-        entries = sorted((p for p in folder.iterdir() if not is_junk(p.name)), key=lambda p: p.name)
+        entries = sorted(
+            (p for p in folder.iterdir() if not is_junk(p.name)), key=lambda p: (plain_name(p.name), p.name)
+        )
+        is_folder = {p: p.is_dir() for p in entries}
     except OSError as error:
         raise UserError(f"cannot list the folder {folder} ({error}); make it readable or name another") from None
-    return [p for p in entries if p.is_dir()], [p for p in entries if not p.is_dir()]
+    return [p for p in entries if is_folder[p]], [p for p in entries if not is_folder[p]]
 
 
 def walk(folder: Path, above: frozenset = frozenset()):
@@ -203,7 +227,7 @@ def list_folder(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
         top, folders = folders[0], contents(folders[0])[0]  # only wrapped, as archives often extract
     classes, notes, inside = {}, [], None
     for path, below, files in walk(top):
-        name = path.relative_to(top).as_posix()
+        name = plain_name(path.relative_to(top).as_posix())
         if inside is not None and path.is_relative_to(inside):
             if files:
                 notes.append(f"{len(files)} files in {name}, a folder inside the class {inside.name}, are not used")
@@ -212,7 +236,8 @@ def list_folder(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
             if loose:
                 notes.append(f"{loose} pictures in no class folder, directly in {folder}, are not used")
         elif has_pictures(files) or (files and not below):
-            classes[name], inside = files, path
+            inside = path
+            classes[name] = classes.get(name, []) + files  # of two folders whose names are one
     return divide(top, classes, notes)
 
 
@@ -250,6 +275,16 @@ def divide(top: Path, classes: dict[str, list[Path]], notes: list[str]):
 def list_tables(folder: Path, tables: dict[str, Path]) -> tuple[dict[str, list[Path]], list[str]]:
     """miniImageNet's form: the files and classes that train.csv, val.csv and test.csv name."""
     images = next((p for p in (folder / "images", folder / "Images", folder) if p.is_dir()), folder)
+    listed = functools.cache(
+        lambda folder: {plain_name(p.name): p for p in folder.iterdir()} if folder.is_dir() else {}
+    )
+
+    def find(name: str) -> Path:
+        """A picture, though its name is stored in another normal form than the table's."""
+        if name.isascii() or (images / name).exists():
+            return images / name
+        return functools.reduce(lambda at, step: listed(at).get(plain_name(step), at / step), Path(name).parts, images)
+
     classes: dict[str, list[Path]] = {}
     for part in ("train", "val", "test"):
         if part not in tables:
@@ -261,11 +296,11 @@ def list_tables(folder: Path, tables: dict[str, Path]) -> tuple[dict[str, list[P
         titles = [title.strip().lower() for title in rows[0]]
         file_column = next((i for i, t in enumerate(titles) if t in ("filename", "file", "image", "path")), 0)
         label_column = next((i for i, t in enumerate(titles) if t in ("label", "class", "category")), file_column + 1)
-        if not (images / rows[0][file_column].strip()).is_file():
+        if not find(rows[0][file_column].strip()).is_file():
             rows = rows[1:]  # the titles
         for row in rows:
-            label = row[label_column].strip()
-            classes.setdefault(f"{part}/{label}", []).append(images / row[file_column].strip())
+            label = plain_name(row[label_column].strip())
+            classes.setdefault(f"{part}/{label}", []).append(find(row[file_column].strip()))
     return {c: sorted(files) for c, files in sorted(classes.items())}, []
 
 
@@ -282,21 +317,25 @@ def read_classes(classes: dict[str, list[Path]], image_size: int | None, strict:
                 if not file.is_file():  # a link that leads nowhere, or a pipe that would never end
                     raise UserError(f"cannot read the image {file}")
                 image = read_image(file, str(file))
-            except UserError:
+            except (UserError, OSError):
                 if strict:
                     raise
-                unread.append(f"{name}/{file.name}")
+                unread.append(f"{name}/{plain_name(file.name)}")
                 continue
             found.setdefault(name, []).append(resize(image[None], image_size)[0] if image_size else image)
     return found, unread
 
 
+def few(names: list[str]) -> str:
+    """The first names of a list, in words."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
 def unread_note(files: list[str]) -> str:
     """One line that counts and names the files that could not be read as pictures."""
-    few = ", ".join(files[:5]) + (", ..." if len(files) > 5 else "")
     heic = any(f.lower().endswith((".heic", ".heif")) for f in files) and "pillow_heif" not in sys.modules
     remedy = "; for .heic: pip install pillow-heif" if heic else ""
-    return f"{len(files)} file{'s' * (len(files) > 1)} could not be read as pictures: {few}{remedy}"
+    return f"{len(files)} file{'s' * (len(files) > 1)} could not be read as pictures: {few(files)}{remedy}"
 
 
 def folder_arrays(folder: Path, classes: dict[str, list[Path]], image_size: int):
@@ -339,12 +378,17 @@ def locate_omniglot(data_folder: str | None) -> tuple[str, list[Path]]:
     """
     wanted = "images_background.zip and images_evaluation.zip, the same extracted, or omniglot_resized/"
     if data_folder:
+        must_be_readable(Path(data_folder), f"--data_folder {data_folder}")
         found = find_omniglot(Path(data_folder), f"--data_folder {data_folder}")
         if found is None:
             raise UserError(f"--data_folder {data_folder} holds no Omniglot; want {wanted}")
         return found
-    searched = [Path(p) for p in (os.environ.get("OMNIGLOT_DIR"), CACHE_FOLDER) if p]
+    searched = [Path(p).expanduser() for p in (os.environ.get("OMNIGLOT_DIR"), CACHE_FOLDER) if p]
     for folder in searched:
+        try:
+            must_be_readable(folder, "./data" if folder == CACHE_FOLDER else f"$OMNIGLOT_DIR {folder}")
+        except UserError as error:
+            raise (NotFound(str(error)) if folder == CACHE_FOLDER else error) from None
         # In ./data the download fetches what is missing.
         found = find_omniglot(folder, None if folder == CACHE_FOLDER else f"$OMNIGLOT_DIR {folder}")
         if found is not None:
@@ -407,6 +451,8 @@ def read_archive(path: Path, part: str) -> dict[str, list[np.ndarray]]:
                     character = name[len(part) + 1 :].rsplit("/", 1)[0]
                     classes.setdefault(character, []).append(read_image(archive.read(name), f"{path}:{name}"))
             return classes
+    except PermissionError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); make it readable or name another folder") from None
     except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise UserError(
             f"{path} is damaged ({error}); move it away and download it again from {DOWNLOAD_URL}{part}.zip"
@@ -511,10 +557,11 @@ def download_omniglot(folder: Path) -> list[Path]:
 
 def locate_mnist(data_folder: str | None) -> list[Path]:
     """The files of images and labels in MNIST's format in `data_folder` or $MNIST_DIR; the test set before others."""
-    folder = data_folder or os.environ.get("MNIST_DIR")
+    folder = data_folder or os.path.expanduser(os.environ.get("MNIST_DIR", ""))
     wanted = "t10k-images-idx3-ubyte(.gz) and t10k-labels-idx1-ubyte(.gz)"
     if not folder:
         raise UserError(f"--dataset mnist needs --data_folder (or $MNIST_DIR), a folder with {wanted}")
+    must_be_readable(Path(folder), f"--data_folder {folder}" if data_folder else f"$MNIST_DIR {folder}")
     files = {p.name: p for p in contents(Path(folder))[1]} if Path(folder).is_dir() else {}
     pairs = []
     for name, path in files.items():
@@ -535,6 +582,8 @@ def read_idx(path: Path) -> np.ndarray:
             values = np.frombuffer(file.read(int(shape.prod()) + 1), np.uint8)
             if kind != 8 or len(values) != shape.prod():
                 raise ValueError(f"{len(values)} values, want {'x'.join(map(str, shape))} of 8 bits")
+    except PermissionError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); make it readable or name another folder") from None
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{path} is not a whole file of MNIST's format ({error}); name another --data_folder") from None
     return values.reshape(shape)
@@ -584,17 +633,24 @@ def cached(name: str, digest: str, image_size: int, build) -> tuple[np.ndarray, 
     It is written under a private name and moved into place, so that concurrent runs share it safely.
     """
     path = CACHE_FOLDER / f"{name}_{image_size}px_{digest[:16]}_v{CACHE_VERSION}.npz"
-    if path.exists():
-        try:
-            with np.load(path, allow_pickle=False) as packed:
-                images, counts = packed["images"], packed["counts"]
-                names, remarks = (json.loads(str(packed[key])) for key in ("names", "remarks"))
-            if images.dtype == np.uint8 and len(images) == counts.sum() and len(names) == len(counts):
-                return images, counts, names, remarks, path
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass
+    usable = True
+    try:
+        with np.load(path, allow_pickle=False) as packed:
+            images, counts = packed["images"], packed["counts"]
+            names, remarks = (json.loads(str(packed[key])) for key in ("names", "remarks"))
+        if images.dtype != np.uint8 or len(images) != counts.sum() or len(names) != len(counts):
+            raise ValueError("its arrays do not fit together")
+        return images, counts, names, remarks, path
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except PermissionError as error:  # another user's: neither read nor replaced
+        usable = False
+        print(f"note: cannot read the cache {path} ({error.strerror}); going on without it", file=sys.stderr)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         print(f"note: the cache {path} is damaged; packing the images again", file=sys.stderr)
     images, counts, names, remarks = build()
+    if not usable:
+        return images, counts, names, remarks, path
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     texts = {"names": np.array(json.dumps(names)), "remarks": np.array(json.dumps(remarks))}
     try:

@@ -12,6 +12,7 @@ from experiment import UserError
 
 import base64
 import binascii
+import importlib.util
 import os
 import socket
 import threading
@@ -79,11 +80,17 @@ def reply(board: object, compare: Callable) -> dict:
 def start(compare: Callable, port: int):
     """Serve the page; returns its address and a function that ends it."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    # Gradio asks its own page whether it is there. A proxy cannot answer that, and the page asks nobody else.
+    for name in [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]:
+        del os.environ[name]
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
     try:
         import gradio as gr
         from starlette.middleware import Middleware
-    except ImportError:
-        raise UserError("--page needs Gradio, which is not installed: pip install -r requirements-page.txt") from None
+    except ImportError as error:
+        is_there = importlib.util.find_spec("gradio")
+        why = f"does not start here ({error})" if is_there else "is not installed"
+        raise UserError(f"--page needs Gradio, which {why}: pip install -r requirements-page.txt") from None
 
     def answer(board):
         return reply(board, compare)

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import page
-from omniglot import contents, read_image, resize, unread_note
+from omniglot import contents, few, must_be_readable, plain_name, read_image, resize, unread_note, walk
 from protonet import embed, make_encoder, squared_distances
 
 # ------------------------------------------------------------------------------------ pictures
@@ -195,16 +195,25 @@ def strangeness(distances: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------- reading
 
 
-def read_pictures(folder: Path, prepare, above: str = "") -> tuple[list[str], list[torch.Tensor]]:
-    """Names of the readable picture files of a folder, and what prepare(image) makes of each; the others are named."""
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and in the folders in it, without junk."""
+    return [file for _, _, files in walk(folder) for file in files]
+
+
+def read_pictures(folder: Path, files: list[Path], prepare) -> tuple[list[str], list[torch.Tensor]]:
+    """Names, from `folder` on, of the readable pictures among its files, and what prepare(image) makes of each.
+
+    The other files are counted and named.
+    """
     found, unread = {}, []
-    for file in contents(folder)[1]:
+    for file in files:
+        name = plain_name(file.relative_to(folder).as_posix())
         try:
             if not file.is_file():
                 raise UserError(f"cannot read the image {file}")
-            found[above + file.name] = prepare(read_image(file, str(file)))
-        except UserError:
-            unread.append(f"{folder.name}/{file.name}")
+            found[name] = prepare(read_image(file, str(file)))
+        except (UserError, OSError):
+            unread.append(f"{plain_name(folder.name)}/{name}")
     if unread:
         print(f"note: {unread_note(unread)}", file=sys.stderr)
     if not found:
@@ -213,28 +222,42 @@ def read_pictures(folder: Path, prepare, above: str = "") -> tuple[list[str], li
 
 
 def read_support(root: Path, prepare) -> Classes:
-    """The classes of DIR/support/CLASS/*."""
-    folders = contents(need(root, "support"))[0]
-    if len(folders) < 2:
-        raise UserError(f"{root / 'support'} has {len(folders)} class folders; it takes two or more")
-    pictures = [read_pictures(folder, prepare)[1] for folder in folders]
-    labels = torch.repeat_interleave(torch.tensor([len(images) for images in pictures]))
-    images = torch.stack([image for of_class in pictures for image in of_class])
-    return Classes([folder.name for folder in folders], images, labels)
+    """The classes of DIR/support/CLASS/*, with the pictures that lie deeper in their folders."""
+    folders, loose = contents(need(root, "support"))
+    pictures: dict[str, list[torch.Tensor]] = {plain_name(folder.name): [] for folder in folders}
+    if len(pictures) < 2:
+        raise UserError(f"{root / 'support'} has {len(pictures)} class folders; it takes two or more")
+    deeper = []
+    for folder in folders:
+        names, images = read_pictures(folder, files_below(folder), prepare)
+        pictures[plain_name(folder.name)] += images
+        deeper += [f"{plain_name(folder.name)}/{name}" for name in names if "/" in name]
+    notes = {
+        f"read as pictures of the class whose folder in {root / 'support'} they lie deeper in": deeper,
+        f"in no class folder of {root / 'support'} and not used": [plain_name(p.name) for p in loose],
+    }
+    for what, names in notes.items():
+        if names:
+            print(f"note: {what}: {few(names)} ({len(names)} in all)", file=sys.stderr)
+    labels = torch.repeat_interleave(torch.tensor([len(images) for images in pictures.values()]))
+    return Classes(list(pictures), torch.stack([image for images in pictures.values() for image in images]), labels)
 
 
 def read_query(root: Path, prepare) -> tuple[list[str], torch.Tensor, list[str | None]]:
-    """Names, pictures and, where they lie in DIR/query/CLASS/, true classes of the pictures to label."""
+    """Names, pictures and, where they lie in DIR/query/CLASS/ or deeper, true classes of the pictures to label."""
     folders, files = contents(need(root, "query"))
-    folders = [folder for folder in folders if contents(folder)[1]]  # an empty one asks nothing
+    of_class = [(plain_name(folder.name), folder, files_below(folder)) for folder in folders]
+    of_class = [row for row in of_class if row[2]]  # an empty folder asks nothing
     names, images, truth = [], [], []
-    for folder, true in [(root / "query", None)] * (bool(files) or not folders) + [(f, f.name) for f in folders]:
-        found, pictures = read_pictures(folder, prepare, f"{true}/" if true else "")
-        names, images, truth = names + found, images + pictures, truth + [true] * len(found)
+    for true, folder, those in [(None, root / "query", files)] * (bool(files) or not of_class) + of_class:
+        found, pictures = read_pictures(folder, those, prepare)
+        names += [f"{true}/{name}" if true else name for name in found]
+        images, truth = images + pictures, truth + [true] * len(found)
     return names, torch.stack(images), truth
 
 
 def need(root: Path, part: str) -> Path:
+    must_be_readable(root, str(root))
     if not (root / part).is_dir():
         raise UserError(f"{root / part} is missing; DIR holds support/CLASS/*.png and query/*.png")
     return root / part
@@ -253,7 +276,7 @@ def save_classes(path: Path, classes: Classes, network: Network) -> None:
     arrays["kind"] = np.array(kind_of(network))
     if not path.parent.is_dir():
         raise UserError(f"--save_classes {path}: there is no folder {path.parent}; make it or name another FILE")
-    experiment.write_atomically(path, lambda out: np.savez_compressed(out, **arrays))
+    experiment.write_atomically(path, lambda out: np.savez_compressed(out, **arrays), "FILE for --save_classes")
 
 
 def load_classes(path: Path, network: Network) -> Classes:
@@ -263,7 +286,7 @@ def load_classes(path: Path, network: Network) -> Classes:
             raise ValueError("it is no .npz")
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
             names, images, labels, kind = (saved[name] for name in ("names", "images", "labels", "kind"))
-        names, kind = [str(name) for name in names], str(kind)
+        names, kind = [plain_name(str(name)) for name in names], str(kind)
         size = network.flags["image_size"]
         sound = (
             images.dtype == np.float32
@@ -319,17 +342,51 @@ def predict(args, network: Network) -> list[dict]:
 
 
 def write_predictions(folder: Path, rows: list[dict], classes: Classes, query: torch.Tensor) -> None:
+    """predictions.csv and predictions.png; where no font has the names, the picture shows the table's numbers."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create {folder} ({error}); choose another --out") from None
+    fonts = fonts_for([*classes.names, *(row["file"] for row in rows)])
+    figure = prediction_figure(classes, query, rows, fonts)
+    if fonts is None:
+        number = {name: k for k, name in enumerate(classes.names, start=1)}
+        rows = [
+            {"number": i, **row, "class_number": number.get(row["predicted_class"], "")}
+            for i, row in enumerate(rows, 1)
+        ]
+        print(
+            "note: no font has all characters of the names; predictions.png shows the table's numbers", file=sys.stderr
+        )
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    experiment.write_atomically(folder / "predictions.csv", lambda out: out.write(text.getvalue().encode()))
-    figure = prediction_figure(classes, query, rows)
-    experiment.write_atomically(folder / "predictions.png", lambda out: figure.savefig(out, dpi=120, format="png"))
+    draw = lambda out: figure.savefig(out, dpi=120, format="png")
+    experiment.write_atomically(folder / "predictions.csv", lambda out: out.write(text.getvalue().encode()), "--out")
+    experiment.write_atomically(folder / "predictions.png", draw, "--out")
+
+
+def fonts_for(names: list[str]) -> list[str] | None:
+    """Font families that together have every character of the names, matplotlib's own first; None where some lack."""
+    from matplotlib import font_manager
+
+    missing, families = set("".join(names)), []
+    installed = [font for font in font_manager.fontManager.ttflist if (font.weight, font.style) == (400, "normal")]
+    # Last Resort, which comes with matplotlib, has a box for every character.
+    plain = [(font.name, font.fname) for font in installed if not font.name.startswith("Last Resort")]
+    for family, file in [("DejaVu Sans", font_manager.findfont("DejaVu Sans")), *plain]:
+        try:
+            font = font_manager.get_font(file)
+            has = {c for c in missing if font.get_char_index(ord(c))}
+        except (OSError, RuntimeError, ValueError):  # a damaged font
+            continue
+        if has or not families:
+            families.append(family)
+        missing -= has
+        if not missing:
+            return families
+    return None
 
 
 def print_rows(rows: list[dict]) -> None:
@@ -353,8 +410,11 @@ def print_confusion(rows: list[dict], names: list[str]) -> None:
     print(f"right: {right} of {len(found)} ({100 * right / len(found):.1f} %)\n")
 
 
-def prediction_figure(classes: Classes, query: torch.Tensor, rows: list[dict]):
-    """One row a class: its first support image, then the queries it was chosen for; what is of none comes last."""
+def prediction_figure(classes: Classes, query: torch.Tensor, rows: list[dict], fonts=("DejaVu Sans",)):
+    """One row a class: its first support image, then the queries it was chosen for; what is of none comes last.
+
+    Names are written in the families `fonts`; where that is None, classes and queries have their numbers, from 1.
+    """
     from matplotlib.figure import Figure
 
     chosen = [row["predicted_class"] for row in rows]
@@ -369,15 +429,16 @@ def prediction_figure(classes: Classes, query: torch.Tensor, rows: list[dict]):
     def show(ax, image, title):
         image = image.permute(1, 2, 0).numpy()
         ax.imshow(1 - image if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
-        ax.set_title(title, fontsize=8, parse_math=False)
+        ax.set_title(title, fontsize=8, parse_math=False, family=fonts and list(fonts))
 
     for i, name in enumerate(names):
         if i < len(classes.names):
-            show(axes[i, 0], classes.images[classes.labels == i][0], f"class {name[:14]}")
+            show(axes[i, 0], classes.images[classes.labels == i][0], f"class {name[:14] if fonts else i + 1}")
         else:
             axes[i, 0].set_title(NONE, fontsize=8)
         for column, j in enumerate(members[i], start=1):
-            show(axes[i, column], query[j], f"{rows[j]['file'][-14:]} {rows[j]['probability']:.2f}")
+            name = rows[j]["file"][-14:] if fonts else f"#{j + 1}"
+            show(axes[i, column], query[j], f"{name} {rows[j]['probability']:.2f}")
     return figure
 
 

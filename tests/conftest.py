@@ -27,14 +27,15 @@ import omniglot  # noqa: E402
 has_omniglot = pytest.mark.skipif(not os.environ.get("OMNIGLOT_DIR"), reason="needs OMNIGLOT_DIR")
 
 
-# What RECORD=1 writes to results/: of test_field.py which cases were right, of test_faults.py what its tests counted
+# What RECORD=1 writes to results/: of test_field.py and test_environment.py which cases were right, of test_faults.py what its tests counted
 # (record_property("group/name", value)), and of a run of all tests what this Python and torch gave.
 outcomes: dict[str, str] = {}
 counted: dict[str, dict] = {}
 
 
 def pytest_runtest_logreport(report):
-    if "test_field.py" in report.nodeid and (report.when == "call" or report.outcome != "passed"):
+    of_field = "test_field.py" in report.nodeid or "test_environment.py" in report.nodeid
+    if of_field and (report.when == "call" or report.outcome != "passed"):
         outcomes[report.nodeid.split("::")[1]] = report.outcome
     if "test_faults.py" in report.nodeid and report.when == "call" and report.passed:
         for name, value in report.user_properties:
@@ -54,9 +55,8 @@ def pytest_terminal_summary(terminalreporter, config):
                 row = kinds.setdefault(kind.replace("_", " "), {"tried": 0, "right": 0, "cases": []})
                 row["tried"], row["right"] = row["tried"] + 1, row["right"] + (outcome == "passed")
                 row["cases"] += [case.removesuffix("]")] if case else []
-        experiment.write_json(
-            results / "field.json", {"command": "RECORD=1 pytest -m 'not slow' tests/test_field.py", "kinds": kinds}
-        )
+        command = "RECORD=1 pytest -m 'not slow' tests/test_field.py tests/test_environment.py"
+        experiment.write_json(results / "field.json", {"command": command, "kinds": kinds})
     path = results / "faults.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     for group, values in counted.items():
@@ -121,6 +121,9 @@ THOROUGH = (
     "test_a_failed_start_is_named_once",
     "test_threads_doze_while_other_processes_need_the_cores",
     "test_denormal_numbers_count_as_zero_in_every_thread",
+    "test_a_training_needs_no_console",
+    "test_no_print_ends_a_program",
+    "test_without_docstrings",
 )
 
 
