@@ -32,7 +32,7 @@ from torch import nn
 
 import memory
 from backbone import Conv4, Muon
-from load_data import EpisodeSampler, LakeRuns, deal_tasks, lake_runs, load_dataset, log_episode, refuse_trained_classes
+from load_data import EpisodeSampler, LakeRuns, deal_tasks, lake_runs, load_for, log_episode
 from memory import CausalAttention, ExternalMemory, accuracy_by_sight, one_step_late
 from replay import Gradient
 
@@ -364,7 +364,7 @@ def main(argv=None) -> dict:
     dtype = experiment.precision(args, device, probe=lambda: learn_a_little(args.recurrent, device))
     if args.shared_classes and experiment.shard()[1] > 1:
         raise UserError("--shared_classes cannot be split over processes; use 0 or run without torchrun")
-    dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
+    dataset = load_for(args)
 
     def sampler(part: str, seed: int, B: int, num_classes: int = args.num_classes, **options) -> EpisodeSampler:
         flags = ("num_classes" if num_classes == args.num_classes else "shared_classes", "num_shot", None)
@@ -372,7 +372,6 @@ def main(argv=None) -> dict:
 
     B, N, P = args.meta_batch_size, args.num_classes, args.shared_classes
     test, runs = sampler("test", TEST_SEED, 200), lake_runs(dataset, args, device)
-    refuse_trained_classes(args, dataset)
     model = MANN(
         args.num_classes,
         args.num_shot + 1,

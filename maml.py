@@ -45,7 +45,7 @@ from torch._C._functorch import is_batchedtensor
 from torch.func import grad, vmap
 
 from backbone import EPS, Conv4, Muon, conv4, prototypes
-from load_data import EpisodeSampler, LakeRuns, fixed_tasks, lake_runs, load_dataset, log_episode
+from load_data import EpisodeSampler, LakeRuns, fixed_tasks, lake_runs, load_for, log_episode
 from replay import Gradient
 
 Parameters = dict[str, torch.Tensor]
@@ -362,7 +362,7 @@ def why_no_longer(flags: dict) -> str | None:
 def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)
-    dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
+    dataset = load_for(args)
     strided = args.encoder == "strided"
     encoder = Conv4(dataset.images.shape[1], args.width, args.image_size, strided)
     head_lr = (args.head_lr or args.num_classes / encoder.out_features**0.5) if args.head == "linear" else None

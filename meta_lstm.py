@@ -34,7 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 from backbone import batch_norm
-from load_data import Dataset, EpisodeSampler, fixed_tasks, load_dataset, log_episode
+from load_data import Dataset, EpisodeSampler, fixed_tasks, load_for, log_episode
 from replay import Gradient
 
 FILTERS, EPS = 32, 1e-3  # of the learner's convolutions and batch norms
@@ -520,7 +520,7 @@ def main(argv=None) -> dict:
     device = experiment.setup(args)
     dtype = experiment.precision(args, device)
     inner = Inner(args.inner_epochs, args.inner_batch, args.bn_momentum)
-    dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
+    dataset = load_for(args)
     learner = Learner(dataset.images.shape[1], args.image_size, args.num_classes)
     rule = MetaLSTM(learner.initial(), args.trained_share).to(device)
     test = fixed_tasks(dataset, "test", args, device)
