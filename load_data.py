@@ -223,10 +223,8 @@ def as_trained(images, counts, splits: dict, like: Preparation | None, channels:
     own, why = decide(images[rows], channels)
     if like is None:
         return own, why
-    how = "in colour" if like.channels == 3 else "as grey"
-    how += ", turned to bright ink" if like.inverted else ", as bright as they are"
-    differs = "; by themselves these would be read otherwise" if like != own else ""
-    return like, f"the pictures are read as those that the run was trained on: {how}{differs}" if why or differs else ""
+    differs = f"the pictures are read as the run's were, {like}; by themselves they would be read {own}"
+    return like, differs if like != own else ""
 
 
 def load_for(args) -> Dataset:
@@ -259,6 +257,8 @@ def load_for(args) -> Dataset:
         data = follow_run(args, data, saved, known, flag)
         if flag != "resume" or get("allow_new_classes"):
             refuse_trained_classes(args, data, flag)
+    if data.name == "folder" and experiment.shard()[0] == 0:
+        print(f"pictures of {data.source} are read {Preparation(data.images.shape[1], data.inverted)}")
     args.inverted = data.inverted  # predict.py prepares pictures the same way
     args.kept = {leaks.RECORD: leaks.write_record(leaks.record_of(data))} if begins else {}
     return data
@@ -776,6 +776,8 @@ def main(argv=None) -> Dataset:
         copies = ", and each turned by 90, 180 and 270 degrees" if data.turned else ""
         print(f"{part:11s} {len(classes)} classes, {data.counts[classes].sum()} images{copies}")
     print(f"images      uint8 {list(data.images.shape)}, {data.images.mean() / 255:.3f} ink on average")
+    if data.name == "folder":
+        print(f"read        {Preparation(data.images.shape[1], data.inverted)}")
     print(f"digest      {data.digest}\ncache file  {data.cache_file}\nloaded in   {seconds:.2f} s")
     part = "train" if len(data.splits["train"]) else "test"
     sampler = EpisodeSampler(data, part, min(5, len(data.splits[part])), 1, 1)

@@ -316,26 +316,26 @@ class Preparation(NamedTuple):
     channels: int  # 1: every picture becomes grey; 3: grey ones become grey RGB
     inverted: bool  # dark strokes on bright paper are turned, so that 255 is ink
 
+    def __str__(self) -> str:
+        ink = ", turned to bright ink on black" if self.inverted else ", as bright as they are"
+        return ("in colour" if self.channels == 3 else "as grey") + ink
+
 
 def decide(images: np.ndarray, channels: int | None = None) -> tuple[Preparation, str]:
     """How to prepare a folder, from its training pictures uint8 [n, C, H, W], and what to say of it, if anything.
 
     Without `channels` they are read in colour where one in twenty has it in more than a hundredth of its pixels.
     """
-    why = []
+    why = ""
     if channels is None and images.shape[1] == 3:
         spread = lambda some: some.max(axis=1).astype(np.int16) - some.min(axis=1)  # [n, H, W]
         parts = np.array_split(images, -(-len(images) // 1000))
         coloured = sum(int(((spread(part) > 24).mean(axis=(1, 2)) > 0.01).sum()) for part in parts)
         channels = 3 if coloured >= 0.05 * len(images) else 1
         if channels == 1:
-            why.append(f"{coloured} of {len(images)} training pictures have colour, so all are read as grey")
+            why = f"{coloured} of {len(images)} training pictures have colour, so all are read as grey"
     channels = channels or images.shape[1]
-    bright = images.mean()
-    inverted = channels == 1 and bool(bright > 127)
-    if inverted:
-        why.append(f"the training pictures are bright ({bright:.0f} of 255), so all are turned to bright ink on black")
-    return Preparation(channels, inverted), "; ".join(why)
+    return Preparation(channels, channels == 1 and bool(images.mean() > 127)), why
 
 
 def prepare(images: np.ndarray, how: Preparation) -> np.ndarray:
