@@ -25,7 +25,7 @@ from torch import nn
 
 import memory
 from backbone import Muon
-from load_data import EpisodeSampler, deal_tasks, lake_runs, load_dataset, log_episode, refuse_trained_classes
+from load_data import EpisodeSampler, deal_tasks, lake_runs, load_for, log_episode
 from memory import ImageReader, features_once, guess
 from replay import recorded
 
@@ -225,12 +225,11 @@ def main(argv=None) -> dict:
     dtype = experiment.precision(args, device)
     if args.shared_classes and experiment.shard()[1] > 1:
         raise UserError("--shared_classes cannot be split over processes; use 0 or run without torchrun")
-    dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
+    dataset = load_for(args)
     B, N, K, P = args.meta_batch_size, args.num_classes, args.num_shot, args.shared_classes
     flags = ("num_classes", "num_shot", None)
     test = EpisodeSampler(dataset, "test", N, K, 1, 200, TEST_SEED, device, flags=flags)
     runs = lake_runs(dataset, args, device)
-    refuse_trained_classes(args, dataset)
     model = AttentionLearner(args.num_layers, args.heads, args.encoder, dataset.images[0].size)
     model = model.to(device, memory_format=torch.channels_last)
     where = {"dtype": str(dtype).removeprefix("torch."), "device": experiment.device_name(device)}

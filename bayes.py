@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbone import Conv4
-from load_data import load_dataset
+from load_data import load_for
 from tasks import KnownBatch, OfAlphabet, Stream, known_sinusoids
 
 UNUSED = ("--dtype", "--split", "--image_size", "--rotations")
@@ -387,7 +387,7 @@ def parse_args(argv=None):
 def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)  # the networks are small: they stay on the CPU
-    dataset = load_dataset(args.dataset, args.data_folder, "course", 28) if args.world == "omniglot" else None
+    dataset = load_for(args) if args.world == "omniglot" else None
 
     def stream(part: str, seed: int, B: int, shard: tuple[int, int] = (0, 1)) -> Stream | OfAlphabet:
         K, Q = args.num_shot, args.num_query

@@ -675,7 +675,7 @@ def keep(results: list[dict], args, path: Path) -> None:
 
 
 def main(argv=None) -> list[dict]:
-    parser, groups = experiment.make_parser(__doc__, without=("--out",))
+    parser, groups = experiment.make_parser(__doc__, ("--out", "--allow_overlap", "--allow_new_classes"))
     parser.prog = "benchmark.py"
     parser.add_argument("benchmark", choices=list(BENCHMARKS), help="what to measure")
     units = experiment.whole(1, 16384)

@@ -58,9 +58,9 @@ SPIN = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "300000"}  # ours, as set
 VAL_SEED, TEST_SEED = 1_000_001, 1_000_002  # of the fixed tasks, the same for every method and seed
 INIT_FROM = {"metavar": "RUN_DIR", "help": "start from the weights of this run, of whatever method"}  # of --init_from
 # What may differ when a run continues
-RUN_FLAGS = {"resume", "checkpoint", "test", "device", "num_test_tasks", "report_file"}
+RUN_FLAGS = {"resume", "checkpoint", "test", "device", "num_test_tasks", "report_file", "allow_new_classes"}
 WHERE_FLAGS = ("--log_dir", "--run_name", "--out")
-NOT_FLAGS = ("command", "git_commit", "resume", "checkpoint", "test", "report_file")  # of parsed arguments
+NOT_FLAGS = ("command", "git_commit", "resume", "checkpoint", "test", "report_file", "kept")  # of parsed arguments
 CURVE_POINTS = 50  # of each curve in metrics.json, at most twice as many
 # What metrics.json holds and neither the last line of stdout nor TensorBoard shows: too long to be read.
 ONLY_IN_FILE = {"accuracies", "curves", "flags", "versions", "episode", "examples", "errors", "history", "path"}
@@ -173,6 +173,10 @@ def make_parser(doc: str, without: tuple[str, ...] = (), **defaults) -> tuple[ar
     splits = "1100/100/423 characters; Lake's by alphabet; or 1028/172/423 with their turns as classes, in tests too"
     add("--split", choices=SPLITS, default="course", help=splits)
     add("--image_size", type=whole(28, 1024), default=28, help="pixels a side")
+    twice = "go on where a folder has the same pictures in training and in test"
+    add("--allow_overlap", action="store_true", help=twice)
+    new = "a run whose folder has more classes now keeps its parts, and the new ones are test classes"
+    add("--allow_new_classes", action="store_true", help=new)
     add("--num_classes", type=whole(2), default=5, metavar="N", help="classes in a task (way)")
     add("--num_shot", type=whole(1), default=1, metavar="K", help="support images of each class (shot)")
     add("--num_query", type=whole(1), default=15, metavar="Q", help="query images of each class")
@@ -741,6 +745,8 @@ class Run:
             hold(folder)
             saved = {"script": self.script, "dataset": self.dataset, "command": a.command, "flags": flags_of(a)}
             write_json(folder / "flags.json", saved | {"versions": versions(), "git_commit": a.git_commit})
+            for file, content in getattr(a, "kept", {}).items():  # what is known of the data
+                write_atomically(folder / file, lambda out, content=content: out.write(content))
         if shard()[1] > 1:
             shared = [folder]
             dist.broadcast_object_list(shared)
@@ -766,7 +772,7 @@ class Run:
             purge = self.step + 1 if self.args.resume else None
             self.writer = SummaryWriter(str(self.folder), purge_step=purge)
             if not self.args.resume:
-                self.writer.add_text("flags", markdown_table(vars(self.args)))
+                self.writer.add_text("flags", markdown_table({k: v for k, v in vars(self.args).items() if k != "kept"}))
 
     def _restore(self, state: dict, path: Path) -> None:
         """The state that `save` has kept in the file `path`."""

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from load_data import EpisodeSampler, load_dataset, refuse_trained_classes
+from load_data import EpisodeSampler, load_for
 from memory import (
     ImageReader,
     accuracy_by_sight,
@@ -222,11 +222,10 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)
     dtype = experiment.precision(args, device, probe=lambda: learn_a_little(nn.LSTM, device))
-    dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
+    dataset = load_for(args)
     N, K = args.num_classes, args.num_shot  # K+1 images of each class are in a sequence
     flags = ("num_classes", "num_shot", None)
     test = EpisodeSampler(dataset, "test", N, K, 1, 200, TEST_SEED, device, flags=flags)
-    refuse_trained_classes(args, dataset)
     pixels = dataset.images[0].size
     model = SequenceLearner(N, args.hidden_dim, not args.no_table, args.heads, args.encoder, pixels)
     model = model.to(device, memory_format=torch.channels_last)

@@ -61,6 +61,8 @@ MEASURED_FLAGS = (
     "num_test_tasks",
 )
 UNUSED = (
+    "--allow_overlap",
+    "--allow_new_classes",
     "--out",
     "--dtype",
     "--test",

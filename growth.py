@@ -45,7 +45,7 @@ from studies.results import draw
 LIMIT, ENOUGH = 20.0, 2.0  # seconds that a point may take, and after which no further step of it is timed
 UNUSED = """--out --log_dir --run_name --resume --test --checkpoint --dataset --data_folder --split --image_size
 --num_classes --num_shot --num_query --rotations --meta_batch_size --train_steps --eval_freq --patience
---num_val_tasks --num_test_tasks""".split()
+--num_val_tasks --num_test_tasks --allow_overlap --allow_new_classes""".split()
 
 
 class Method(NamedTuple):
@@ -149,12 +149,12 @@ def measure(name: str, flags: list[str], characters: int, channels: int, args) -
     script, clock = METHODS[name].script, Stopwatch(args.repeats, LIMIT)
     drawings = 8 if script is transfer else 24
 
-    def load_dataset(name: str, data_folder: str | None, split: str, image_size: int) -> Dataset:
-        return noise(characters, drawings, image_size, channels)
+    def load_for(args) -> Dataset:
+        return noise(characters, drawings, args.image_size, channels)
 
     common = ["--device", args.device, "--dtype", args.dtype, "--random_seed", str(args.random_seed)]
     try:
-        with patch.multiple(script, load_dataset=load_dataset, Run=lambda *_: clock):
+        with patch.multiple(script, load_for=load_for, Run=lambda *_: clock):
             script.main([*METHODS[name].flags.split(), *flags, *common, *(["--smoke"] if args.smoke else [])])
     except Measured:
         pass

@@ -35,12 +35,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import leaks
 from glyphs import draw_glyphs, glyph_arrays
 from omniglot import (
     ARCHIVES,
     DRAWINGS,
     NotFound,
+    Preparation,
     cached,
+    decide,
     fingerprint,
     folder_arrays,
     list_folder,
@@ -50,6 +53,7 @@ from omniglot import (
     mnist_arrays,
     must_be_readable,
     omniglot_arrays,
+    prepare,
 )
 
 
@@ -133,26 +137,34 @@ def vinyals_split(names: list[str]) -> dict[str, np.ndarray]:
 
 
 def load_dataset(
-    name: str = "auto", data_folder: str | None = None, split: str = "course", image_size: int = 28
+    name: str = "auto",
+    data_folder: str | None = None,
+    split: str = "course",
+    image_size: int = 28,
+    allow_overlap: bool = False,
+    like: Preparation | None = None,
+    channels: int | None = None,
 ) -> Dataset:
     """Find, verify, pack and split a dataset; a second call reads one cache file.
 
     `name` is omniglot, glyphs, folder, mnist or auto: Omniglot, and the glyphs only where Omniglot is
     neither on disk nor downloadable. Omniglot is looked for in `data_folder`, or else in
-    $OMNIGLOT_DIR, then ./data, then on the network. Raises UserError with the remedy.
+    $OMNIGLOT_DIR, then ./data, then on the network. Raises UserError with the remedy; one is that a folder has the same
+    pictures in training and in test, unless `allow_overlap`. By default the training classes of a folder decide how its
+    pictures are prepared; `like` is how they were where a network was trained, `channels` all that its pictures tell.
     """
     if not 8 <= image_size <= 1024:
         raise UserError(f"--image_size {image_size} is out of range; use 28 to 1024")
     if name == "auto":
         try:
-            return load_dataset("omniglot", data_folder, split, image_size)
+            return load_dataset("omniglot", data_folder, split, image_size, allow_overlap, like, channels)
         except NotFound as error:
             print(
                 f"WARNING: {error}\nWARNING: training on built-in GLYPHS instead; "
                 "none of the figures below are Omniglot figures.",
                 file=sys.stderr,
             )
-            return load_dataset("glyphs", None, split, image_size)
+            return load_dataset("glyphs", None, split, image_size, allow_overlap, like, channels)
     notes: list[str] = []
     if name == "omniglot":
         form, paths = locate_omniglot(data_folder)
@@ -176,7 +188,8 @@ def load_dataset(
         if not data_folder or not folder.is_dir():
             raise UserError(f"--dataset folder needs --data_folder, a folder of class folders; got {data_folder!r}")
         classes, notes = list_folder(folder)
-        source, held = str(folder), fingerprint(classes)
+        # Caches of earlier versions held prepared pictures; the name tells them apart.
+        source, held = str(folder), hashlib.sha256(f"as read {fingerprint(classes)}".encode()).hexdigest()
         build = lambda: folder_arrays(folder, classes, image_size)
     else:
         raise UserError(f"--dataset {name} is unknown; use auto, omniglot, glyphs, folder or mnist")
@@ -185,12 +198,102 @@ def load_dataset(
     notes += remarks.get("notes", [])
     if name == "folder" and {n.split("/")[0] for n in names} == {"train", "test"}:
         notes.append(f"no val/ with classes: {len(splits['val'])} classes of train/ are for validation")
-    for note in notes:
-        print(f"note: {source}: {note}", file=sys.stderr)
+    how = Preparation(like.channels if like else channels or images.shape[1], False)
+    if name == "folder":
+        how, said = as_trained(images, counts, splits, like, channels)
+        notes += [said] if said else []
+    images = prepare(images, how)
     digest = hashlib.sha256(json.dumps([images.shape, counts.tolist(), names]).encode())
     digest.update(np.ascontiguousarray(images))
-    inverted, turned = remarks.get("inverted", False), split == "vinyals" and name != "mnist"
-    return Dataset(name, images, counts, names, splits, source, digest.hexdigest(), cache_file, inverted, turned)
+    turned = split == "vinyals" and name != "mnist"
+    data = Dataset(name, images, counts, names, splits, source, digest.hexdigest(), cache_file, how.inverted, turned)
+    if name == "folder":
+        found, error = leaks.overlaps(data)
+        if error and not allow_overlap:
+            remedy = "keep each class and picture in one part, or, where it is meant so, go on by --allow_overlap"
+            raise UserError(f"--data_folder {source}: {error}; {remedy}")
+        notes += [*found, *([f"{error}; such a test is on what was trained"] if error else [])]
+    for note in notes:
+        print(f"note: {source}: {note}", file=sys.stderr)
+    return data
+
+
+def as_trained(images, counts, splits: dict, like: Preparation | None, channels: int | None) -> tuple[Preparation, str]:
+    """How to prepare a folder, and what to say of it: `like` a run's pictures, else as its training classes decide."""
+    starts = np.cumsum(counts) - counts
+    rows = np.concatenate([np.arange(starts[c], starts[c] + counts[c]) for c in splits["train"]])
+    own, why = decide(images[rows], channels)
+    if like is None:
+        return own, why
+    differs = f"the pictures are read as the run's were, {like}; by themselves they would be read {own}"
+    return like, differs if like != own else ""
+
+
+def load_for(args) -> Dataset:
+    """The dataset that a script's flags name, as the run that they name knows it (--resume, --checkpoint, --init_from).
+
+    Its pictures are prepared as that run's were. Where the run's own folder has changed since, the run keeps its parts.
+    UserError where a test class was seen in training by the run, or by one whose weights it started from. A new run
+    finds in `args.kept` the record of its data, and in `args.inverted` whether ink was turned.
+    """
+    get = lambda name, default=None: getattr(args, name, default)
+    flag = next((flag for flag in ("resume", "checkpoint", "init_from") if get(flag)), None)
+    begins = flag in (None, "init_from")  # of others it is compared below what they have seen
+    named = args.dataset, args.data_folder, get("split", "course"), get("image_size", 28)
+    like, channels = None, None
+    if flag:
+        saved, known = experiment.read_flags(get(flag), flag), leaks.read_record(get(flag), flag)
+        if saved["dataset"] != "folder":  # characters, which come as ink
+            channels = 1
+        elif known:
+            like = Preparation(known.channels, known.inverted)
+        else:
+            like = prepared_before(saved["flags"], named[3])
+            print(
+                f"note: --{flag} {get(flag)} is older than the records of data: whether its folder has changed is not "
+                "known, and its pictures are read as that version read them",
+                file=sys.stderr,
+            )
+    data = load_dataset(*named, get("allow_overlap", False) or not begins, like, channels)
+    if flag:
+        data = follow_run(args, data, saved, known, flag)
+        if flag != "resume" or get("allow_new_classes"):
+            refuse_trained_classes(args, data, flag)
+    if data.name == "folder" and experiment.shard()[0] == 0:
+        print(f"pictures of {data.source} are read {Preparation(data.images.shape[1], data.inverted)}")
+    args.inverted = data.inverted  # predict.py prepares pictures the same way
+    args.kept = {leaks.RECORD: leaks.write_record(leaks.record_of(data))} if begins else {}
+    return data
+
+
+def prepared_before(flags: dict, image_size: int) -> Preparation | None:
+    """How a folder's run that is older than records read its pictures: by the brightness of all of them."""
+    folder = Path(flags.get("data_folder") or "")
+    try:
+        classes, _ = list_folder(folder)
+        images, *_ = folder_arrays(folder, classes, image_size)
+    except (UserError, OSError):
+        return None
+    return Preparation(images.shape[1], flags.get("inverted", bool(images.shape[1] == 1 and images.mean() > 127)))
+
+
+def follow_run(args, data: Dataset, saved: dict, known: leaks.Known | None, flag: str) -> Dataset:
+    """The dataset in the parts that a run's own folder had; UserError where it has changed so that it would leak."""
+    get = lambda name, default=None: getattr(args, name, default)
+    run, flags, place = get(flag), saved["flags"], lambda folder: Path(folder or "").resolve()
+    own = data.name == saved["dataset"] == "folder" and place(flags.get("data_folder")) == place(args.data_folder)
+    own = own and get("split", "course") == flags.get("split", "course")
+    # Of another size the pictures cannot be compared here; the test classes still are.
+    if not own or known is None or known.image_size != data.images.shape[-1] or known.digest == data.digest:
+        return data
+    allowed = get("allow_new_classes", False)
+    if flag == "init_from" and not allowed:
+        words = leaks.compare(known, data).words
+        print(f"note: --{flag} {run}: its data folder has changed since it was trained: {words}", file=sys.stderr)
+        return data
+    parts, note = leaks.follow(known, data, flag, run, allowed, flags.get("allow_overlap", False))
+    print(f"note: {note}", file=sys.stderr)
+    return data._replace(splits=parts)
 
 
 def turns(images: torch.Tensor) -> torch.Tensor:
@@ -434,49 +537,45 @@ class EpisodeSampler:
             yield batch
 
 
-def refuse_trained_classes(args, dataset: Dataset) -> None:
-    """UserError where a test class was seen in training by the run of --checkpoint or --init_from, or before it."""
-    flag = "checkpoint" if getattr(args, "checkpoint", None) else "init_from"
-    run = None if getattr(args, "resume", None) else getattr(args, flag, None)
+def refuse_trained_classes(args, dataset: Dataset, flag: str) -> None:
+    """UserError where a test class was seen in training by the run that --`flag` names, or by one before it."""
+    run = getattr(args, flag)
     while run:
         try:
             saved = experiment.read_flags(run, flag)
             name, flags = saved["dataset"], saved["flags"]
             split, folder = flags.get("split", "course"), flags.get("data_folder")
-            seen = seen_in_training(dataset, name, split, folder)
+            known, data = leaks.read_record(run, flag) or record_anew(dataset, name, flags), dataset
+            if data.name == "folder" and name not in ("folder", "mnist"):  # of an official set no pictures are kept
+                official = load_dataset(name, folder, split, known.image_size)
+                known = leaks.record_of(official._replace(name="folder"))
+            if "folder" in (name, data.name) and known.image_size != data.images.shape[-1]:
+                like = Preparation(known.channels, data.inverted)
+                where = data.name, args.data_folder, getattr(args, "split", "course"), known.image_size
+                data = load_dataset(*where, True, like)._replace(splits=dataset.splits)
+            seen = len(leaks.trained_on(known, data))
         except (OSError, ValueError, KeyError, UserError) as error:
             print(f"note: cannot compare the test classes with those that {run} saw ({error})", file=sys.stderr)
             return
         if seen:
-            raise UserError(
+            found = (
                 f"--{flag} {run} was trained on, or chosen by, {seen} of {len(dataset.splits['test'])} test classes "
-                f"(its data: {name}, --split {split}); test on that, or train a run with --split {args.split}"
+                f"(its data: {name}, --split {split})"
             )
+            if not getattr(args, "allow_overlap", False):
+                raise UserError(f"{found}; test on that, or train a run with --split {getattr(args, 'split', split)}")
+            print(f"note: {found}; the figures of such a test are too good", file=sys.stderr)
         run = flags.get("init_from")
 
 
-def seen_in_training(dataset: Dataset, name: str, split: str, folder: str | None) -> int:
-    """How many test classes of `dataset` are training or validation classes of another dataset or split, by content."""
-    test = dataset.splits["test"]
-    if "folder" not in (name, dataset.name):
-        if name != dataset.name or dataset.name not in ("omniglot", "glyphs"):
-            return 0
-        theirs = make_splits(name, dataset.names, split)
-        return len(set(test) & {*theirs["train"], *theirs["val"]})
-    theirs = load_dataset(name, folder, split, dataset.images.shape[-1])
-    known = contents_of(theirs, np.concatenate([theirs.splits["train"], theirs.splits["val"]]))
-    return len(known & contents_of(dataset, test))
-
-
-def contents_of(data: Dataset, classes: np.ndarray) -> set[bytes]:
-    """A digest of each class's pictures, as its files had them: not inverted, grey as one channel."""
-    found = set()
-    for start, count in zip(data.starts[classes], data.counts[classes], strict=True):
-        images = data.images[start : start + count]
-        if (images == images[:, :1]).all():
-            images = 255 - images[:, :1] if data.inverted else images[:, :1]
-        found.add(hashlib.sha256(np.ascontiguousarray(images)).digest())
-    return found
+def record_anew(dataset: Dataset, name: str, flags: dict) -> leaks.Known:
+    """What a run that is older than records was trained on, by what is found there now."""
+    split, folder = flags.get("split", "course"), flags.get("data_folder")
+    if "folder" in (name, dataset.name):
+        return leaks.record_of(load_dataset(name, folder, split, flags.get("image_size", 28), allow_overlap=True))
+    names = dataset.names if name == dataset.name else []
+    parts = make_splits(name, names, split) if names else dict.fromkeys(("train", "val", "test"), np.zeros(0, int))
+    return leaks.record_of(dataset._replace(name=name, splits=parts))
 
 
 def fixed_tasks(dataset: Dataset, part: str, args, device: torch.device, **options) -> EpisodeSampler:
@@ -486,8 +585,6 @@ def fixed_tasks(dataset: Dataset, part: str, args, device: torch.device, **optio
     """
     N, K, Q = args.num_classes, args.num_shot, args.num_query
     seed = {"val": VAL_SEED, "test": TEST_SEED}[part]
-    if part == "test":
-        refuse_trained_classes(args, dataset)
     return EpisodeSampler(dataset, part, N, K, Q, max(1, 2000 // (N * (K + Q))), seed, device, **options)
 
 
@@ -547,7 +644,7 @@ class DataGenerator(torch.utils.data.IterableDataset):
     """The course's interface: an endless stream of single episodes for a `DataLoader`.
 
     num_samples_per_class is K + 1; batch_type is train, val or test. `config` may hold data_folder,
-    img_size, and also dataset, split and rotations as the scripts' flags name them. `cache` is kept
+    img_size, and also dataset, split, rotations and allow_overlap as the scripts' flags name them. `cache` is kept
     for the course's callers: the packed images are always in memory. Episodes are on `device`
     (leave it on the CPU for a DataLoader with workers).
 
@@ -571,7 +668,8 @@ class DataGenerator(torch.utils.data.IterableDataset):
         if len(set(self.img_size)) != 1:
             raise UserError(f"img_size {self.img_size} is not square")
         name, split = config.get("dataset", "auto"), config.get("split", "course")
-        dataset = load_dataset(name, config.get("data_folder"), split, self.img_size[0])
+        allowed = config.get("allow_overlap", False)
+        dataset = load_dataset(name, config.get("data_folder"), split, self.img_size[0], allowed)
         self.dim_input, self.dim_output = int(np.prod(dataset.images.shape[1:])), num_classes
         self.device = torch.device(device)
         self.passes = 0  # of this worker process
@@ -673,13 +771,15 @@ def main(argv=None) -> Dataset:
     parser.add_argument("--image_size", type=int, default=28, help="pixels a side")
     args = parser.parse_args(argv)
     begin = time.perf_counter()
-    data = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
+    data = load_dataset(args.dataset, args.data_folder, args.split, args.image_size, allow_overlap=True)
     seconds = time.perf_counter() - begin
     print(f"dataset     {data.name}, {data.source}")
     for part, classes in data.splits.items():
         copies = ", and each turned by 90, 180 and 270 degrees" if data.turned else ""
         print(f"{part:11s} {len(classes)} classes, {data.counts[classes].sum()} images{copies}")
     print(f"images      uint8 {list(data.images.shape)}, {data.images.mean() / 255:.3f} ink on average")
+    if data.name == "folder":
+        print(f"read        {Preparation(data.images.shape[1], data.inverted)}")
     print(f"digest      {data.digest}\ncache file  {data.cache_file}\nloaded in   {seconds:.2f} s")
     part = "train" if len(data.splits["train"]) else "test"
     sampler = EpisodeSampler(data, part, min(5, len(data.splits[part])), 1, 1)

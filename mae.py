@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbone import Block, Muon, SumOfAll, ViT, patchify, prototypes, sines_and_cosines, unpatchify
-from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_dataset, turns
+from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_for, turns
 from replay import recorded
 
 PATCH = 4  # pixels a side
@@ -349,7 +349,7 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)
     dtype = experiment.precision(args, device)
-    dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
+    dataset = load_for(args)
     model = make_model(args, dataset.images.shape[1]).to(device)
     if args.test:
         step = experiment.load_best(args.checkpoint, model)

@@ -33,7 +33,7 @@ from backbone import LAYERS, Conv4, prototypes
 from fewshot.learners.adapted import MAML, Parameters, Setting, accuracy_of, classify, embed, query_logits, update_norms
 from fewshot.learners.outer_loop import make_optimizers, rate_factor
 from fewshot.learners.task_loop import mean_over_tasks, over_tasks
-from load_data import EpisodeSampler, LakeRuns, fixed_tasks, lake_runs, load_dataset, log_episode
+from load_data import EpisodeSampler, LakeRuns, fixed_tasks, lake_runs, log_episode
 from replay import recorded
 
 # ---------------------------------------------------------------------------------- the method
@@ -250,7 +250,7 @@ def why_no_longer(flags: dict) -> str | None:
 def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)
-    dataset = load_dataset(args.dataset, args.data_folder, split=args.split, image_size=args.image_size)
+    dataset = load_for(args)
     encoder = Conv4(dataset.images.shape[1], args.width, args.image_size, strided=args.encoder == "strided")
     head_lr = (args.head_lr or args.num_classes / encoder.out_features**0.5) if args.head == "linear" else None
     of_flags = lambda *names: {name: getattr(args, name) for name in names}

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbone import Conv4, conv4, on_sphere
-from load_data import load_dataset
+from load_data import load_for
 from tasks import RECIPES, Batch, Diseased, FixedLabels, Grasping, Recipe, Stream, basis_tasks, sinusoid_tasks
 
 CONDITIONS = ("own", "emptied", "other")  # whose support set the learner gets: the task's, nobody's, the next task's
@@ -343,7 +343,7 @@ def main(argv=None) -> dict:
     if args.task == "sinusoid":
         world, inputs = sinusoid_tasks, 21
     elif args.task != "basis":
-        dataset = load_dataset(args.dataset, args.data_folder, "course", 28)
+        dataset = load_for(args)
         inputs, outputs = dataset.images.shape[1], args.num_classes
         if args.task != "characters":
             world = (Diseased if args.task == "diseased" else Grasping)(dataset)

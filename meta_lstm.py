@@ -36,7 +36,7 @@ from tqdm import tqdm
 from fewshot.learners.gates import Watch, log_gates
 from fewshot.learners.lstm_rule import HIDDEN, CoordinateLSTM, Memory, pad, small
 from fewshot.learners.side_by_side import Learner, ask, task_losses
-from load_data import Dataset, EpisodeSampler, fixed_tasks, load_dataset, log_episode
+from load_data import Dataset, EpisodeSampler, fixed_tasks, log_episode
 from replay import recorded
 
 # ---------------------------------------------------------------------------------- the method
@@ -262,7 +262,7 @@ def main(argv=None) -> dict:
     device = experiment.setup(args)
     dtype = experiment.precision(args, device)
     inner = Inner(args.inner_epochs, args.inner_batch, args.bn_momentum)
-    dataset = load_dataset(args.dataset, args.data_folder, split=args.split, image_size=args.image_size)
+    dataset = load_for(args)
     learner = Learner(dataset.images.shape[1], args.image_size, args.num_classes)
     rule = MetaLSTM(learner.initial(), args.trained_share).to(device)
     test = fixed_tasks(dataset, "test", args, device=device)

@@ -3,7 +3,7 @@
 Found are the two official archives, the same extracted, the course's `omniglot_resized/`, or any folder of class
 folders: side by side, in `train/ val/ test/`, in alphabets, or as miniImageNet's `images/` with csv files. An Omniglot
 is trusted by what it decodes to, a picture file means what a picture viewer shows, and a cache file is named by the
-bytes it was made of. Images are uint8 [C, H, W]; of Omniglot 255 is ink, colour photographs keep their values.
+bytes it was made of. Images are uint8 [C, H, W]; of Omniglot 255 is ink. `decide` prepares those of folders.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -263,12 +264,6 @@ def divide(top: Path, classes: dict[str, list[Path]], notes: list[str]):
             divided[f"{PARTS[outer_name.lower()]}/{rest}"] = files
         else:
             notes.append(f"the folder {name} lies beside train/ and test/ and is not used")
-    twice = [c[5:] for c in divided if c.startswith("test/") and f"train/{c[5:]}" in divided]
-    if twice:
-        notes.append(
-            f"{len(twice)} class names are in train/ and in test/ ({', '.join(twice[:3])}): if they are the same "
-            "classes, the test is on trained classes and its figures are no few-shot figures"
-        )
     return divided, notes
 
 
@@ -339,7 +334,7 @@ def unread_note(files: list[str]) -> str:
 
 
 def folder_arrays(folder: Path, classes: dict[str, list[Path]], image_size: int):
-    """Images, counts, names and remarks of the listed classes; grey pictures on bright paper are inverted."""
+    """Images as their files have them, counts, names and remarks of the listed classes."""
     found, unread = read_classes(classes, image_size)
     notes = [unread_note(unread)] if unread else []
     lost = [c for c in classes if c not in found]
@@ -351,9 +346,45 @@ def folder_arrays(folder: Path, classes: dict[str, list[Path]], image_size: int)
             f"--data_folder {folder} has {len(found)} classes with images{hint}; want a folder of pictures for each "
             "class, side by side, in train/ val/ test/, or in alphabets"
         )
-    images, counts, names = stack(found)
-    inverted = images.shape[1] == 1 and images.mean() > 127  # dark strokes on bright paper: ink is 255
-    return (255 - images if inverted else images), counts, names, {"notes": notes, "inverted": bool(inverted)}
+    return *stack(found), {"notes": notes}
+
+
+class Preparation(NamedTuple):
+    """What is done to a folder's pictures. The training classes decide it once; the run keeps it."""
+
+    channels: int  # 1: every picture becomes grey; 3: grey ones become grey RGB
+    inverted: bool  # dark strokes on bright paper are turned, so that 255 is ink
+
+    def __str__(self) -> str:
+        ink = ", turned to bright ink on black" if self.inverted else ", as bright as they are"
+        return ("in colour" if self.channels == 3 else "as grey") + ink
+
+
+def decide(images: np.ndarray, channels: int | None = None) -> tuple[Preparation, str]:
+    """How to prepare a folder, from its training pictures uint8 [n, C, H, W], and what to say of it, if anything.
+
+    Without `channels` they are read in colour where one in twenty has it in more than a hundredth of its pixels.
+    """
+    why = ""
+    if channels is None and images.shape[1] == 3:
+        spread = lambda some: some.max(axis=1).astype(np.int16) - some.min(axis=1)  # [n, H, W]
+        parts = np.array_split(images, -(-len(images) // 1000))
+        coloured = sum(int(((spread(part) > 24).mean(axis=(1, 2)) > 0.01).sum()) for part in parts)
+        channels = 3 if coloured >= 0.05 * len(images) else 1
+        if channels == 1:
+            why = f"{coloured} of {len(images)} training pictures have colour, so all are read as grey"
+    channels = channels or images.shape[1]
+    return Preparation(channels, channels == 1 and bool(images.mean() > 127)), why
+
+
+def prepare(images: np.ndarray, how: Preparation) -> np.ndarray:
+    """Pictures uint8 [n, C, H, W] as `how` says: [n, how.channels, H, W]."""
+    if how.channels < images.shape[1]:
+        parts = np.array_split(images, -(-len(images) // 1000))
+        images = np.concatenate([part.mean(axis=1, keepdims=True).round().astype(np.uint8) for part in parts])
+    elif how.channels > images.shape[1]:
+        images = np.repeat(images, how.channels, axis=1)
+    return 255 - images if how.inverted else images
 
 
 def stack(classes: dict[str, list[np.ndarray]]) -> tuple[np.ndarray, np.ndarray, list[str]]:

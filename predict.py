@@ -38,7 +38,18 @@ import torch.nn.functional as F
 from torch import nn
 
 import page
-from omniglot import contents, few, must_be_readable, plain_name, read_image, resize, unread_note, walk
+from omniglot import (
+    Preparation,
+    contents,
+    few,
+    must_be_readable,
+    plain_name,
+    prepare,
+    read_image,
+    resize,
+    unread_note,
+    walk,
+)
 from protonet import embed, make_encoder, squared_distances
 
 # ------------------------------------------------------------------------------------ pictures
@@ -102,10 +113,7 @@ def prepare_drawing(image: torch.Tensor, ink: str, size: int) -> torch.Tensor:
 
 def prepare_as_trained(image: np.ndarray, channels: int, inverted: bool, size: int) -> torch.Tensor:
     """A picture uint8 [C, H, W] as a run on a folder of pictures had its own: float32 [channels, size, size]."""
-    if channels == 1:
-        image = image.mean(axis=0, keepdims=True).round().astype(np.uint8)
-    small = torch.from_numpy(resize(np.broadcast_to(image, (channels, *image.shape[1:]))[None].copy(), size))[0]
-    return (255 - small if inverted else small).float() / 255
+    return torch.from_numpy(prepare(resize(image[None], size), Preparation(channels, inverted)))[0].float() / 255
 
 
 # ------------------------------------------------------------------------- network and classes

@@ -42,7 +42,7 @@ ENGINES = {method: ("vmap", "loop") for method in METHODS} | {"maml": ("vmap", "
 SWEEPS = {"inner_steps": (1, 2, 5, 10, 15, 20), "layers": (1, 2, 3, 4, 6), "hidden_dim": (32, 64, 128, 256, 512)}
 SMOKE_SWEEPS = {"inner_steps": (1, 2, 4), "layers": (1, 2, 3), "hidden_dim": (8, 16, 32)}
 UNUSED = """--out --dtype --test --checkpoint --dataset --data_folder --split --image_size --num_classes
---rotations --train_steps --patience""".split()
+--allow_overlap --allow_new_classes --rotations --train_steps --patience""".split()
 
 # ------------------------------------------------------------------------- the study: MAML and ES
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbone import Conv4, Muon, Residual, ViT, prototypes
-from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, lake_runs, load_dataset, log_episode
+from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, lake_runs, load_for, log_episode
 from replay import recorded
 
 # ---------------------------------------------------------------------------------- the method
@@ -205,7 +205,7 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)
     dtype = experiment.precision(args, device)
-    dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
+    dataset = load_for(args)
     if args.train_characters:
         dataset.splits["train"] = dataset.splits["train"][: args.train_characters]
     encoder = make_encoder(args, dataset.images.shape[1]).to(device, memory_format=torch.channels_last)
@@ -240,7 +240,6 @@ def main(argv=None) -> dict:
     schedule = torch.optim.lr_scheduler.OneCycleLR(  # fewer than 20 steps it cannot divide into phases
         optimizer, args.learning_rate, max(20, args.train_steps + 1), pct_start=0.2, cycle_momentum=False
     )
-    args.inverted = dataset.inverted  # predict.py prepares pictures the same way
     run = Run(args, "protonet", dataset.name, dataset.digest)
     run.track(model=encoder, optimizer=optimizer, schedule=schedule, sampler=train)
 

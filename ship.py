@@ -25,7 +25,7 @@ import torch
 
 import predict
 from backbone import prototypes
-from load_data import Dataset, EpisodeSampler, load_dataset
+from load_data import Dataset, EpisodeSampler, load_for
 from predict import Network, strangeness
 from protonet import embed_split, squared_distances
 
@@ -140,7 +140,8 @@ def main(argv=None) -> dict:
     run, flags = Path(args.checkpoint), network.flags
     saved = experiment.read_flags(run, "checkpoint")
     size = FULL_SIZE if flags["dataset"] == "omniglot" else flags["image_size"]
-    dataset = load_dataset(flags["dataset"], args.data_folder or flags["data_folder"], flags["split"], size)
+    where = {"data_folder": args.data_folder or flags["data_folder"], "image_size": size}
+    dataset = load_for(Namespace(**flags | where, checkpoint=args.checkpoint))
     result = measure(network, dataset, args.num_tasks) | {
         "command": f"python ship.py RUN_DIR{' --ship' * args.ship}",
         "trained_by": saved["command"],

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbone import Conv4
-from load_data import Dataset, EpisodeSampler, LakeRuns, distort, fixed_tasks, lake_runs, load_dataset, turns
+from load_data import Dataset, EpisodeSampler, LakeRuns, distort, fixed_tasks, lake_runs, load_for, turns
 from replay import recorded
 
 
@@ -207,7 +207,7 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)
     dtype = experiment.precision(args, device)
-    dataset = load_dataset(args.dataset, args.data_folder, args.split, args.image_size)
+    dataset = load_for(args)
     if args.test and (elsewhere := few_shot_elsewhere(args, dataset, dtype, device)):
         return experiment.report(args, "transfer", dataset.name, elsewhere, digest=dataset.digest)
     splits = dataset.splits

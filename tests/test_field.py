@@ -384,7 +384,7 @@ def parts_of(data):
 )
 def test_divided_folders_stay_divided(train, val, test, tmp_path, capsys):
     for part, n in ((train, 6), (val, 3), (test, 4)):
-        draw(tmp_path / "d" / part, [f"{part}{i}" for i in range(n)], first=len(part))
+        draw(tmp_path / "d" / part, [f"{part}{i}" for i in range(n)], first=n)
     found = parts_of(load_dataset("folder", str(tmp_path / "d")))
     assert {p: len(c) for p, c in found.items()} == {"train": 6, "val": 3, "test": 4}
     assert found["test"] == {f"test/{test}{i}" for i in range(4)} and capsys.readouterr().err == ""
@@ -422,7 +422,7 @@ def test_what_a_divided_folder_lacks_is_said(tmp_path):
 
 def test_the_same_class_names_in_train_and_test_are_pointed_out(tmp_path, capsys):
     draw(tmp_path / "d" / "train", TEN)
-    draw(tmp_path / "d" / "test", ["c1", "z"])
+    draw(tmp_path / "d" / "test", ["c1", "z"], first=1)
     load_dataset("folder", str(tmp_path / "d"))
     assert "1 class names are in train/ and in test/ (c1)" in capsys.readouterr().err
 
@@ -657,6 +657,7 @@ def test_a_chain_of_weights_is_followed(runs, tmp_path):
     assert saved["flags"]["init_from"] == str(runs / "protonet")
     saved["flags"]["split"] = "lake"  # as if the second had trained on Lake's background set alone
     (tmp_path / "second" / "flags.json").write_text(json.dumps(saved))
+    (tmp_path / "second" / "data.json").unlink()  # which knows better
     test = ["--test", "--checkpoint", str(tmp_path / "second")]
     refused(lambda: protonet.main([*test, "--split", "lake"]), str(runs / "protonet"))
 

@@ -12,7 +12,7 @@ from conftest import REPO
 FLOORS = [  # a room imports only from floors below its own; ground rooms import experiment.py at most
     {"experiment", "replay"},
     {"backbone", "omniglot", "glyphs"},
-    {"memory"},
+    {"memory", "leaks"},
     {"load_data", "mlp"},
     {"tasks"},
     {"hw1", "attention", "external_memory", "protonet", "transfer", "maml", "meta_lstm", "profile_costs",
