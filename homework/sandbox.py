@@ -302,7 +302,8 @@ class Sandbox:
         """A worker with these files; gone, with all that it wrote, at the end of the block."""
         folder = tempfile.mkdtemp(dir=self.folder)
         for name, text in files.items():
-            Path(folder, name).write_text(text)
+            Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+            Path(folder, name).write_text(text, encoding="utf-8", errors="surrogatepass")
         ours, theirs = socket.socketpair()
         output, output_end = os.pipe()
         request = json.dumps({"folder": folder, "seconds": seconds, "memory": memory}).encode()
