@@ -46,6 +46,28 @@ def test_preprocessing(student):
     close(found[1], torch.tensor(sign).view(x.shape), "the sign", 1e-5)
 
 
+def probe_preprocess_gradient(x, directions):
+    import meta_lstm
+
+    x = x.clone().requires_grad_()
+    value = sum((part * d).sum() for part, d in zip(meta_lstm.preprocess(x), directions, strict=True))
+    return torch.autograd.grad(value, x)[0] if value.requires_grad else None
+
+
+@graded("1")
+def test_derivative_of_the_preprocessing(student):
+    """Second order goes through it: 1 / (p x) of the size, e^p of a small sign; finite at zero."""
+    x = torch.tensor([[[2.0, -0.3]], [[1e-6, -1e-7]], [[0.0, 4e-5]]], dtype=torch.float64)
+    directions = [randn(*x.shape, seed=3), randn(*x.shape, seed=4)]
+    big = x.abs() >= math.exp(-10)
+    size = torch.where(big, 0.1 / torch.where(big, x, 1.0), 0.0)
+    sign = torch.where(big, 0.0, math.exp(10))
+    found = student.run(probe_preprocess_gradient, x=x, directions=directions)
+    expect(found is not None, "the inputs have no derivative to the numbers")
+    close(found[big], (size * directions[0])[big], "the derivative of the size", 1e-5)
+    close(found[~big], (sign * directions[1])[~big], "the derivative of the sign", 1e-5)
+
+
 # -------------------------------------------------------------------------------- 2a: the cell
 
 
@@ -145,13 +167,14 @@ def probe_updates(parameters, grads, losses):
     _, B, P = grads.shape
     theta, state = rule.start(B, torch.float64, rule.draw_tiles(B))
     wide = theta.shape[1]
-    steps = []
+    steps, grads = [], grads.clone().requires_grad_()
     for grad, loss in zip(grads, losses, strict=True):
         theta, state = rule(theta, F.pad(grad, (0, wide - P)), loss, state)
         steps.append([theta[:, :P], state.forget[:, :P], state.input[:, :P]])
     padding = theta[:, P:].abs().sum()
-    gradients = torch.autograd.grad((theta[:, :P] ** 2).sum(), list(rule.parameters()), allow_unused=True)
-    names = [name for name, _ in rule.named_parameters()]
+    learned = [*rule.parameters(), grads]
+    gradients = torch.autograd.grad((theta[:, :P] ** 2).sum(), learned, allow_unused=True)
+    names = [*(name for name, _ in rule.named_parameters()), "the gradients"]
     return {"steps": steps, "padding": padding, "gradients": dict(zip(names, gradients, strict=True))}
 
 
@@ -225,7 +248,9 @@ def test_derivative_of_the_updates(student):
     p, grads, losses = rule_parameters(6, 80), randn(3, 2, 6, seed=90), randn(3, 2, seed=91).exp()
     found = student.run(probe_updates, parameters=p, grads=grads, losses=losses)["gradients"]
     p = {name: value.requires_grad_() for name, value in p.items()}
+    grads = grads.requires_grad_()
     theta = oracle_updates(p, grads, losses)[-1][0]
+    p["the gradients"] = grads
     for name, gradient in zip(p, torch.autograd.grad(theta.square().sum(), list(p.values())), strict=True):
         expect(found.get(name) is not None, f"no derivative to {name}")
         close(found[name], gradient, f"the derivative to {name}", 1e-5)
