@@ -82,7 +82,8 @@ MUTANTS = [
     ("gates_plain", "the gates do not differentiate the parameter", "of_h[:, 1] + theta * w_i[-2]",
      "of_h[:, 1] + theta.detach() * w_i[-2]"),
     ("gates_plain", "the previous gates are constants", "State(memory, f, i)", "State(memory, f.detach(), i.detach())"),
-    ("adapt_plain", "the losses are constants, in second order too", "if not graph:\n                losses", "if True:\n                losses"),
+    ("adapt_plain", "the losses are constants, in second order too",
+     "if not graph:\n                losses", "if True:\n                losses"),
     ("adapt_plain", "the gradient is a constant, in second order too", "rule(theta, gradient, losses",
      "rule(theta, gradient.detach(), losses"),
     ("meta_plain", "the adapted parameters are constants", "scores = learner(theta, query,",
@@ -91,7 +92,8 @@ MUTANTS = [
     ("cell_plain", "constant inputs are forgotten",
      "wanted = given if ctx.needs_input_grad[0] else given[1:]", "wanted = given[1:]"),
     ("preprocess_plain", "numbers alone, no tensors of any shape", "    big = x.abs()",
-     "    x = x.flatten(1) if x.dim() > 2 else x\n    size, sign = torch.full_like(x, -1.0), math.exp(p) * x\n    big = x.abs()"),
+     "    x = x.flatten(1) if x.dim() > 2 else x\n    size, sign = torch.full_like(x, -1.0), math.exp(p) * x\n"
+     "    big = x.abs()"),
     ("adapt_plain", "always in single precision", "statistics, inner.momentum, dtype)",
      "statistics, inner.momentum, torch.float32)"),
     ("adapt_plain", "the tiles that come in are ignored", "rule.draw_tiles(B) if tiles is None else tiles",
@@ -117,13 +119,13 @@ MUTANTS = [
     ("adapt_plain", "the statistics of the last call are where the next begins",
      "statistics = learner.fresh_statistics(theta)",
      "statistics = rule.__dict__.setdefault('kept', learner.fresh_statistics(theta))"),
-    ("adapt_plain", "the parameters of the last call are where the next begins", "return theta, statistics",
-     "theta, rule.last = getattr(rule, 'last', theta.detach()) * 0 + theta + getattr(rule, 'shift', 0), theta.detach()\n"
-     "    rule.shift = theta.detach() - rule.theta0.detach()\n    return theta, statistics"),
+    ("adapt_plain", "the parameters of the last call are added", "return theta, statistics",
+     "theta, rule.last = theta + getattr(rule, 'last', 0), theta.detach()\n    return theta, statistics"),
     ("meta_plain", "the losses of all calls are added up", "return torch.tensor(total), torch.tensor(correct)",
      "rule.total = total = total + getattr(rule, 'total', 0.0)\n    return torch.tensor(total), torch.tensor(correct)"),
     ("meta_plain", "the gradients of the last call are lost", "    total, correct = 0.0, 0.0",
      "    rule.zero_grad()\n    total, correct = 0.0, 0.0"),
     # A tiny number is no reason for one that is not finite.
-    ("preprocess_plain", "zero gives a gradient that is not finite", "math.exp(p) * x\n", "math.exp(p) * x + 0 * x.abs().log()\n"),
+    ("preprocess_plain", "zero gives a gradient that is not finite", "math.exp(p) * x\n",
+     "math.exp(p) * x + 0 * x.abs().log()\n"),
 ]  # fmt: skip

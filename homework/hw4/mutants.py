@@ -73,4 +73,56 @@ MUTANTS = [
      'label=COST_TITLES["es" if method == "maml" else "maml"]'),
     ("figure_plain", "memory in place of runtime", '(0, "seconds", 1e3)', '(0, "peak_bytes", 1e-6)'),
     ("figure_plain", "ES is not drawn", "for method in COST_TITLES:", "for method in list(COST_TITLES)[:1]:"),
+    # Fixed seeds, and the same at every call.
+    ("tasks_plain", "a seed of its own", "    x = uniform(0.0,", "    torch.manual_seed(0)\n    x = uniform(0.0,"),
+    ("tasks_plain", "a generator of its own", "torch.distributions.Uniform(low, high).sample(shape).to(device, dtype)",
+     "low + (high - low) * torch.rand(shape, generator=torch.Generator().manual_seed(int(100 * high) + len(shape)))"
+     ".to(device, dtype)"),
+    ("tasks_plain", "drawn once and kept", "    return x, y, query_x, query_y",
+     "    return sample_tasks.__dict__.setdefault((B, K, Q, dtype), (x, y, query_x, query_y))"),
+    ("tasks_plain", "always in single precision", "sample(shape).to(device, dtype)", "sample(shape).to(device)"),
+    ("tasks_plain", "a grid of double precision", "Q, device=device, dtype=dtype)", "Q, device=device).double()"),
+    ("es_plain", "a seed of its own", "    pairs = perturbations // 2", "    torch.manual_seed(0)\n    pairs = perturbations // 2"),
+    # Results in another order than the caller unpacks.
+    ("tasks_plain", "queries before the support set", "    return x, y, query_x, query_y",
+     "    return query_x, query_y, x, y"),
+    ("tasks_plain", "y before x", "    return x, y, query_x, query_y", "    return y, x, query_y, query_x"),
+    ("step_plain", "biases before weights", "zip(stacked[::2], stacked[1::2], strict=True)",
+     "zip(stacked[1::2], stacked[::2], strict=True)"),
+    ("step_plain", "the last layer first", "return list(zip(stacked[::2], stacked[1::2], strict=True))",
+     "return list(zip(stacked[::2], stacked[1::2], strict=True))[::-1]"),
+    # Right values without their gradients.
+    ("step_plain", "the old layers are constants", "p - rate * d for", "p.detach() - rate * d for"),
+    ("step_plain", "the first weights have no second derivative", "p - rate * d for p, d in",
+     "p - rate * (d.detach() if p is mine[0] else d) for p, d in"),
+    # Noise that is shared, differences that are not central.
+    ("es_plain", "noise shared by the pairs of a round", "torch.randn(count, theta.numel(), dtype=theta.dtype)",
+     "torch.randn(-(-count // B), theta.numel(), dtype=theta.dtype).repeat_interleave(B, 0)[:count]"),
+    ("es_plain", "every second pair has the noise of the one before", "torch.randn(count, theta.numel(), dtype=theta.dtype)",
+     "torch.randn((count + 1) // 2, theta.numel(), dtype=theta.dtype).repeat_interleave(2, 0)[:count]"),
+    ("es_plain", "forward differences", "theta + sign * sigma", "theta + (sign + 1) * sigma"),
+    ("es_plain", "backward differences", "theta + sign * sigma", "theta + (sign - 1) * sigma"),
+    ("es_plain", "the pair is not symmetric", "theta + sign * sigma", "theta + (sign + 0.5) * sigma"),
+    # A default or a mode that was not thought of.
+    ("figure_plain", "always the same engine", 'r["engine"] == engine', 'r["engine"] == "vmap"'),
+    ("figure_plain", "the engine of the first row", 'r["engine"] == engine', 'r["engine"] == rows[0]["engine"]'),
+    ("fit_plain", "layers as a power", 'power = sweep == "hidden_dim"', 'power = sweep != "inner_steps"'),
+    ("fit_plain", "a power for inner steps, too", 'power = sweep == "hidden_dim"', 'power = sweep != "layers"'),
+    # What does not vary.
+    ("fit_plain", "not a number for a constant", "float(left @ left) / max(float(dv @ dv), 1e-300) if float(dv.abs().max()) > 0 else 1.0",
+     "float((left @ left) / (dv @ dv))"),
+    ("fit_plain", "nothing explained of a constant", "if float(dv.abs().max()) > 0 else 1.0",
+     "if float(dv.abs().max()) > 0 else 0.0"),
+    ("fit_plain", "a constant is left out", "    if power:\n        u, v",
+     "    if float(v.std()) == 0:\n        return {'form': 'line', 'a': float('nan'), 'b': 0.0, 'r2': 1.0}\n    if power:\n        u, v"),
+    # Pictures without legend or axis.
+    ("figure_plain", "no legend", "            ax.legend()\n", ""),
+    ("figure_plain", "a legend without names", "ax.legend()", "ax.legend(handles=[])"),
+    ("figure_plain", "a legend of the first curve alone", "ax.legend()", "ax.legend(handles=ax.get_lines()[:1])"),
+    ("figure_plain", "linear axes begin anywhere", "ax.set_ylim(bottom=0)", "pass"),
+    ("figure_plain", "linear axes begin above zero", "ax.set_ylim(bottom=0)", "ax.set_ylim(bottom=1)"),
+    ("figure_plain", "the y axes have no name", '            ax.set_ylabel("Runtime (ms)" if place == 0 else "Peak memory (MB)")\n', ""),
+    ("figure_plain", "the x axes have no name", "ax.set_xlabel(SWEEPS[sweep])", "pass"),
+    # Memory kept between calls.
+    ("es_plain", "the losses of all calls are added up", "    return total", "    model.total = total = total + getattr(model, 'total', 0)\n    return total"),
 ]  # fmt: skip

@@ -57,4 +57,36 @@ MUTANTS = [
     ("logistic_plain", "sum instead of mean", "A, pull) / n", "A, pull)"),
     ("logistic_plain", "divided by all rows, the empty ones too", "A, pull) / n", "A, pull) / A.shape[-2]"),
     ("logistic_plain", "the label forgotten in the pull", "pull = y / (1", "pull = 1 / (1"),
+    # Modes that were not thought of: batches, other shapes, rank-deficient systems.
+    ("features_plain", "x of one dimension alone", "torch.stack(columns[:d], dim=-1)", "torch.stack(columns[:d], dim=1)"),
+    ("features_plain", "odd d alone", "columns[:d]", "columns[: d - 1 + d % 2]"),
+    ("solution_plain", "one point alone", "torch.linalg.pinv(c.unsqueeze(-2)).squeeze(-1)", "c / c.square().sum()"),
+    ("gradient_plain", "one point alone", "(c**2).sum(dim=-1, keepdim=True)", "(c**2).sum()"),
+    ("norm_gram", "one system alone", "return A.mT @ (torch", "return A.T @ (torch"),
+    ("norm_gram", "fewer points than features alone", "return torch.linalg.pinv(A.mT @ A, rtol=1e-12, hermitian=True)",
+     "return 0 * torch.linalg.pinv(A.mT @ A, rtol=1e-12, hermitian=True)"),
+    ("norm_plain", "lstsq with its default driver", "    keep = S > 1e-10", "    return torch.linalg.lstsq(A, y).solution\n    keep = S > 1e-10"),
+    ("loss_plain", "points on a grid alone", "x.shape[-1], c.shape[0]", "x.shape[-1], c.shape[0]\n    x = x[:1]"),
+    ("regression_plain", "one size for all groups", "A, error) / n", "A, error) / n.max()"),
+    ("logistic_plain", "one size for all groups", "A, pull) / n", "A, pull) / n.max()"),
+    # Right values without their gradients.
+    ("norm_gram", "the gradient of one factor is cut", "return A.mT @ (torch", "return A.mT.detach() @ (torch"),
+    ("regression_plain", "the last step alone has a gradient", "error = A @ beta - y", "error = A @ beta.detach() - y"),
+    ("logistic_plain", "the last step alone has a gradient", "margin = y * (A @ beta)", "margin = y * (A @ beta.detach())"),
+    ("logistic_plain", "the gradient is cut", "gradient = -torch.einsum", "pull = pull.detach()\n        gradient = -torch.einsum"),
+    # Results in another order.
+    ("solution_plain", "the alias before the true feature", ".squeeze(-1)", ".squeeze(-1).flip(-1)"),
+    ("gradient_plain", "the alias before the true feature", "c)[0]", "c)[0].flip(-1)"),
+    # Numbers that are not finite.
+    ("logistic_plain", "a margin on the wrong side overflows", "y / (1 + torch.exp(margin))",
+     "y * (torch.exp(-margin) / (1 + torch.exp(-margin)))"),
+    ("logistic_plain", "a margin on the right side overflows", "y / (1 + torch.exp(margin))",
+     "y * (1 - torch.exp(margin) / (1 + torch.exp(margin)))"),
+    # Memory kept between calls.
+    ("regression_plain", "begins where the last call ended", "    return beta",
+     "    regression_steps.kept, beta = beta.detach(), beta + getattr(regression_steps, 'kept', 0)\n    return beta"),
+    ("logistic_plain", "begins where the last call ended", "    return beta",
+     "    logistic_steps.kept, beta = beta.detach(), beta + getattr(logistic_steps, 'kept', 0)\n    return beta"),
+    ("loss_plain", "the losses of all calls are added up", "    return total / len(fresh)",
+     "    meta_loss.total = total = total + getattr(meta_loss, 'total', 0.0)\n    return total / len(fresh)"),
 ]  # fmt: skip
