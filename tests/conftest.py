@@ -117,6 +117,7 @@ THOROUGH = (
     "test_a_hostile_function_costs_its_question_alone[endless loop]",
     "test_nothing_outside_the_folder_is_read_or_changed",
     "test_patching_what_compares_helps_nobody",
+    "test_the_whole_proof",
     "test_a_failed_start_is_named_once",
     "test_threads_doze_while_other_processes_need_the_cores",
     "test_denormal_numbers_count_as_zero_in_every_thread",

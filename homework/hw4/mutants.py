@@ -82,7 +82,9 @@ MUTANTS = [
      "    return sample_tasks.__dict__.setdefault((B, K, Q, dtype), (x, y, query_x, query_y))"),
     ("tasks_plain", "always in single precision", "sample(shape).to(device, dtype)", "sample(shape).to(device)"),
     ("tasks_plain", "a grid of double precision", "Q, device=device, dtype=dtype)", "Q, device=device).double()"),
-    ("es_plain", "a seed of its own", "    pairs = perturbations // 2", "    torch.manual_seed(0)\n    pairs = perturbations // 2"),
+    ("es_plain", "a seed of its own",
+     "    pairs = perturbations // 2",
+     "    torch.manual_seed(0)\n    pairs = perturbations // 2"),
     # Results in another order than the caller unpacks.
     ("tasks_plain", "queries before the support set", "    return x, y, query_x, query_y",
      "    return query_x, query_y, x, y"),
@@ -98,7 +100,8 @@ MUTANTS = [
     # Noise that is shared, differences that are not central.
     ("es_plain", "noise shared by the pairs of a round", "torch.randn(count, theta.numel(), dtype=theta.dtype)",
      "torch.randn(-(-count // B), theta.numel(), dtype=theta.dtype).repeat_interleave(B, 0)[:count]"),
-    ("es_plain", "every second pair has the noise of the one before", "torch.randn(count, theta.numel(), dtype=theta.dtype)",
+    ("es_plain", "every second pair has the noise of the one before",
+     "torch.randn(count, theta.numel(), dtype=theta.dtype)",
      "torch.randn((count + 1) // 2, theta.numel(), dtype=theta.dtype).repeat_interleave(2, 0)[:count]"),
     ("es_plain", "forward differences", "theta + sign * sigma", "theta + (sign + 1) * sigma"),
     ("es_plain", "backward differences", "theta + sign * sigma", "theta + (sign - 1) * sigma"),
@@ -109,20 +112,27 @@ MUTANTS = [
     ("fit_plain", "layers as a power", 'power = sweep == "hidden_dim"', 'power = sweep != "inner_steps"'),
     ("fit_plain", "a power for inner steps, too", 'power = sweep == "hidden_dim"', 'power = sweep != "layers"'),
     # What does not vary.
-    ("fit_plain", "not a number for a constant", "float(left @ left) / max(float(dv @ dv), 1e-300) if float(dv.abs().max()) > 0 else 1.0",
+    ("fit_plain", "not a number for a constant",
+     "float(left @ left) / max(float(dv @ dv), 1e-300) if float(dv.abs().max()) > 0 else 1.0",
      "float((left @ left) / (dv @ dv))"),
     ("fit_plain", "nothing explained of a constant", "if float(dv.abs().max()) > 0 else 1.0",
      "if float(dv.abs().max()) > 0 else 0.0"),
-    ("fit_plain", "a constant is left out", "    if power:\n        u, v",
-     "    if float(v.std()) == 0:\n        return {'form': 'line', 'a': float('nan'), 'b': 0.0, 'r2': 1.0}\n    if power:\n        u, v"),
+    ("fit_plain", "a constant is left out",
+     "    if power:\n        u, v",
+     "    if float(v.std()) == 0:\n"
+     "        return {'form': 'line', 'a': float('nan'), 'b': 0.0, 'r2': 1.0}\n    if power:\n        u, v"),
     # Pictures without legend or axis.
     ("figure_plain", "no legend", "            ax.legend()\n", ""),
     ("figure_plain", "a legend without names", "ax.legend()", "ax.legend(handles=[])"),
     ("figure_plain", "a legend of the first curve alone", "ax.legend()", "ax.legend(handles=ax.get_lines()[:1])"),
     ("figure_plain", "linear axes begin anywhere", "ax.set_ylim(bottom=0)", "pass"),
     ("figure_plain", "linear axes begin above zero", "ax.set_ylim(bottom=0)", "ax.set_ylim(bottom=1)"),
-    ("figure_plain", "the y axes have no name", '            ax.set_ylabel("Runtime (ms)" if place == 0 else "Peak memory (MB)")\n', ""),
+    ("figure_plain", "the y axes have no name",
+     "            ax.set_ylabel(\"Runtime (ms)\" if place == 0 else \"Peak memory (MB)\")\n",
+     ""),
     ("figure_plain", "the x axes have no name", "ax.set_xlabel(SWEEPS[sweep])", "pass"),
     # Memory kept between calls.
-    ("es_plain", "the losses of all calls are added up", "    return total", "    model.total = total = total + getattr(model, 'total', 0)\n    return total"),
+    ("es_plain", "the losses of all calls are added up",
+     "    return total",
+     "    model.total = total = total + getattr(model, 'total', 0)\n    return total"),
 ]  # fmt: skip
