@@ -2,7 +2,7 @@
 
 The scripts of this package are the solution. An assignment (homework/NAME/) only says which of their functions the
 students write; the student's folder is made from the scripts of today, so that it cannot go out of date. The grader
-compares with independent references and properties in a process that no submission can reach (homework/sandbox.py).
+compares with independent references and properties in a process that no submission can reach (sandbox.py there).
 `check` proves it: unwritten code gets nothing, the solution everything, each of many classic mistakes loses at
 exactly its question, and right answers written in other ways lose nothing.
 
@@ -17,12 +17,16 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import queue
+import random
+import re
 import stat
 import sys
 import time
+import tokenize
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,7 +37,8 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "homework"))
+FOLDER = HERE / "homework"  # the assignments, and the modules of the grader
+sys.path.insert(0, str(FOLDER))
 
 from experiment import UserError, run_script, write_json  # noqa: E402
 
@@ -46,37 +51,88 @@ from assignment import (  # noqa: E402
     locate,
     mutants,
     parsed,
+    sources,
     starter,
     variants,
 )
-from build import build  # noqa: E402
+from build import build, changed_files  # noqa: E402
 from checks import Wrong  # noqa: E402
 from sandbox import Failed, Sandbox  # noqa: E402
 
 NAMES = ("hw1", "hw2", "hw3", "hw4", "hw9")
 FILE_LIMIT = 2**20  # bytes of a submitted file
+FILES_LIMIT, DEPTH = 200, 4  # files of a submission, folders below each other
+# What browsers and file managers make of a name that is there already.
+COPY = re.compile(r"(.+?)(?: ?\(\d+\)| - Copy| - Kopie| copy(?: \d+)?)+\.py")
 
 # ------------------------------------------------------------------------------------- grading
 
 
-def read_submission(a: Assignment, folder: Path) -> dict[str, str]:
-    """The student's files by name, and their own further modules; no links, nothing large."""
+def read_python(path: Path) -> str:
+    """The text of a file as Python reads it: byte-order mark, coding line, ends of lines. ValueError says why not."""
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        with open(fd, "rb") as file:
+            content = file.read(FILE_LIMIT + 1)
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
+    if len(content) > FILE_LIMIT:
+        raise ValueError(f"is larger than {FILE_LIMIT >> 20} MB")
+    try:
+        encoding, first = tokenize.detect_encoding(io.BytesIO(content).readline)
+        text = content.decode(encoding)
+    except (SyntaxError, UnicodeDecodeError, LookupError) as error:
+        raise ValueError(f"is no text that Python reads ({error})"[:200]) from None
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    for k in range(min(len(first), 2, len(lines))):  # it is written in UTF-8 from here on
+        if re.match(r"[ \t\f]*#.*?coding[:=]", lines[k]):
+            lines[k] = "#"
+    return "\n".join(lines)
+
+
+def read_submission(a: Assignment, folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The student's files and packages by their paths, and why a file of the handout is missing; no links.
+
+    The files may lie in a folder of the submission; "hw1 (1).py" counts as hw1.py where that is not there.
+    """
     if not folder.is_dir():
         raise UserError(f"--submission {folder} is not a folder; name the one with the student's files")
+    wanted = list(dict.fromkeys(blank.file for blank in a.blanks))
+    paths, notebooks = [], []
+    for place, folders, files in os.walk(folder):
+        depth = len(Path(place).relative_to(folder).parts)
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "__")) and depth < DEPTH)
+        paths += [Path(place, file) for file in sorted(files) if file.endswith(".py") and not file.startswith("._")]
+        notebooks += [file for file in files if file.endswith(".ipynb") and file != "colab.ipynb"]
+    paths = [path for path in paths if stat.S_ISREG(path.lstat().st_mode)]
+    plain = lambda path: (COPY.fullmatch(path.name) or [None, path.stem])[1] + ".py"
+    depth = lambda path: len(path.relative_to(folder).parts)
+    chosen, notes = {}, {}
+    for file in wanted:
+        places = [path for path in paths if plain(path) == Path(file).name]
+        # Where the handout has it; what lies higher up; the plain name before its copies, the newest copy (2 before 1).
+        at_home = lambda path, file=file: ("/" + path.as_posix()).endswith("/" + file)
+        order = lambda path, file=file: (depth(path), path.name != Path(file).name, [-ord(c) for c in path.name])
+        places.sort(key=lambda path: (not at_home(path), order(path)))
+        if places:
+            chosen[file] = places[0]
+        elif notebooks:
+            notes[file] = f"{file} is not in the submission; hand in {file} itself, not a notebook ({notebooks[0]})"
+    home = min((path.parent for path in chosen.values()), key=lambda place: len(place.parts), default=folder)
+    ours = {*a.files(), "checks.py", "conftest.py", "test_public.py"}
+    tops = {Path(file).parts[0].removesuffix(".py") for file in ours}
+    for path in paths:
+        if path.is_relative_to(home) and path not in chosen.values() and len(chosen) < FILES_LIMIT:
+            name = path.relative_to(home)
+            if name.parts[0].removesuffix(".py") not in tops:
+                chosen.setdefault(name.as_posix(), path)
     texts = {}
-    ours = {*a.files(), "checks.py", "conftest.py", "test_public.py"} - {blank.file for blank in a.blanks}
-    asked = {folder / blank.file for blank in a.blanks}
-    for path in sorted({*folder.glob("*.py"), *(path for path in asked if path.exists())}):
-        name, info = path.relative_to(folder).as_posix(), path.lstat()
-        if name in ours or not stat.S_ISREG(info.st_mode) or info.st_size > FILE_LIMIT:
-            continue
+    for file, path in chosen.items():
         try:
-            fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-            with open(fd, "rb") as file:
-                texts[name] = file.read(FILE_LIMIT + 1).decode().replace("\r\n", "\n")
-        except (OSError, UnicodeDecodeError):
-            continue
-    return texts
+            texts[file] = read_python(path)
+        except ValueError as error:
+            notes[file] = f"{path.name} {error}"
+    return texts, notes
 
 
 class Outcome(NamedTuple):
@@ -100,11 +156,12 @@ class Grader:
         self.a, self.box, self.memo = a, box, {} if memo is None else memo
         self.package = {file: (HERE / file).read_text() for file in a.files()}
         self.guards: list[str] = []
+        self.notes: dict[str, str] = {}  # why a file is missing
 
     def grafted(self, texts: dict[str, str], file: str, mine: list[str]) -> str:
         """The student's `file`, with our functions in all its questions but those of `mine`."""
         if file not in texts:
-            raise Missing(f"{file} is not in the submission")
+            raise Missing(self.notes.get(file, f"{file} is not in the submission"))
         try:
             parsed(texts[file])
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -116,9 +173,9 @@ class Grader:
             locate(texts[file], function, file)
         others = [f for b in here if b.question not in mine for f in b.functions]
         try:
-            return graft(texts[file], self.package[file], others)
-        except Missing:  # the student has lost another question's function
-            return graft(self.package[file], texts[file], own)
+            return graft(texts[file], self.package[file], others, file)
+        except Missing:  # the class of another question's function is gone
+            return graft(self.package[file], texts[file], own, file)
 
     def run(self, test, files: dict[str, str]) -> Outcome:
         """One test in a process of its own."""
@@ -210,9 +267,8 @@ class Grader:
         return {file: self.grafted(texts, file, right) for file in broken}
 
     def points(self, question: str) -> float:
-        return next((b.points for b in self.a.blanks if b.question == question), None) or next(
-            w["points"] for w in self.a.written if w["question"] == question
-        )
+        points = {w["question"]: w["points"] for w in self.a.written} | {b.question: b.points for b in self.a.blanks}
+        return points[question]
 
 
 def by_question(results: list[dict]) -> dict[str, tuple[float, float]]:
@@ -269,9 +325,10 @@ def gradescope(a: Assignment, results: list[dict], seconds: float) -> dict:
 def grade(a: Assignment, submission: Path, out: Path | None) -> dict:
     """Grade a folder; prints the table, writes `out`, returns what Gradescope gets."""
     begin = time.perf_counter()
-    texts = read_submission(a, submission)
+    texts, notes = read_submission(a, submission)
     with Sandbox() as box:
         grader = Grader(a, box)
+        grader.notes = notes
         results = grader.grade(texts)
     print_table(a, results)
     held = {"limits", "landlock", "seccomp"} - set(grader.guards)
@@ -286,12 +343,18 @@ def grade(a: Assignment, submission: Path, out: Path | None) -> dict:
 # -------------------------------------------------------------------------------- the proof
 
 
-def check(a: Assignment, jobs: int) -> dict:
-    """Grade unwritten code, the solution, right answers and mistakes; what each question gave each of them."""
+def check(a: Assignment, jobs: int, sample: int | None = None) -> dict:
+    """Grade unwritten code, the solution, right answers and mistakes; what each question gave each of them.
+
+    sample: the small form, without the right answers and with so many of the mistakes, others every day.
+    """
     full = {b.question: b.points for b in a.blanks}
     cases = [("starter", "", "", starter(a)), ("solution", "", "", a.solution())]
-    cases += [("right", q, what, answered(a, q, functions)) for q, what, functions in variants(a).values()]
-    cases += [("mutant", *mutant) for mutant in mutants(a)]
+    right = [("right", q, what, answered(a, q, functions)) for q, what, functions in variants(a).values()]
+    wrong = [("mutant", *mutant) for mutant in mutants(a)]
+    if sample is not None:
+        right, wrong = [], random.Random(time.strftime("%F") + a.name).sample(wrong, min(sample, len(wrong)))
+    cases += right + wrong
     memo: dict = {}
     boxes: queue.SimpleQueue = queue.SimpleQueue()
     with ExitStack() as stack, ThreadPoolExecutor(jobs) as pool:
@@ -342,7 +405,7 @@ def check(a: Assignment, jobs: int) -> dict:
         good = [f["as_expected"] for f in found if f["kind"] == kind]
         lines.append(f"{words} {sum(good)} of {len(good)}")
     print(f"{a.name}: " + ", ".join(lines))
-    return {"title": a.title, "points": full, "cases": found}
+    return {"title": a.title, "points": full, "sources": sources(a), "cases": found}
 
 
 # ---------------------------------------------------------------------------------- the script
@@ -364,8 +427,12 @@ def parse_args(argv=None):
     )
     parser.add_argument("--submission", type=Path, help="grade: the folder with the student's files")
     parser.add_argument("--json", type=Path, help="grade: write the result for Gradescope here")
+    parser.add_argument("--force", action="store_true", help="build: also over files that were changed since")
+    parser.add_argument("--mutants", type=int, help="check: the small form, with so many mistakes, others every day")
     parser.add_argument("--jobs", type=int, default=2, help="check: submissions graded at once (default: 2)")
     args = parser.parse_args(argv)
+    if args.mutants is not None and (args.command != "check" or args.out or args.mutants < 1):
+        raise UserError("--mutants is for check without --out (a part is no proof), and 1 or more")
     if args.command == "grade" and (args.submission is None or args.name == "all"):
         raise UserError("grade takes one assignment and --submission DIR")
     if args.json and not args.json.parent.is_dir():
@@ -377,9 +444,12 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     names = NAMES if args.name == "all" else [args.name]
     try:
-        assignments = [load_assignment(name, args.level) for name in names]
-    except Missing as error:
-        raise UserError(f"{error}; mend homework/NAME/assignment.toml") from None
+        return run(args, [load_assignment(name, args.level) for name in names])
+    except Missing as error:  # an assignment, a right answer or a mistake that no longer fits the scripts
+        raise UserError(f"{FOLDER.name}/{error}; mend that file") from None
+
+
+def run(args, assignments: list[Assignment]) -> dict:
     if args.command == "grade":
         return grade(assignments[0], args.submission, args.json)
     if args.command == "build":
@@ -388,10 +458,16 @@ def main(argv=None) -> dict:
             out = out / a.name if args.name == "all" or not args.out else out
             if out.exists() and any(out.iterdir()) and not (out / "autograder.zip").exists():
                 raise UserError(f"--out {out} holds other things; name a new folder")
+            edited = changed_files(out)
+            if edited and not args.force:
+                some = ", ".join(edited[:3]) + (f" and {len(edited) - 3} more" if edited[3:] else "")
+                raise UserError(f"--out {out} was changed since it was built ({some}); name a new folder")
+            if edited:
+                print(f"--force: {len(edited)} changed files go away: {', '.join(edited)}")
             build(a, out)
             print(f"written: {out}/student, {out}/solution, {out}/autograder.zip")
         return {}
-    found = {a.name: check(a, max(1, args.jobs)) for a in assignments}
+    found = {a.name: check(a, max(1, args.jobs), args.mutants) for a in assignments}
     if args.out:
         before = json.loads(args.out.read_text()) if args.out.exists() else {}
         write_json(args.out, before | found)

@@ -33,7 +33,7 @@ from backbone import LAYERS, Conv4, prototypes
 from fewshot.learners.adapted import MAML, Parameters, Setting, accuracy_of, classify, embed, query_logits, update_norms
 from fewshot.learners.outer_loop import make_optimizers, rate_factor
 from fewshot.learners.task_loop import mean_over_tasks, over_tasks
-from load_data import EpisodeSampler, LakeRuns, fixed_tasks, lake_runs, log_episode
+from load_data import EpisodeSampler, LakeRuns, fixed_tasks, lake_runs, load_for, log_episode
 from replay import recorded
 
 # ---------------------------------------------------------------------------------- the method

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from fewshot.learners.gates import Watch, log_gates
 from fewshot.learners.lstm_rule import HIDDEN, CoordinateLSTM, Memory, pad, small
 from fewshot.learners.side_by_side import Learner, ask, task_losses
-from load_data import Dataset, EpisodeSampler, fixed_tasks, log_episode
+from load_data import Dataset, EpisodeSampler, fixed_tasks, load_for, log_episode
 from replay import recorded
 
 # ---------------------------------------------------------------------------------- the method

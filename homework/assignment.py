@@ -1,7 +1,8 @@
 """An assignment, and the versions of the scripts that it makes: blanked, answered in another way, wrong.
 
-What the students write is named once, in homework/NAME/assignment.toml; the scripts themselves carry no marks. A
-function is found by its name and exchanged as a whole, with its decorators, by its place in the syntax tree.
+What the students write is named once, in NAME/assignment.toml beside this file; the scripts themselves carry no marks.
+A function is found by its name and exchanged as a whole, with its decorators, by its place in the syntax tree.
+Lines end at "\n" alone, as they do for Python.
 """
 
 from __future__ import annotations
@@ -10,21 +11,30 @@ from experiment import parse_python
 
 import ast
 import functools
+import hashlib
 import importlib.util
 import json
+import re
 import textwrap
-import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent.parent  # the scripts
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+FOLDER = Path(__file__).resolve().parent  # of the assignments and of the grader
+HERE = FOLDER.parent  # the scripts
 WIDTH = 120
+# What decides a grade beside the assignment itself.
+JUDGES = ("assignment.py", "checks.py", "guards.py", "sandbox.py")
 
 # ------------------------------------------------------------------------------- an assignment
 
 
 class Blank(NamedTuple):
-    """Functions that the student writes, as homework/NAME/assignment.toml lists them."""
+    """Functions that the student writes, as assignment.toml lists them."""
 
     question: str
     title: str
@@ -48,7 +58,7 @@ class Assignment(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        return HERE / "homework" / self.name
+        return FOLDER / self.name
 
     def solution(self) -> dict[str, str]:
         """The scripts that the students write in, as they are."""
@@ -59,28 +69,130 @@ class Assignment(NamedTuple):
         return closure(list(dict.fromkeys(blank.file for blank in self.blanks)))
 
 
+# Of each entry of assignment.toml: the type of its value, and whether it may be missing.
+KEYS = {
+    "blank": {
+        "question": (str, False),
+        "title": (str, False),
+        "file": (str, False),
+        "functions": (list, False),
+        "points": ((int, float), False),
+        "prompt": (str, False),
+        "hints": (list, False),
+        "level": (str, True),
+    },
+    "written": {
+        "question": (str, False),
+        "title": (str, False),
+        "points": ((int, float), False),
+        "prompt": (str, False),
+        "key": (list, False),
+        "automatic": (bool, True),
+    },
+    "": {
+        "title": (str, False),
+        "smoke": (str, False),
+        "commands": (list, False),
+        "blank": (list, False),
+        "written": (list, True),
+    },
+}
+
+
+def check_entry(kind: str, entry: dict, where: str) -> None:
+    """Missing, with the place and the key, unless the entry has the keys of its kind with values that make sense."""
+    keys = KEYS[kind]
+    for key in sorted({*keys, *entry}):
+        if key not in keys:
+            raise Missing(f"{where} has an unknown key {key!r}; it may have {', '.join(keys)}")
+        wanted, optional = keys[key]
+        if key not in entry:
+            if not optional:
+                raise Missing(f"{where} has no {key!r}")
+            continue
+        value = entry[key]
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            word = (
+                "a number" if wanted == (int, float) else {str: "a text", list: "a list", bool: "true or false"}[wanted]
+            )
+            raise Missing(f"{where}, {key} = {value!r}: not {word}")
+        if key == "points" and not 0 < value < float("inf"):
+            raise Missing(f"{where}, points = {value!r}: not above zero")
+        if key in ("functions", "hints", "commands") and not all(isinstance(v, str) for v in value):
+            raise Missing(f"{where}, {key} = {value!r}: not a list of texts")
+        if key in ("functions", "blank") and not value:
+            raise Missing(f"{where}, {key}: the list is empty")
+    if entry.get("level", "easy") not in ("easy", "hard"):
+        raise Missing(f"{where}, level = {entry['level']!r}: not 'easy' or 'hard'")
+
+
+def read_toml(path: Path) -> dict:
+    """assignment.toml, all its entries checked; Missing names the file and the key."""
+    name = f"{path.parent.name}/{path.name}"
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Missing(f"{name} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # also of the encoding
+        raise Missing(f"{name} is no TOML: {error}") from None
+    check_entry("", data, name)
+    seen = set()
+    for kind in ("blank", "written"):
+        for number, entry in enumerate(data.get(kind, []), 1):
+            if not isinstance(entry, dict):
+                raise Missing(f"{name}, {kind} {number}: not a table [[{kind}]]")
+            where = f"{name}, [[{kind}]] {entry.get('question', number)}"
+            check_entry(kind, entry, where)
+            if entry["question"] in seen:
+                raise Missing(f"{where}, question: there are two of this name")
+            seen.add(entry["question"])
+            if kind == "blank":
+                if Path(entry["file"]).is_absolute() or not (HERE / entry["file"]).is_file():
+                    raise Missing(f"{where}, file = {entry['file']!r}: there is no such script")
+                for function in entry["functions"]:
+                    locate((HERE / entry["file"]).read_text(), function, f"{where}, functions: {entry['file']}")
+            elif not entry.get("automatic"):
+                good = all(isinstance(k, list) and len(k) == 2 and isinstance(k[1], str) for k in entry["key"])
+                if not good or any(isinstance(k[0], (bool, str)) for k in entry["key"]):
+                    raise Missing(f"{where}, key: not a list of [points, text]")
+                if sum(points for points, _ in entry["key"]) != entry["points"]:
+                    raise Missing(f"{where}, key: its points do not add up to points = {entry['points']}")
+    return data
+
+
 def load_assignment(name: str, level: str = "hard") -> Assignment:
-    """Read homework/`name`; ValueError where it does not fit the scripts."""
-    folder = HERE / "homework" / name
-    data = tomllib.loads((folder / "assignment.toml").read_text())
+    """Read the folder of `name`; Missing where it does not fit the scripts."""
+    folder = FOLDER / name
+    data = read_toml(folder / "assignment.toml")
     blanks = [Blank(**entry) for entry in data["blank"]]
-    for blank in blanks:
-        for function in blank.functions:
-            locate((HERE / blank.file).read_text(), function, f"{blank.file} (question {blank.question} of {name})")
-    if level == "easy":
-        blanks = [blank for blank in blanks if blank.level == "easy"]
+    written = data.get("written", [])
     spec = importlib.util.spec_from_file_location(f"tests_of_{name}", folder / "tests.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    questions = {blank.question for blank in blanks} | {w["question"] for w in data.get("written", [])}
     marked = [f for f in vars(module).values() if hasattr(f, "graded") and f.__module__ == spec.name]
+    known = {blank.question for blank in blanks} | {w["question"] for w in written if w.get("automatic")}
+    for test in marked:
+        if test.graded["question"] not in known:
+            raise Missing(f"{name}/tests.py, {test.__name__}: there is no graded question {test.graded['question']!r}")
+        if not (test.graded["weight"] > 0 and test.graded["seconds"] > 0):
+            raise Missing(f"{name}/tests.py, {test.__name__}: weight and seconds have to be above zero")
+    if level == "easy":
+        blanks = [blank for blank in blanks if blank.level == "easy"]
+    questions = {blank.question for blank in blanks} | {w["question"] for w in written}
     tests = [f for f in marked if f.graded["question"] in questions]
     untested = {blank.question for blank in blanks} - {f.graded["question"] for f in tests}
     if untested:
-        raise ValueError(f"homework/{name}/tests.py has no test of question {', '.join(sorted(untested))}")
-    return Assignment(
-        name, data["title"], blanks, data.get("written", []), data["commands"], data["smoke"], tests, level
-    )
+        raise Missing(f"{name}/tests.py has no test of question {', '.join(sorted(untested))}")
+    return Assignment(name, data["title"], blanks, written, data["commands"], data["smoke"], tests, level)
+
+
+def sources(a: Assignment) -> str:
+    """A digest of what the proof of an assignment covers: its scripts with questions, its own files, the grader."""
+    files = sorted({HERE / blank.file for blank in a.blanks})
+    files += [a.folder / name for name in ("assignment.toml", "tests.py", "right.py", "mutants.py")]
+    files += [HERE / "homework.py", *(FOLDER / name for name in JUDGES)]
+    texts = [path.read_text(encoding="utf-8") for path in files]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def closure(files: list[str]) -> list[str]:
@@ -103,6 +215,11 @@ def closure(files: list[str]) -> list[str]:
 
 class Missing(Exception):
     """A function is not where the assignment says."""
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines as Python counts them; str.splitlines ends them at form feeds and U+2028, too."""
+    return text.removesuffix("\n").split("\n")
 
 
 @functools.lru_cache(32)
@@ -130,7 +247,7 @@ def lines_of(text: str, name: str, file: str = "the file") -> tuple[int, int]:
 
 def cut(text: str, name: str) -> str:
     begin, end = lines_of(text, name)
-    return "\n".join(text.splitlines()[begin:end])
+    return "\n".join(split_lines(text)[begin:end])
 
 
 def put(text: str, name: str, source: str) -> str:
@@ -138,17 +255,43 @@ def put(text: str, name: str, source: str) -> str:
     return replaced(text, {name: source})
 
 
-def graft(text: str, donor: str, functions: list[str]) -> str:
-    """`text` with these functions as `donor` has them; Missing when either lacks one."""
-    return replaced(text, {name: cut(donor, name) for name in functions})
+def graft(text: str, donor: str, functions: list[str], file: str = "the file") -> str:
+    """`text` with these functions as `donor` has them, also those that `text` has lost; Missing where it cannot be."""
+    lost = []
+    for name in functions:
+        try:
+            locate(text, name, file)
+        except Missing:
+            lost.append(name)
+    text = replaced(text, {name: cut(donor, name) for name in functions if name not in lost})
+    for name in lost:
+        text = added(text, name, cut(donor, name), file)
+    return text
+
+
+def added(text: str, name: str, source: str, file: str) -> str:
+    """`text` with a function more, at the end of its class or of the file."""
+    lines, *outer = split_lines(text), *name.split(".")[:-1]
+    if not outer:
+        return "\n".join([*lines, "", "", *split_lines(source)]) + "\n"
+    node = locate(text, outer[0], file)
+    return "\n".join([*lines[: node.end_lineno], "", *split_lines(source), *lines[node.end_lineno :]]) + "\n"
+
+
+def indentation(line: str) -> str:
+    """The white space that Python counts: behind the last form feed."""
+    return re.match(r"(?:[ \t]*\f)*([ \t]*)", line)[1]
 
 
 def replaced(text: str, sources: dict[str, str]) -> str:
     """`text` with other definitions, from the last to the first, so that the places stay right."""
-    lines = text.splitlines()
+    lines = split_lines(text)
     for (begin, end), source in sorted(((lines_of(text, name), s) for name, s in sources.items()), reverse=True):
-        indent = lines[begin][: len(lines[begin]) - len(lines[begin].lstrip())]
-        lines[begin:end] = textwrap.indent(textwrap.dedent(source), indent).splitlines()
+        new, indent = split_lines(source), indentation(lines[begin])
+        old = indentation(new[0])
+        if old != indent:  # else nothing is touched, not even inside of texts of several lines
+            new = [indent + line.removeprefix(old) if line.strip() else line for line in new]
+        lines[begin:end] = new
     return "\n".join(lines) + "\n"
 
 
@@ -156,7 +299,7 @@ def emptied(text: str, blank: Blank) -> str:
     """`text` with the blank's functions reduced to signature, docstring and the question."""
     first = blank.prompt.strip().split("\n\n")[0]
     for name in blank.functions:
-        node, lines = locate(text, name), text.splitlines()
+        node, lines = locate(text, name), split_lines(text)
         has_doc = isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant)
         keep = node.body[0].end_lineno if has_doc else node.body[0].lineno - 1
         indent = " " * (node.col_offset + 4)
@@ -186,12 +329,15 @@ def variants(a: Assignment) -> dict[str, tuple[str, str, dict[str, str]]]:
     A definition there is marked @right(question, function, what is different); definitions of one name and question
     are one answer.
     """
-    text = (a.folder / "right.py").read_text()
+    text, asked = (a.folder / "right.py").read_text(), {blank.question for blank in a.blanks}
     found: dict[str, tuple[str, str, dict[str, str]]] = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef) and node.decorator_list:
             question, function, what = (ast.literal_eval(arg) for arg in node.decorator_list[0].args)
-            lines = text.splitlines()[node.lineno - 1 : node.end_lineno]
+            if question not in asked and a.level == "easy":
+                continue
+            fits(a, question, function, node)
+            lines = split_lines(text)[node.lineno - 1 : node.end_lineno]
             source = "\n".join([*decorators(a, question, function), *lines])
             source = source.replace(f"def {node.name}(", f"def {function.split('.')[-1]}(", 1)
             name = node.name.split("__")[0]
@@ -199,10 +345,26 @@ def variants(a: Assignment) -> dict[str, tuple[str, str, dict[str, str]]]:
     return found
 
 
+def fits(a: Assignment, question: str, function: str, node: ast.FunctionDef) -> None:
+    """Missing unless the script's function has the same arguments as this answer to it."""
+    where = f"{a.name}/right.py, {node.name}"
+    blank = next((b for b in a.blanks if b.question == question), None)
+    if blank is None or function not in blank.functions:
+        raise Missing(f"{where}: {function} is not asked for in question {question}")
+    ours = locate((HERE / blank.file).read_text(), function, blank.file).args
+    for kind, theirs, wanted in (
+        ("arguments", node.args, ours),
+        ("defaults", node.args.defaults + node.args.kw_defaults, ours.defaults + ours.kw_defaults),
+    ):
+        names = lambda x: [d.arg for d in ast.walk(x) if isinstance(d, ast.arg)] if isinstance(x, ast.AST) else len(x)
+        if names(theirs) != names(wanted):
+            raise Missing(f"{where} no longer fits: its {kind} are not those of {function} in {blank.file}")
+
+
 def decorators(a: Assignment, question: str, function: str) -> list[str]:
     """The decorator lines of the function that a variant takes the place of."""
     file = next(blank.file for blank in a.blanks if blank.question == question)
-    lines = cut((HERE / file).read_text(), function).splitlines()
+    lines = split_lines(cut((HERE / file).read_text(), function))
     return [line.strip() for line in lines if line.lstrip().startswith("@")]
 
 
@@ -218,17 +380,20 @@ def answered(a: Assignment, question: str, functions: dict[str, str]) -> dict[st
 def mutants(a: Assignment):
     """(question, what is wrong, the files) of every mistake in mutants.py.
 
-    An entry is (name of an answer in right.py, what is wrong, old text, new text); "" is the answer of the scripts,
-    followed by question and function.
+    An entry is (name of an answer in right.py, what is wrong, old text, new text). Missing where it no longer applies.
     """
     spec = importlib.util.spec_from_file_location(f"mutants_of_{a.name}", a.folder / "mutants.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     right = variants(a)
     for name, wrong, old, new in module.MUTANTS:
+        if name not in right and a.level == "easy":
+            continue
+        if name not in right:
+            raise Missing(f"{a.name}/mutants.py, {wrong!r}: right.py has no {name}")
         question, _, functions = right[name]
         where = [f for f, source in functions.items() if old in source]
-        if len(where) != 1 or functions[where[0]].count(old) != 1:
-            raise ValueError(f"homework/{a.name}/mutants.py: {old!r} is not exactly once in {name}")
+        if len(where) != 1 or functions[where[0]].count(old) != 1 or old == new:
+            raise Missing(f"{a.name}/mutants.py, {wrong!r}: {old!r} is not exactly once in {name}")
         changed = {**functions, where[0]: functions[where[0]].replace(old, new)}
         yield question, wrong, answered(a, question, changed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import re
 import shutil
@@ -10,7 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from assignment import HERE, Assignment, closure, starter
+from assignment import FOLDER, HERE, JUDGES, Assignment, closure, starter
 
 
 def public_tests(a: Assignment) -> str:
@@ -93,8 +94,8 @@ def answers(a: Assignment, keys: bool) -> str:
 
 
 def notebook(a: Assignment) -> str:
-    """colab.ipynb from homework/colab.py, whose cells begin with # %%."""
-    text = (HERE / "homework" / "colab.py").read_text().replace("SCRIPT_AND_FLAGS", a.smoke)
+    """colab.ipynb from colab.py, whose cells begin with # %%."""
+    text = (FOLDER / "colab.py").read_text().replace("SCRIPT_AND_FLAGS", a.smoke)
     cells = []
     for cell in text.split("# %%")[1:]:
         kind, _, source = cell.partition("\n")
@@ -108,27 +109,44 @@ def notebook(a: Assignment) -> str:
     return json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 4}, indent=1) + "\n"
 
 
+def changed_files(out: Path) -> list[str]:
+    """Files in student/ and solution/ that are not as the last build wrote them, and new ones; caches do not count."""
+    path = out / "built.json"
+    written = json.loads(path.read_text()) if path.exists() else {}
+    found = []
+    for file in sorted(file for folder in ("student", "solution") for file in (out / folder).rglob("*")):
+        name = file.relative_to(out)
+        if file.is_dir() or any(part.endswith("cache__") or part.endswith("_cache") for part in name.parts):
+            continue
+        if written.get(name.as_posix()) != hashlib.sha256(file.read_bytes()).hexdigest():
+            found.append(name.as_posix())
+    return found
+
+
 def build(a: Assignment, out: Path) -> None:
     """Write student/, solution/ and autograder.zip to `out`."""
     shared = {"requirements.txt": (HERE / "requirements.txt").read_text()}
     for file in ("checks.py", "conftest.py", "pyproject.toml", "data.md"):
-        shared[file] = (HERE / "homework" / ("checks.py" if file == "checks.py" else f"student/{file}")).read_text()
+        shared[file] = (FOLDER / ("checks.py" if file == "checks.py" else f"student/{file}")).read_text()
     scripts = {file: (HERE / file).read_text() for file in a.files()}
     shared |= scripts | {"test_public.py": public_tests(a), "handout.md": handout(a), "colab.ipynb": notebook(a)}
     student = shared | starter(a) | {"answers.md": answers(a, keys=False)}
     solution = shared | {"answers.md": answers(a, keys=True)}
+    written = {}
     for folder, files in (("student", student), ("solution", solution)):
         shutil.rmtree(out / folder, ignore_errors=True)
         (out / folder).mkdir(parents=True)
         for name, text in files.items():
             (out / folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (out / folder / name).write_text(text)
+            (out / folder / name).write_text(text, encoding="utf-8")
+            written[f"{folder}/{name}"] = hashlib.sha256((out / folder / name).read_bytes()).hexdigest()
+    (out / "built.json").write_text(json.dumps(written, indent=1) + "\n")
     grader = ["homework.py", *closure(["homework.py"])[1:], *scripts, "requirements.txt"]
-    grader += [f"homework/{name}" for name in ("assignment.py", "build.py", "checks.py", "guards.py", "sandbox.py")]
-    grader += [f"homework/{a.name}/{name}" for name in ("assignment.toml", "tests.py")]
+    grader += [f"{FOLDER.name}/{name}" for name in ("build.py", *JUDGES)]
+    grader += [f"{FOLDER.name}/{a.name}/{name}" for name in ("assignment.toml", "tests.py")]
     packed = {name: (HERE / name).read_text() for name in dict.fromkeys(grader)}
     for name in ("setup.sh", "run_autograder"):
-        text = (HERE / "homework" / "gradescope" / name).read_text()
+        text = (FOLDER / "gradescope" / name).read_text()
         packed[name] = text.replace("ASSIGNMENT", f"{a.name} --level {a.level}")
     with zipfile.ZipFile(out / "autograder.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in sorted(packed.items()):

@@ -37,6 +37,12 @@ SYSCALLS = {  # name: x86_64, aarch64
     "pidfd_getfd": (438, 438),
     "io_uring_setup": (425, 425),
     "keyctl": (250, 219),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "perf_event_open": (298, 241),
+    "prlimit64": (302, 261),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
     "shmget": (29, 194),
     "msgget": (68, 186),
     "semget": (64, 190),
@@ -131,6 +137,9 @@ def seccomp() -> bool:
     program += [(equal, 0, 1, numbers.pop("clone3")), (end, 0, 0, 0x00050000 | 38)]
     program += [(equal, 0, 4, numbers.pop("clone")), (load, 0, 0, 16), (bits, 0, 1, 0x00010000)]
     program += [(end, 0, 0, allow), (end, 0, 0, refuse)]
+    # A process may ask for its own limits (the threads' library does, with pid 0), and for those of no other.
+    program += [(equal, 0, 4, numbers.pop("prlimit64")), (load, 0, 0, 16), (equal, 0, 1, 0)]
+    program += [(end, 0, 0, allow), (end, 0, 0, refuse)]
     for number in numbers.values():
         program += [(equal, 0, 1, number), (end, 0, 0, refuse)]
     program.append((end, 0, 0, allow))
@@ -185,8 +194,9 @@ def take_guards(folder: str, seconds: float, memory: int) -> list[str]:
         if os.geteuid() == 0 and can_be_another([*paths, os.path.dirname(folder)]):
             uid = 61000 + os.getpid() % 4000
             os.chown(folder, uid, uid)
-            for name in os.listdir(folder):
-                os.chown(os.path.join(folder, name), uid, uid)
+            for place, folders, files in os.walk(folder):
+                for name in (*folders, *files):
+                    os.chown(os.path.join(place, name), uid, uid)
         LIBC.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, which the two below need
         guards["landlock"] = landlock([*paths, *system], [folder, "/dev/null"])
         guards["powerless"] = become_nobody(uid)

@@ -303,7 +303,7 @@ class Sandbox:
         folder = tempfile.mkdtemp(dir=self.folder)
         for name, text in files.items():
             Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
-            Path(folder, name).write_text(text)
+            Path(folder, name).write_text(text, encoding="utf-8", errors="surrogatepass")
         ours, theirs = socket.socketpair()
         output, output_end = os.pipe()
         request = json.dumps({"folder": folder, "seconds": seconds, "memory": memory}).encode()

@@ -28,7 +28,8 @@ has_omniglot = pytest.mark.skipif(not os.environ.get("OMNIGLOT_DIR"), reason="ne
 
 
 # What RECORD=1 writes to results/: which cases of test_field.py and test_environment.py were right, what the tests of
-# test_faults.py counted (record_property("group/name", value)), and what a run of all tests gave on this Python and torch.
+# test_faults.py counted (record_property("group/name", value)), and what a run of all
+# tests gave on this Python and torch.
 outcomes: dict[str, str] = {}
 counted: dict[str, dict] = {}
 
@@ -118,6 +119,7 @@ THOROUGH = (
     "test_a_hostile_function_costs_its_question_alone[endless loop]",
     "test_nothing_outside_the_folder_is_read_or_changed",
     "test_patching_what_compares_helps_nobody",
+    "test_the_whole_proof",
     "test_a_failed_start_is_named_once",
     "test_threads_doze_while_other_processes_need_the_cores",
     "test_denormal_numbers_count_as_zero_in_every_thread",

@@ -54,6 +54,8 @@ def rows_other_draws(self, batch_size=None, features=None):
 
 @right("2a", "MANN.classify", "one episode after the other")
 def classify_plain(self, features, input_labels):
+    if self.attention is not None:
+        return self.attention(features, input_labels)
     B, rows, N, D = features.shape
     labels = input_labels.clone()
     labels[:, rows - 1] = 0
@@ -67,6 +69,8 @@ def classify_plain(self, features, input_labels):
 
 @right("2a", "MANN.classify", "labels multiplied by a mask")
 def classify_mask(self, features, input_labels):
+    if self.attention is not None:
+        return self.attention.forward(features, input_labels)
     B, rows, N, D = features.shape
     mask = torch.ones(rows, 1, 1)
     mask[-1] = 0.0
@@ -77,6 +81,8 @@ def classify_mask(self, features, input_labels):
 
 @right("2b", "MANN.classify_alone", "the support set read again for every query")
 def alone_plain(self, features, input_labels):
+    if self.attention is not None:
+        return self.attention(features, input_labels)[:, -1]
     B, _, N, _ = features.shape
     support = torch.cat([features[:, :-1], input_labels[:, :-1]], dim=-1).flatten(1, 2)
     zeros = torch.zeros(B, N)
@@ -90,11 +96,13 @@ def alone_plain(self, features, input_labels):
 
 @right("2b", "MANN.classify_alone", "states copied once a query")
 def alone_states(self, features, input_labels):
+    if self.attention is not None:
+        return self.classify(features, input_labels)[:, -1]
     B, _, N, _ = features.shape
     support = torch.cat([features[:, :-1], input_labels[:, :-1]], dim=-1).flatten(1, 2)
     _, ends = self.read(support)
     query = torch.cat([features[:, -1], torch.zeros(B, N, N)], dim=-1)
-    copy = lambda s: s[:, :, None].expand(-1, -1, N, -1).reshape(1, B * N, -1)
+    copy = lambda s: torch.stack([s] * N, dim=2).flatten(1, 2)
     states = [tuple(copy(s) for s in end) if isinstance(end, tuple) else copy(end) for end in ends]
     return self.read(query.reshape(B * N, 1, -1), states)[0].reshape(B, N, N)
 

@@ -69,6 +69,23 @@ def test_draws_come_from_the_generator(student):
     expect(not torch.equal(once, other), "another seed draws the same")
 
 
+def probe_draw_twice(rows, n, k):
+    """Two draws from one generator, and one from a generator of the same seed that was used before."""
+    import load_data
+
+    first, used = torch.Generator().manual_seed(6), torch.Generator().manual_seed(6)
+    torch.rand(5, generator=used)
+    return [load_data.draw_distinct(rows, n, k, g) for g in (first, first, used)]
+
+
+@graded("1a")
+def test_every_draw_is_another(student):
+    """What the generator has given is not given again."""
+    found = [shaped(d, (200, 4), "the draws") for d in student.run(probe_draw_twice, rows=200, n=50, k=4)]
+    expect(not torch.equal(found[0], found[1]), "the second draw from a generator is the first one again")
+    expect(not torch.equal(found[0], found[2]), "a generator that was used before draws as a new one")
+
+
 # -------------------------------------------------------------------- 1b: episodes as rows
 
 
@@ -143,6 +160,56 @@ def test_queries_are_shuffled(student):
     uniform(labels[:, -1], list(itertools.permutations(range(3))), "the order of the queries")
 
 
+def probe_options(N, K, B, options, calls=1):
+    """The marks and labels of some meta-batches of a sampler with these options, and the first image's pixels."""
+    import load_data
+
+    sampler = load_data.EpisodeSampler(known([20] * 30), "train", N, K, 1, B, 11, **options)
+    batches = [sampler.sample_rows() for _ in range(calls)]
+    marks, labels = (torch.stack(parts) for parts in zip(*((x[..., :2] * 255, y) for x, y in batches), strict=True))
+    return {"marks": marks, "labels": labels, "images": batches[0][0][0]}
+
+
+def options_of(student, N, K, B, options, calls=1, rows=None):
+    """Classes, drawings and labels, each [calls * B, K+1, N]."""
+    found = student.run(probe_options, N=N, K=K, B=B, options=options, calls=calls)
+    shape = (calls, rows or B, K + 1, N)
+    marks = shaped(found["marks"], (*shape, 2), "the images").round().flatten(0, 1)
+    return marks[..., 0], marks[..., 1], shaped(found["labels"], (*shape, N), "the labels").argmax(-1).flatten(0, 1)
+
+
+@graded("1b")
+def test_rows_of_other_samplers(student):
+    """What `self.draw` chooses is what comes: fixed labels, one alphabet, one drawer, a share of the meta-batch."""
+    classes, _, labels = options_of(student, 3, 2, 40, {"fixed_labels": True})
+    expect((classes % 3 == labels).all(), "with fixed_labels a class does not keep its label")
+    classes, _, _ = options_of(student, 4, 1, 40, {"within_alphabet": True})
+    alphabets = classes.div(10, rounding_mode="floor").flatten(1)
+    expect((alphabets == alphabets[:, :1]).all(), "within_alphabet: a task has classes of several alphabets")
+    _, drawings, _ = options_of(student, 4, 2, 20, {"one_drawer": True})
+    expect((drawings == drawings[..., :1]).all(), "one_drawer: an episode's row has several drawers")
+    everything = options_of(student, 3, 2, 8, {})
+    part = options_of(student, 3, 2, 8, {"shard": (1, 2)}, rows=4)
+    for got, expected in zip(part[:2], everything[:2], strict=True):
+        same(got[:, :-1], expected[4:, :-1], "the support images of the second of two shards")
+
+
+@graded("1b")
+def test_rows_are_distorted(student):
+    """With jitter `self.gather` distorts the images."""
+    plain, turned = (student.run(probe_options, N=3, K=1, B=4, options=o) for o in ({}, {"jitter": 0.5}))
+    plain, turned = (shaped(found["images"], (2, 3, 784), "the images") for found in (plain, turned))
+    expect((plain - turned).abs().amax(-1).min() > 0, "with jitter an image is as it was")
+
+
+@graded("1b")
+def test_every_meta_batch_is_another(student):
+    """The sampler's stream goes on from call to call."""
+    classes, drawings, _ = options_of(student, 3, 2, 10, {}, calls=3)
+    marks = (classes * 1000 + drawings).view(3, -1)
+    expect(not any(torch.equal(marks[i], marks[j]) for i, j in ((0, 1), (1, 2), (0, 2))), "a meta-batch comes again")
+
+
 def probe_features(N, K, B):
     """The images of a meta-batch, and the same meta-batch from a table of their marks, as features."""
     import load_data
@@ -178,7 +245,8 @@ def test_drawings_of_the_rows_are_uniform(student):
 # ------------------------------------------------------------------------ 2: the network
 
 
-def probe_predict(images, labels, options, alone=False):
+def probe_predict(images, labels, options, alone=False, calls=1):
+    """The predictions of the last of some calls, and the derivative of the queries' to the images."""
     import hw1
 
     torch.manual_seed(3)
@@ -189,8 +257,15 @@ def probe_predict(images, labels, options, alone=False):
             p.mul_(2)  # so that each input can be seen in the output
     before = labels.clone()
     predict = model.forward_alone if alone else model
-    result = {"preds": predict(images, labels), "parameters": [p.detach().clone() for p in model.parameters()]}
-    return result | {"untouched": torch.equal(before, labels)}
+    images = images.clone().requires_grad_()
+    for _ in range(calls):
+        preds = predict(images, labels)
+    result = {"preds": preds, "parameters": [p.detach().clone() for p in model.parameters()]}
+    queries = preds if alone else preds[:, -1]
+    weights = torch.arange(queries.numel()).view(queries.shape).cos()
+    value = (queries * weights).sum()
+    gradient = torch.autograd.grad(value, images, allow_unused=True)[0] if preds.requires_grad else None
+    return result | {"untouched": torch.equal(before, labels), "gradient": gradient}
 
 
 def episodes(B, K, N, seed):
@@ -204,6 +279,34 @@ def episodes(B, K, N, seed):
 
 
 SETTINGS = ({"head": "linear"}, {"head": "recurrent", "logit_scale": 3.0}, {"head": "linear", "recurrent": "gru"})
+MEMORIES = ({"memory": "attention", "heads": 2}, {"memory": "external", "heads": 2})
+
+
+def oracle_predict(parameters, options, images, labels, alone=False):
+    """Our own network with these parameters: predictions, and the derivative that probe_predict takes."""
+    import hw1
+
+    _, rows, N, _ = images.shape
+    model = hw1.MANN(N, rows, 12, **options).eval()
+    for p, value in zip(model.parameters(), parameters, strict=True):
+        p.data.copy_(value)
+    images = images.clone().requires_grad_()
+    preds = model.forward_alone(images, labels) if alone else model(images, labels)
+    queries = preds if alone else preds[:, -1]
+    weights = torch.arange(queries.numel()).view(queries.shape).cos()
+    return preds.detach(), torch.autograd.grad((queries * weights).sum(), images)[0]
+
+
+def compare_with_ours(student, alone):
+    """Every kind of network: predictions of the second call, and the derivative through the features."""
+    images, labels = episodes(3, 2, 4, seed=5)
+    for options in (*SETTINGS, *MEMORIES):
+        found = student.run(probe_predict, images=images, labels=labels, options=options, alone=alone, calls=2)
+        preds, gradient = oracle_predict(found["parameters"], options, images, labels, alone)
+        name = options.get("memory", options.get("recurrent", "lstm"))
+        close(found["preds"], preds, f"the predictions of a second call, {name}", 1e-3)
+        expect(found["gradient"] is not None, "the predictions have no derivative to the images")
+        close(found["gradient"], gradient, f"the derivative of the queries' predictions to the images, {name}", 1e-3)
 
 
 def oracle_sequence(parameters, options, pairs):
@@ -267,6 +370,12 @@ def test_predictions(student):
             close(found["preds"], expected, f"the predictions of a {options.get('recurrent', 'lstm')} network")
 
 
+@graded("2a")
+def test_every_memory(student):
+    """Other memories, calls after the first, and what an encoder would learn from."""
+    compare_with_ours(student, alone=False)
+
+
 @graded("2b", public=True)
 def test_a_query_alone_knows_no_other(student):
     """Another image in one query's place changes the prediction of that query alone."""
@@ -298,6 +407,12 @@ def test_predictions_alone(student):
         close(found["preds"], torch.stack(expected, dim=1), f"with {options.get('recurrent', 'lstm')} layers")
 
 
+@graded("2b")
+def test_every_memory_alone(student):
+    """Other memories, calls after the first, and what an encoder would learn from."""
+    compare_with_ours(student, alone=True)
+
+
 # ------------------------------------------------------------------------------ 3: the loss
 
 
@@ -307,8 +422,7 @@ def probe_loss(preds, labels):
     preds = preds.clone().requires_grad_()
     N = preds.shape[-1]
     loss = hw1.MANN(N, preds.shape[1], 8).loss_function(preds, labels)
-    (gradient,) = torch.autograd.grad(loss, preds)
-    return {"loss": loss, "gradient": gradient}
+    return {"loss": loss, "gradient": torch.autograd.grad(loss, preds)[0] if loss.requires_grad else None}
 
 
 @graded("3", public=True)
@@ -342,22 +456,36 @@ def test_loss_of_the_queries_alone(student):
     """The predictions for the support set have no gradient."""
     _, labels = episodes(3, 2, 4, seed=7)
     preds = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(8))
-    gradient = shaped(student.run(probe_loss, preds=preds, labels=labels)["gradient"], preds.shape, "the gradient")
+    gradient = student.run(probe_loss, preds=preds, labels=labels)["gradient"]
+    expect(gradient is not None, "the loss has no gradient")
+    gradient = shaped(gradient, preds.shape, "the gradient")
     expect(gradient[:, :-1].abs().max() == 0, "the predictions for the support set enter the loss")
     expected = (preds[:, -1].softmax(-1) - labels[:, -1]) / 12
     close(gradient[:, -1], expected, "the gradient")
 
 
+@graded("3")
+def test_loss_of_confident_predictions(student):
+    """Logits of hundreds are ordinary numbers, for the gradient too."""
+    labels = torch.eye(3).repeat(2, 2, 1, 1)
+    preds = torch.zeros(2, 2, 3, 3)
+    preds[:, -1] = 400 * torch.eye(3).roll(1, 0) - 200
+    found = student.run(probe_loss, preds=preds, labels=labels)
+    close(found["loss"], torch.tensor(400.0), "the loss of logits of -200 and 200")
+    expect(found["gradient"] is not None, "the loss has no gradient")
+    shaped(found["gradient"], preds.shape, "the gradient of logits of -200 and 200")
+
+
 # --------------------------------------------------------------------------- 4: the measurement
 
 
-def probe_evaluate(num_tasks, B, alone=False, encoder="none", first=0, training=True):
+def probe_evaluate(num_tasks, B, alone=False, encoder="none", first=0, training=True, calls=1, seed=5):
     """What evaluate says; and, drawn again, the predictions and labels of the tasks it should have seen."""
     import hw1
     import load_data
 
     pixels = np.random.default_rng(4).integers(0, 256, (600, 1, 28, 28)).astype(np.uint8)
-    sampler = load_data.EpisodeSampler(known([20] * 30)._replace(images=pixels), "test", 3, 1, 1, B, 5)
+    sampler = load_data.EpisodeSampler(known([20] * 30)._replace(images=pixels), "test", 3, 1, 1, B, seed)
     torch.manual_seed(6)
     model = hw1.MANN(3, 2, 8, encoder=encoder).train(training)
     with torch.no_grad():
@@ -365,8 +493,12 @@ def probe_evaluate(num_tasks, B, alone=False, encoder="none", first=0, training=
             p.mul_(3)  # so that predictions differ from task to task
     for _ in range(first):
         sampler.sample_rows()
-    accuracy, loss = hw1.evaluate(model, sampler, num_tasks, alone=alone)
+    torch.manual_seed(7)
+    np.random.seed(7)
+    for _ in range(calls):
+        accuracy, loss = hw1.evaluate(model, sampler, num_tasks, alone=alone)
     result = {"accuracy": accuracy, "loss": float(loss), "training": model.training, "tracked": accuracy.requires_grad}
+    result["next"] = [float(torch.rand(())), float(np.random.rand())]
     sampler.reset()
     model.eval()
     queries, labels = [], []
@@ -403,6 +535,15 @@ def test_evaluation(student):
     """Accuracy and loss are those of the queries."""
     for num_tasks, B in ((25, 10), (40, 20), (3, 50)):
         compare_evaluation(student.run(probe_evaluate, num_tasks=num_tasks, B=B), num_tasks)
+
+
+@graded("4")
+def test_evaluation_leaves_no_trace(student):
+    """Random numbers go on as if nothing had been measured; a second call and another stream are as right."""
+    found = student.run(probe_evaluate, num_tasks=15, B=10, calls=2, seed=8)
+    compare_evaluation(found, 15)
+    expected = [float(torch.rand((), generator=torch.Generator().manual_seed(7))), np.random.RandomState(7).rand()]
+    expect(found["next"] == expected, "the random numbers after a measurement are not those that were next")
 
 
 @graded("4")

@@ -39,6 +39,25 @@ def test_prototypes(student):
         close(student.run(probe_prototypes, support=support, num_classes=N), expected, f"{N} classes, {K} examples")
 
 
+def probe_prototypes_gradient(support, num_classes, direction):
+    import backbone
+
+    support = support.clone().requires_grad_()
+    value = (backbone.prototypes(support, num_classes) * direction).sum()
+    return torch.autograd.grad(value, support)[0] if value.requires_grad else None
+
+
+@graded("1a")
+def test_gradient_of_the_prototypes(student):
+    """Every example has its share of the derivative."""
+    for B, N, K, D in ((2, 3, 4, 5), (1, 2, 1, 3)):
+        support, direction = randn(B, N * K, D, seed=1), randn(B, N, D, seed=2)
+        found = student.run(probe_prototypes_gradient, support=support, num_classes=N, direction=direction)
+        expect(found is not None, "the prototypes have no derivative to the support set")
+        expected = direction[:, :, None].expand(B, N, K, D).reshape(B, N * K, D) / K
+        close(found, expected, "the derivative to the support set", 1e-6)
+
+
 # ---------------------------------------------------------------------------- 1b: distances
 
 
@@ -69,6 +88,27 @@ def test_distances(student):
         close(student.run(probe_distances, points=points, centres=centres), expected, "the squared distances", 1e-8)
 
 
+def probe_distances_gradient(points, centres, direction):
+    import protonet
+
+    given = [points.clone().requires_grad_(), centres.clone().requires_grad_()]
+    value = (protonet.squared_distances(*given) * direction).sum()
+    return list(torch.autograd.grad(value, given, allow_unused=True)) if value.requires_grad else [None, None]
+
+
+@graded("1b")
+def test_gradient_of_the_distances(student):
+    """The derivative to points and centres, also where a point lies on a centre."""
+    points, centres, direction = randn(2, 5, 4, seed=3), randn(2, 3, 4, seed=4), randn(2, 5, 3, seed=5)
+    points[0, 1] = centres[0, 2]
+    difference = 2 * direction[..., None] * (points[:, :, None] - centres[:, None])
+    found = student.run(probe_distances_gradient, points=points, centres=centres, direction=direction)
+    names = ("points", "centres")
+    for name, got, expected in zip(names, found, (difference.sum(dim=2), -difference.sum(dim=1)), strict=True):
+        expect(got is not None, f"the distances have no derivative to the {name}")
+        close(got, expected, f"the derivative to the {name}", 1e-6)
+
+
 # ----------------------------------------------------------------------------- 1c: the loss
 
 
@@ -97,7 +137,7 @@ def episode(B, N, K, Q, seed):
     return [support, labels, query, order // Q]
 
 
-def oracle_network(p, images, strided=False, given=None):
+def oracle_network(p, images, strided=False, given=None, sphere=False):
     """Conv4 and, where p has one, its linear head; batch norm by the images `given`, or by `images` themselves."""
     everything = images if given is None else torch.cat([given, images])
     x = everything
@@ -110,6 +150,9 @@ def oracle_network(p, images, strided=False, given=None):
         x = x.relu()
         x = x if strided else F.max_pool2d(x, 2)
     features = x.mean(dim=(2, 3)) if strided else x.flatten(1)
+    if sphere:
+        features = features - features[: len(everything) if given is None else len(given)].mean(dim=0)
+        features = features / (features.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
     features = features[len(everything) - len(images) :]
     return features @ p["head_weight"].T + p["head_bias"] if "head_weight" in p else features
 
@@ -210,23 +253,27 @@ def probe_adapt(theta, step_sizes, support, labels, options, direction, tracked=
     if not tracked:
         with torch.no_grad():
             return {"path": maml.adapt(theta, step_sizes, support, labels, s)}
+    step_sizes = [{name: r.clone().requires_grad_() for name, r in sizes.items()} for sizes in step_sizes]
     path = maml.adapt(theta, step_sizes, support, labels, s)
     value = sum((path[-1][name] * d).sum() for name, d in direction.items())
-    gradient = torch.autograd.grad(value, list(theta.values()), allow_unused=True)
-    return {"path": path, "gradient": dict(zip(theta, gradient, strict=True))}
+    learned = [*theta.values(), *(r for sizes in step_sizes for r in sizes.values())]
+    gradient = torch.autograd.grad(value, learned, allow_unused=True)
+    of_rates = list(gradient[len(theta) :])
+    return {"path": path, "gradient": dict(zip(theta, gradient, strict=False)), "of_rates": of_rates}
 
 
 def oracle_adapt(theta, step_sizes, support, labels, options):
     """Inner steps by autograd, in plain steps."""
     p, N = dict(theta), options["num_classes"]
+    how = {"strided": options.get("strided", True), "sphere": options.get("sphere", False)}
     if options.get("head") == "proto":
-        features = oracle_network(p, support, strided=True)
+        features = oracle_network(p, support, **how)
         centres = torch.stack([features[labels == n].mean(dim=0) for n in range(N)])
         p = {**p, "head_weight": 2 * centres, "head_bias": -centres.square().sum(dim=1)}
     path = [dict(p)]
     for sizes in step_sizes:
         p = {name: value.clone() for name, value in p.items()}  # each tensor's gradient with the others held fixed
-        loss = F.cross_entropy(oracle_network(p, support, strided=True), labels)
+        loss = F.cross_entropy(oracle_network(p, support, **how), labels)
         moving = [n for n in p if n.startswith("head") or not options.get("freeze_body")]
         first_order = options.get("first_order", False)
         gradients = torch.autograd.grad(loss, [p[n] for n in moving], create_graph=not first_order, retain_graph=True)
@@ -245,6 +292,7 @@ def check_adapt(student, options, steps, head=True, derivative=True):
         probe_adapt, theta=theta, step_sizes=sizes, support=support, labels=labels, options=options, direction=direction
     )
     theta = {name: p.requires_grad_() for name, p in theta.items()}
+    sizes = [{name: r.requires_grad_() for name, r in step.items()} for step in sizes]
     path = oracle_adapt(theta, sizes, support, labels, options)
     expect(
         isinstance(found["path"], list) and len(found["path"]) == steps + 1,
@@ -256,10 +304,23 @@ def check_adapt(student, options, steps, head=True, derivative=True):
             close(got[name], value.detach(), f"{name} after {i} steps", 1e-6)
     if derivative:
         value = sum((path[-1][name] * d).sum() for name, d in direction.items())
-        for name, gradient in zip(theta, torch.autograd.grad(value, list(theta.values())), strict=True):
+        for name, gradient in zip(
+            theta, torch.autograd.grad(value, list(theta.values()), retain_graph=True), strict=True
+        ):
             got = found["gradient"][name]
             expect(got is not None, f"the result does not depend on the initial {name}")
             close(got, gradient, f"the derivative to the initial {name}", 1e-6)
+        compare_rates(found["of_rates"], value, sizes)
+
+
+def compare_rates(found, value, step_sizes):
+    """The derivatives to the rates of every step and tensor, which can be learned."""
+    names = [f"{name} in step {k + 1}" for k, sizes in enumerate(step_sizes) for name in sizes]
+    rates = [r for sizes in step_sizes for r in sizes.values()]
+    for name, got, expected in zip(names, found, torch.autograd.grad(value, rates, allow_unused=True), strict=True):
+        if expected is not None:
+            expect(got is not None, f"the result does not depend on the rate of {name}")
+            close(got, expected, f"the derivative to the rate of {name}", 1e-5)
 
 
 @graded("2a", public=True)
@@ -302,6 +363,16 @@ def test_frozen_body(student):
 def test_head_of_prototypes(student):
     """Proto-MAML starts from the head of the prototypes; the derivative goes through it."""
     check_adapt(student, {"num_classes": 3, "head": "proto"}, steps=2, head=False)
+    check_adapt(student, {"num_classes": 3, "head": "proto", "first_order": True}, steps=2, head=False)
+
+
+@graded("2a")
+def test_modes_of_the_inner_loop(student):
+    """batch_norm, sphere and the pooled encoder are modes of `classify` and `embed`, which get s as it is."""
+    check_adapt(student, {"num_classes": 3, "batch_norm": "support"}, steps=1)
+    check_adapt(student, {"num_classes": 3, "sphere": True}, steps=1)
+    check_adapt(student, {"num_classes": 2, "head": "proto", "batch_norm": "support", "sphere": True}, 1, head=False)
+    check_adapt(student, {"num_classes": 2, "strided": False}, steps=1)
 
 
 @graded("2a")
@@ -333,28 +404,35 @@ def probe_task_loss(theta, step_sizes, task, options, weights):
 
     theta = {name: p.clone().requires_grad_() for name, p in theta.items()}
     s = maml.Setting(**{**options, "dtype": torch.float64})
+    step_sizes = [{name: r.clone().requires_grad_() for name, r in sizes.items()} for sizes in step_sizes]
     loss = maml.task_loss(theta, step_sizes, *task, s, weights)
-    gradient = torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
-    return {"loss": loss, "gradient": dict(zip(theta, gradient, strict=True))}
+    learned = [*theta.values(), *(r for sizes in step_sizes for r in sizes.values())]
+    gradient = torch.autograd.grad(loss, learned, allow_unused=True)
+    of_rates = list(gradient[len(theta) :])
+    return {"loss": loss, "gradient": dict(zip(theta, gradient, strict=False)), "of_rates": of_rates}
 
 
 def check_task_loss(student, options, steps, shares):
     N = options["num_classes"]
     task = [t[0] for t in episode(1, N, 2, 3, seed=10)]
     task = [task[0].double(), task[1], task[2].double(), task[3]]
-    theta, sizes = weights(N, 11), rates(steps)
+    theta, sizes = weights(N, 11, options.get("head", "linear") == "linear"), rates(steps)
     found = student.run(probe_task_loss, theta=theta, step_sizes=sizes, task=task, options=options, weights=shares)
     theta = {name: p.requires_grad_() for name, p in theta.items()}
+    sizes = [{name: r.requires_grad_() for name, r in step.items()} for step in sizes]
     path = oracle_adapt(theta, sizes, task[0], task[1], options)
     given = task[0] if options.get("batch_norm") == "support" else None
     expected = 0.0
     for share, p in zip(shares, path[len(path) - len(shares) :], strict=True):
-        expected = expected + share * F.cross_entropy(oracle_network(p, task[2], strided=True, given=given), task[3])
+        scores = oracle_network(p, task[2], strided=True, given=given, sphere=options.get("sphere", False))
+        expected = expected + share * F.cross_entropy(scores, task[3])
     close(found["loss"], expected.detach(), "the loss of the queries", 1e-6)
-    for name, gradient in zip(theta, torch.autograd.grad(expected, list(theta.values())), strict=True):
+    gradients = torch.autograd.grad(expected, list(theta.values()), retain_graph=True)
+    for name, gradient in zip(theta, gradients, strict=True):
         got = found["gradient"][name]
         expect(got is not None, f"the loss does not depend on the initial {name}")
         close(got, gradient, f"the gradient of {name}", 1e-5)
+    compare_rates(found["of_rates"], expected, sizes)
 
 
 @graded("2b", public=True)
@@ -382,6 +460,14 @@ def test_outer_loss(student):
 def test_outer_loss_normalised_by_the_support_set(student):
     """With batch_norm="support" the support set normalises the queries."""
     check_task_loss(student, {"num_classes": 2, "batch_norm": "support"}, steps=1, shares=[1.0])
+
+
+@graded("2b")
+def test_modes_of_the_outer_loss(student):
+    """The modes of s are those of the inner loop and of the queries."""
+    check_task_loss(student, {"num_classes": 3, "sphere": True}, steps=1, shares=[1.0])
+    check_task_loss(student, {"num_classes": 3, "first_order": True}, steps=2, shares=[1.0])
+    check_task_loss(student, {"num_classes": 3, "head": "proto"}, steps=1, shares=[1.0])
 
 
 @graded("2b")
@@ -414,6 +500,11 @@ def test_head_orders_classes_as_distances_do(student):
     expect((difference - difference[:, :1]).abs().max() < 1e-4, "the scores are not those of the distances")
 
 
+def in_order(found):
+    """What uses the head unpacks its values."""
+    expect(list(found)[:2] == ["head_weight", "head_bias"], "not head_weight and head_bias, in this order")
+
+
 @graded("3")
 def test_head(student):
     """w = 2 c and b = -||c||^2, with a derivative to the features."""
@@ -423,6 +514,7 @@ def test_head(student):
         weight, bias = 2 * centres, -centres.square().sum(dim=1)
         (gradient,) = torch.autograd.grad(weight.square().sum() + bias.square().sum(), support)
         found = student.run(probe_head, support=support.detach(), options={"num_classes": N, "head": "proto"})
+        in_order(found)
         close(found["head_weight"], weight.detach(), "the weights", 1e-6)
         close(found["head_bias"], bias.detach(), "the biases", 1e-6)
         expect(found["gradient"] is not None, "the head has no derivative to the features")
@@ -435,5 +527,11 @@ def test_head_of_the_warmup(student):
     support = randn(6, 9, seed=17)
     centres = support.view(3, 2, 9).mean(dim=1)
     found = student.run(probe_head, support=support, options={"num_classes": 3, "head": "one_step"})
+    in_order(found)
     close(found["head_weight"], (centres - centres.mean(dim=0)) / 3, "the weights", 1e-6)
     expect(shaped(found["head_bias"], (3,), "the biases").abs().max() == 0, "the biases are not zero")
+    support = support.requires_grad_()
+    centres = support.view(3, 2, 9).mean(dim=1)
+    (gradient,) = torch.autograd.grad(((centres - centres.mean(dim=0)) / 3).square().sum(), support)
+    expect(found["gradient"] is not None, "the head has no derivative to the features")
+    close(found["gradient"], gradient, "the derivative to the features", 1e-6)

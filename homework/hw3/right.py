@@ -49,11 +49,12 @@ def gates_plain(self, theta, grad, loss, state):
 
 
 @right("3", "adapt", "batches by index, one epoch after the other")
-def adapt_plain(rule, learner, support, labels, inner, second_order=False, dtype=torch.float32, watch=None):
+def adapt_plain(rule, learner, support, labels, inner, second_order=False, dtype=torch.float32, watch=None, tiles=None):
     B, n = labels.shape
     N = learner.num_classes
     K = n // N
-    theta, state = rule.start(B, dtype)
+    tiles = rule.draw_tiles(B) if tiles is None else tiles
+    theta, state = rule.start(B, dtype, tiles)
     statistics = learner.fresh_statistics(theta)
     order = [c * K + k for k in range(K) for c in range(N)]
     graph = second_order and torch.is_grad_enabled()
@@ -75,20 +76,30 @@ def adapt_plain(rule, learner, support, labels, inner, second_order=False, dtype
 
 @right("4", "meta_gradient", "one task after the other")
 def meta_plain(
-    rule, learner, episodes, inner, dtype=torch.float32, tasks_at_once=4, query_norm="batch", second_order=False
+    rule,
+    learner,
+    episodes,
+    inner,
+    dtype=torch.float32,
+    tasks_at_once=4,
+    query_norm="batch",
+    second_order=False,
+    tiles=None,
 ):
-    B = len(episodes[0])
+    B, step = len(episodes[0]), 1 if tiles is None else tasks_at_once
     total, correct = 0.0, 0.0
-    for b in range(B):
-        support, labels, query, query_labels = (x[b : b + 1] for x in episodes)
-        theta, _ = adapt(rule, learner, support, labels, inner, second_order, dtype)
+    for b in range(0, B, step):
+        support, labels, query, query_labels = (x[b : b + step] for x in episodes)
+        drawn = None if tiles is None else tiles[b // step]
+        theta, _ = adapt(rule, learner, support, labels, inner, second_order, dtype, tiles=drawn)
         if query_norm == "support":
             together = torch.cat([support, query], dim=1)
-            scores = learner(theta, together, dtype=dtype, num_support=support.shape[1])[0, support.shape[1] :]
+            scores = learner(theta, together, dtype=dtype, num_support=support.shape[1])[:, support.shape[1] :]
         else:
-            scores = learner(theta, query, dtype=dtype)[0]
-        loss = F.cross_entropy(scores, query_labels[0]) / B
+            scores = learner(theta, query, dtype=dtype)
+        losses = [F.cross_entropy(s, y) for s, y in zip(scores, query_labels, strict=True)]
+        loss = sum(losses) / B
         loss.backward()
         total += loss.item()
-        correct += (scores.argmax(dim=1) == query_labels[0]).double().mean().item() / B
+        correct += (scores.argmax(dim=2) == query_labels).double().mean(dim=1).sum().item() / B
     return torch.tensor(total), torch.tensor(correct)

@@ -46,6 +46,28 @@ def test_preprocessing(student):
     close(found[1], torch.tensor(sign).view(x.shape), "the sign", 1e-5)
 
 
+def probe_preprocess_gradient(x, directions):
+    import meta_lstm
+
+    x = x.clone().requires_grad_()
+    value = sum((part * d).sum() for part, d in zip(meta_lstm.preprocess(x), directions, strict=True))
+    return torch.autograd.grad(value, x)[0] if value.requires_grad else None
+
+
+@graded("1")
+def test_derivative_of_the_preprocessing(student):
+    """Second order goes through it: 1 / (p x) of the size, e^p of a small sign; finite at zero."""
+    x = torch.tensor([[[2.0, -0.3]], [[1e-6, -1e-7]], [[0.0, 4e-5]]], dtype=torch.float64)
+    directions = [randn(*x.shape, seed=3), randn(*x.shape, seed=4)]
+    big = x.abs() >= math.exp(-10)
+    size = torch.where(big, 0.1 / torch.where(big, x, 1.0), 0.0)
+    sign = torch.where(big, 0.0, math.exp(10))
+    found = student.run(probe_preprocess_gradient, x=x, directions=directions)
+    expect(found is not None, "the inputs have no derivative to the numbers")
+    close(found[big], (size * directions[0])[big], "the derivative of the size", 1e-5)
+    close(found[~big], (sign * directions[1])[~big], "the derivative of the sign", 1e-5)
+
+
 # -------------------------------------------------------------------------------- 2a: the cell
 
 
@@ -143,15 +165,16 @@ def probe_updates(parameters, grads, losses):
     for name, p in rule.named_parameters():
         p.data.copy_(parameters[name])
     _, B, P = grads.shape
-    theta, state = rule.start(B, torch.float64)
+    theta, state = rule.start(B, torch.float64, rule.draw_tiles(B))
     wide = theta.shape[1]
-    steps = []
+    steps, grads = [], grads.clone().requires_grad_()
     for grad, loss in zip(grads, losses, strict=True):
         theta, state = rule(theta, F.pad(grad, (0, wide - P)), loss, state)
         steps.append([theta[:, :P], state.forget[:, :P], state.input[:, :P]])
     padding = theta[:, P:].abs().sum()
-    gradients = torch.autograd.grad((theta[:, :P] ** 2).sum(), list(rule.parameters()), allow_unused=True)
-    names = [name for name, _ in rule.named_parameters()]
+    learned = [*rule.parameters(), grads]
+    gradients = torch.autograd.grad((theta[:, :P] ** 2).sum(), learned, allow_unused=True)
+    names = [*(name for name, _ in rule.named_parameters()), "the gradients"]
     return {"steps": steps, "padding": padding, "gradients": dict(zip(names, gradients, strict=True))}
 
 
@@ -225,7 +248,9 @@ def test_derivative_of_the_updates(student):
     p, grads, losses = rule_parameters(6, 80), randn(3, 2, 6, seed=90), randn(3, 2, seed=91).exp()
     found = student.run(probe_updates, parameters=p, grads=grads, losses=losses)["gradients"]
     p = {name: value.requires_grad_() for name, value in p.items()}
+    grads = grads.requires_grad_()
     theta = oracle_updates(p, grads, losses)[-1][0]
+    p["the gradients"] = grads
     for name, gradient in zip(p, torch.autograd.grad(theta.square().sum(), list(p.values())), strict=True):
         expect(found.get(name) is not None, f"no derivative to {name}")
         close(found[name], gradient, f"the derivative to {name}", 1e-5)
@@ -244,7 +269,10 @@ def episodes(B, N, K, Q, seed):
 
 
 def make_rule(learner, rate):
-    """A rule as simple as can be: gradient descent with a learned rate for all parameters."""
+    """A rule as simple as can be: gradient descent with a learned rate for all parameters.
+
+    Its state counts the updates, from the sum of the tiles on; the tiles that it draws itself are zeros.
+    """
 
     class Rule(torch.nn.Module):
         def __init__(self):
@@ -253,30 +281,36 @@ def make_rule(learner, rate):
             self.theta0 = torch.nn.Parameter(learner.initial().double())
             self.rate = torch.nn.Parameter(torch.tensor(rate, dtype=torch.float64))
 
-        def start(self, B, dtype):
-            return self.theta0.expand(B, -1), 0
+        def draw_tiles(self, B):
+            return [torch.zeros(B, dtype=torch.int64)]
+
+        def start(self, B, dtype, tiles):
+            self.started = [*getattr(self, "started", []), [B, int(sum(part.sum() for part in tiles))]]
+            return self.theta0.expand(B, -1), self.started[-1][1]
 
         def forward(self, theta, grad, loss, state):
+            self.losses = getattr(self, "losses", 0) + loss.sum()
             return theta - self.rate * grad, state + 1
 
     return Rule()
 
 
-def probe_train(support, labels, N, inner, second_order=False, tracked=True):
+def probe_train(support, labels, N, inner, second_order=False, tracked=True, tiles=None, calls=1):
     import meta_lstm
 
     learner = meta_lstm.Learner(1, 28, N)
     rule = make_rule(learner, 0.3)
-    seen = []
     watch = lambda losses, state: seen.append([losses.detach().clone(), state])
-    with torch.set_grad_enabled(tracked):
-        theta, statistics = meta_lstm.adapt(
-            rule, learner, support, labels, meta_lstm.Inner(**inner), second_order, torch.float64, watch
-        )
+    for _ in range(calls):
+        seen = []
+        with torch.set_grad_enabled(tracked):
+            theta, statistics = meta_lstm.adapt(
+                rule, learner, support, labels, meta_lstm.Inner(**inner), second_order, torch.float64, watch, tiles
+            )
     result = {"theta0": rule.theta0, "theta": theta, "statistics": list(statistics), "seen": seen}
     if tracked:
-        gradients = torch.autograd.grad(theta.square().sum(), [rule.theta0, rule.rate])
-        result["gradients"] = list(gradients)
+        value = theta.square().sum() + (rule.losses if second_order else 0)
+        result["gradients"] = list(torch.autograd.grad(value, [rule.theta0, rule.rate]))
     return result
 
 
@@ -317,18 +351,17 @@ def oracle_train(theta0, rate, support, labels, N, inner, second_order):
             for old, new in zip(running, statistics, strict=True):
                 for k in range(2):
                     old[k] = (1 - inner["momentum"]) * old[k] + inner["momentum"] * new[k]
-            mine.append(loss.detach())
+            mine.append(loss)
         thetas.append(theta)
         averages.append(running)
         losses.append(torch.stack(mine))
     return torch.stack(thetas), averages, torch.stack(losses, dim=1)
 
 
-def check_training(student, B, N, K, inner, second_order, tracked=True):
+def check_training(student, B, N, K, inner, second_order, tracked=True, tiles=None, calls=1):
     support, labels, _, _ = episodes(B, N, K, 1, seed=100)
-    found = student.run(
-        probe_train, support=support, labels=labels, N=N, inner=inner, second_order=second_order, tracked=tracked
-    )
+    how = {"second_order": second_order, "tracked": tracked, "tiles": tiles, "calls": calls}
+    found = student.run(probe_train, support=support, labels=labels, N=N, inner=inner, **how)
     theta0 = found["theta0"].double().requires_grad_()
     rate = torch.tensor(0.3).double().requires_grad_()
     theta, averages, losses = oracle_train(theta0, rate, support, labels, N, inner, second_order)
@@ -337,11 +370,13 @@ def check_training(student, B, N, K, inner, second_order, tracked=True):
         expected = torch.stack([torch.cat([task[i][k] for task in averages]) for k in range(2)])
         close(found["statistics"][i], expected, f"the running averages of batch norm {i}", 1e-6)
     expect(len(found["seen"]) == len(losses), "`watch` is not called once after each update")
+    first = sum(int(part.sum()) for part in tiles or ())
     for t, (got, expected) in enumerate(zip(found["seen"], losses, strict=True)):
-        close(got[0], expected, f"the losses that `watch` sees in update {t + 1}", 1e-6)
-        expect(got[1] == t + 1, "the state that `watch` sees is not the one after the update")
+        close(got[0], expected.detach(), f"the losses that `watch` sees in update {t + 1}", 1e-6)
+        expect(got[1] == first + t + 1, "the rule's state is not the one after the update, begun with the tiles")
     if tracked:
-        gradients = torch.autograd.grad(theta.square().sum(), [theta0, rate])
+        value = theta.square().sum() + (losses.sum() if second_order else 0)
+        gradients = torch.autograd.grad(value, [theta0, rate])
         for name, got, expected in zip(("theta0", "the rule"), found["gradients"], gradients, strict=True):
             close(got, expected, f"the derivative to {name}", 1e-5)
 
@@ -365,8 +400,16 @@ def test_training(student):
 
 
 @graded("3")
+def test_training_again(student):
+    """A second call begins anew; tiles that are handed in are the rule's."""
+    inner = {"epochs": 2, "batch": 2, "momentum": 0.8}
+    check_training(student, 2, 2, 1, inner, second_order=False, calls=2)
+    check_training(student, 2, 2, 1, inner, second_order=False, tiles=[torch.tensor([3, 4]), torch.tensor([5])])
+
+
+@graded("3")
 def test_training_of_second_order(student):
-    """With second_order the gradients are differentiated, too."""
+    """With second_order gradients and losses are differentiated, too."""
     check_training(student, 2, 2, 2, {"epochs": 2, "batch": 2, "momentum": 0.9}, second_order=True)
 
 
@@ -379,18 +422,19 @@ def test_training_without_graph(student):
 # ------------------------------------------------------------------------ 4: the meta-gradient
 
 
-def probe_meta_gradient(episodes, N, inner, at_once, query_norm, calls=1, second_order=False):
+def probe_meta_gradient(episodes, N, inner, at_once, query_norm, calls=1, second_order=False, tiles=None):
     import meta_lstm
 
     learner = meta_lstm.Learner(1, 28, N)
     rule = make_rule(learner, 0.3)
     for _ in range(calls):
         loss, accuracy = meta_lstm.meta_gradient(
-            rule, learner, episodes, meta_lstm.Inner(**inner), torch.float64, at_once, query_norm, second_order
+            rule, learner, episodes, meta_lstm.Inner(**inner), torch.float64, at_once, query_norm, second_order, tiles
         )
     return {
         "loss": float(loss),
         "accuracy": float(accuracy),
+        "started": rule.started,
         "theta0": rule.theta0,
         "gradients": [rule.theta0.grad, rule.rate.grad],
     }
@@ -455,6 +499,15 @@ def test_meta_gradient(student):
 def test_meta_gradient_normalised_by_the_support_set(student):
     """With query_norm="support" the support set normalises the queries, with a gradient of its statistics."""
     check_meta_gradient(student, at_once=2, query_norm="support")
+
+
+@graded("4")
+def test_meta_gradient_of_drawn_tiles(student):
+    """Tiles that are handed in are those of each `tasks_at_once` tasks."""
+    tasks, inner = episodes(3, 2, 1, 3, seed=112), {"epochs": 1, "batch": 2, "momentum": 0.9}
+    how = {"N": 2, "inner": inner, "at_once": 2, "query_norm": "batch"}
+    found = student.run(probe_meta_gradient, episodes=tasks, tiles=[[torch.tensor([3])], [torch.tensor([5])]], **how)
+    expect(found["started"] == [[2, 3], [1, 5]], "the tiles do not reach `adapt`, part by part")
 
 
 @graded("4")

@@ -70,6 +70,29 @@ def test_tasks_are_uniform(student):
     expect(related.abs().max() < 6 / math.sqrt(5000), "amplitude, phase, bias and x depend on each other")
 
 
+def probe_tasks_again(B, K, Q, seeds):
+    """Tasks of two calls after each seed of the global generator, and of a call in single precision."""
+    import profile_costs
+
+    found = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        found += [list(profile_costs.sample_tasks(B, K, Q, dtype=torch.float64)) for _ in range(2)]
+    kinds = [str(t.dtype) for t in (*found[0], *profile_costs.sample_tasks(B, K, Q))]
+    return {"found": found, "kinds": kinds}
+
+
+@graded("1a")
+def test_every_call_has_other_tasks(student):
+    """They come from torch's global generator, which goes on; in the precision that is asked for."""
+    found = student.run(probe_tasks_again, B=4, K=3, Q=5, seeds=[1, 1, 2])
+    curves = [shaped(tasks[3], (4, 5, 1), "query y") for tasks in found["found"]]
+    once, then, again, _, other, _ = curves
+    expect(torch.equal(once, again), "the same seed of torch's generator gives other tasks")
+    expect(not torch.equal(once, then) and not torch.equal(once, other), "the tasks of another call are the same")
+    expect(found["kinds"] == ["torch.float64"] * 4 + ["torch.float32"] * 4, "the tasks have another type than dtype")
+
+
 # --------------------------------------------------------------------------- 1b: inner step
 
 
@@ -182,12 +205,12 @@ def test_inner_step_without_graph(student):
 # --------------------------------------------------------- 2: the estimate of Evolution Strategies
 
 
-def probe_es(theta, hidden, tasks, rate, steps, at_once, perturbations, sigma, repeats=1):
+def probe_es(theta, hidden, tasks, rate, steps, at_once, perturbations, sigma, repeats=1, layers=1):
     """theta.grad after each of `repeats` estimates [repeats, D], the losses, and theta itself."""
     import profile_costs
 
     torch.manual_seed(7)
-    model = profile_costs.Initialisation(1, hidden).double()
+    model = profile_costs.Initialisation(layers, hidden).double()
     model.theta.data.copy_(theta)
     gradients, losses = [], []
     for _ in range(repeats):
@@ -330,6 +353,33 @@ def test_variance_of_the_estimate(student):
     expect(0.6 < ratio < 1.6, "the noise of the estimate is not that of independent antithetic pairs")
 
 
+@graded("2")
+def test_pairs_are_antithetic(student):
+    """On a parabola the difference of both sides has no error, however wide the pair."""
+    theta, tasks = randn(2, seed=11), es_problem(1, seed=12)[1]
+    residual = theta[0] * tasks[2] + theta[1] - tasks[3]
+    exact = 2 * torch.stack([(residual * tasks[2]).mean(), residual.mean()])
+    how = {"rate": 0.1, "steps": 0, "at_once": 20, "perturbations": 20, "repeats": 400, "hidden": 3, "layers": 0}
+    found = student.run(probe_es, theta=theta, tasks=tasks, sigma=3.0, **how)
+    error = shaped(found["gradients"], (400, 2), "theta.grad") - exact
+    ratio = error.square().sum(dim=1).mean() / (3 * exact.square().sum() / 10)
+    expect(0.6 < ratio < 1.6, "the two networks of a pair are not as far from theta on either side")
+
+
+@graded("2")
+def test_every_pair_has_its_own_noise(student):
+    """With tasks that are all the same the noise of the estimate falls with the number of pairs."""
+    theta, tasks = es_problem(1, seed=13)
+    exact, _ = oracle_gradient(theta, 3, tasks, 0.1, 1)
+    tasks = [t.expand(5, -1, -1).contiguous() for t in tasks]
+    how = {"rate": 0.1, "steps": 1, "perturbations": 40, "sigma": 1e-4, "repeats": 300, "hidden": 3}
+    for at_once in (40, 8):
+        found = student.run(probe_es, theta=theta, tasks=tasks, at_once=at_once, **how)
+        error = shaped(found["gradients"], (300, 10), "theta.grad") - exact.mean(0)
+        ratio = error.square().sum(dim=1).mean() / (11 * exact.square().sum() / 20)
+        expect(0.6 < ratio < 1.6, "pairs share their noise")
+
+
 # ----------------------------------------------------------------------------- 3a: how it grows
 
 
@@ -369,6 +419,15 @@ def test_fits(student):
             expect(abs(found[name] - value) < 1e-6 * (1 + abs(value)), f"{name}: wrong value over {sweep}")
 
 
+@graded("3a")
+def test_fit_of_what_does_not_grow(student):
+    """Where y is the same everywhere nothing is left to explain: slope 0 and r2 = 1."""
+    for sweep, value in (("inner_steps", 8.0), ("hidden_dim", 1.0)):
+        found = student.run(probe_fit, sweep=sweep, x=[1.0, 2.0, 4.0, 8.0], y=[value] * 4)
+        for name, expected in (("a", value), ("b", 0.0), ("r2", 1.0)):
+            expect(abs(found[name] - expected) < 1e-6, f"{name}: wrong value where y does not vary")
+
+
 # ------------------------------------------------------------------------------- 3b: six panels
 
 VALUES = {"inner_steps": (1, 2, 5), "layers": (1, 3, 4), "hidden_dim": (32, 64, 256)}
@@ -403,12 +462,13 @@ def panel_rows():
     return rows
 
 
-def probe_panels(rows):
+def probe_panels(rows, engine="vmap"):
     from studies import profile_costs as study
 
-    figure = study.cost_figure(rows, "vmap", {"device": "cpu"})
+    figure = study.cost_figure(rows, engine, {"device": "cpu"})
     figure.savefig("figure.png")
-    panels = []
+    panels, legends = [], [*figure.legends, *(ax.get_legend() for ax in figure.axes)]
+    shown = [[text.get_text() for text in legend.get_texts()] for legend in legends if legend is not None]
     for ax in figure.axes:
         curves = {}
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
@@ -423,17 +483,21 @@ def probe_panels(rows):
                 "ylabel": ax.get_ylabel(),
                 "scales": [ax.get_xscale(), ax.get_yscale()],
                 "curves": curves,
+                "bottom": float(ax.get_ylim()[0]),
             }
         )
-    return {"panels": panels, "labels": study.COST_TITLES, "axes": study.SWEEPS}
+    labels, axes = study.COST_TITLES, study.SWEEPS
+    return {"panels": panels, "labels": labels, "axes": axes, "legends": shown}
 
 
-def panels_of(student):
+def panels_of(student, engine="vmap", rows=None):
     """The panels [row][column] and the names of methods and axes."""
-    rows = panel_rows()
-    found = student.run(probe_panels, rows=rows)
+    rows = rows or panel_rows()
+    found = student.run(probe_panels, rows=rows, engine=engine)
     panels = sorted(found["panels"], key=lambda p: (-round(p["y0"], 2), p["x0"]))
     expect(len(panels) == 6, f"{len(panels)} panels, not six")
+    named = {label for legend in found["legends"] for label in legend}
+    expect({found["labels"]["maml"], found["labels"]["es"]} <= named, "no legend names both methods")
     return rows, [panels[:3], panels[3:]], found["labels"], found["axes"]
 
 
@@ -453,14 +517,15 @@ def test_six_panels(student):
 @graded("3b")
 def test_curves_of_the_panels(student):
     """Milliseconds and megabytes over the values of the sweep, of the engine asked for."""
-    rows, panels, labels, _ = panels_of(student)
-    for line, (name, unit) in zip(panels, (("seconds", 1e3), ("peak_bytes", 1e-6)), strict=True):
-        for panel, sweep in zip(line, VALUES, strict=True):
-            for method in ("maml", "es"):
-                curve = [r for r in rows if (r["sweep"], r["method"], r["engine"]) == (sweep, method, "vmap")]
-                expected = torch.tensor([[r[sweep], r[name] * unit] for r in curve])
-                points = torch.tensor(panel["curves"].get(labels[method], []))
-                close(points, expected, f"the curve of {labels[method]} over {sweep}, {name}", 1e-5)
+    for engine in ("vmap", "loop"):
+        rows, panels, labels, _ = panels_of(student, engine)
+        for line, (name, unit) in zip(panels, (("seconds", 1e3), ("peak_bytes", 1e-6)), strict=True):
+            for panel, sweep in zip(line, VALUES, strict=True):
+                for method in ("maml", "es"):
+                    curve = [r for r in rows if (r["sweep"], r["method"], r["engine"]) == (sweep, method, engine)]
+                    expected = torch.tensor([[r[sweep], r[name] * unit] for r in curve])
+                    points = torch.tensor(panel["curves"].get(labels[method], []))
+                    close(points, expected, f"the curve of {labels[method]} over {sweep}, {name}", 1e-5)
 
 
 @graded("3b")
@@ -471,3 +536,4 @@ def test_scales_of_the_panels(student):
         for panel, sweep in zip(row, VALUES, strict=True):
             wanted = "log" if sweep == "hidden_dim" else "linear"
             expect(panel["scales"] == [wanted] * 2, f"the axes of {sweep} are not {wanted}")
+            expect(wanted == "log" or panel["bottom"] == 0, f"the y axis of {sweep} does not begin at zero")

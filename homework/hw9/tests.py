@@ -138,6 +138,11 @@ def test_min_norm_of_rank_deficient_systems(student):
         y = randn(6, 2, seed=7)
         expected = torch.from_numpy(np.linalg.pinv(matrix.numpy(), rcond=1e-10) @ y.numpy())
         close(student.run(probe_solution, A=matrix, y=y), expected, what, 1e-6)
+    for seed in range(8):  # some drivers of lstsq are right by chance
+        A, y = randn(2, 6, 12, seed=30 + seed), randn(2, 6, 2, seed=50 + seed)
+        A[..., 3:] = 0
+        expected = torch.from_numpy(np.linalg.pinv(A.numpy(), rcond=1e-10) @ y.numpy())
+        close(student.run(probe_solution, A=A, y=y), expected, "most features of weight zero, in batches", 1e-6)
 
 
 @graded("2")
@@ -349,3 +354,14 @@ def test_a_logistic_step_by_hand(student):
 def test_logistic_steps(student):
     """Gradient descent on the mean logistic loss of labels +1 and -1."""
     compare_steps(student, "logistic_steps", binary=True)
+
+
+@graded("5")
+def test_logistic_steps_of_large_margins(student):
+    """Margins of hundreds, on the right and on the wrong side, have a pull of 0 and of 1."""
+    A, y = (torch.tensor(v, dtype=torch.float64)[:, None] for v in ([40.0, 40.0, 30.0], [1.0, 1.0, -1.0]))
+    n, beta = torch.tensor(3.0, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    for _ in range(3):
+        beta = beta + 3.0 / 3 * (A.T @ (y * torch.sigmoid(-y * (A @ beta))))
+    found = student.run(probe_steps, name="logistic_steps", A=A, y=y, n=n, steps=3, lr=3.0)["beta"]
+    close(found, beta, "beta", 1e-9)
