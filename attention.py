@@ -16,18 +16,21 @@ Everything else: docs/attention.md.
 
 from __future__ import annotations
 
-import experiment
-from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
+from fewshot import experiment
+from fewshot.experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
+from fewshot.experiment.replay import recorded
+from fewshot.learners import memory
+from fewshot.learners.memory import ImageReader, features_once, guess
+from fewshot.learners.muon import Muon
+from fewshot.tasks.data_of_run import load_for
+from fewshot.tasks.episodes import EpisodeSampler, deal_tasks
+from fewshot.tasks.lake import lake_runs
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import memory
-from backbone import Muon
-from load_data import EpisodeSampler, deal_tasks, lake_runs, load_for, log_episode
-from memory import ImageReader, features_once, guess
-from replay import recorded
+from load_data import log_episode
 
 # ---------------------------------------------------------------------------------- attention
 

@@ -23,8 +23,11 @@ Results, calibration and what they teach: docs/bayes.md.
 
 from __future__ import annotations
 
-import experiment
-from experiment import TEST_SEED, VAL_SEED, Run, number, whole
+from fewshot import experiment
+from fewshot.experiment import TEST_SEED, VAL_SEED, Run, number, whole
+from fewshot.learners.conv4 import Conv4
+from fewshot.tasks.data_of_run import load_for
+from fewshot.tasks.distributions import KnownBatch, OfAlphabet, Stream, known_sinusoids
 
 import math
 from itertools import pairwise
@@ -33,10 +36,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from backbone import Conv4
-from load_data import load_for
-from tasks import KnownBatch, OfAlphabet, Stream, known_sinusoids
 
 UNUSED = ("--dtype", "--split", "--image_size", "--rotations")
 LEVELS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]  # of the predictive intervals

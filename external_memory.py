@@ -15,15 +15,10 @@ Everything else: docs/external_memory.md.
 
 from __future__ import annotations
 
-import experiment
-from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
-
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-from load_data import EpisodeSampler, load_for
-from memory import (
+from fewshot import experiment
+from fewshot.experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
+from fewshot.experiment.replay import recorded
+from fewshot.learners.memory import (
     ImageReader,
     accuracy_by_sight,
     features_once,
@@ -32,7 +27,12 @@ from memory import (
     one_step_late,
     sights_figure,
 )
-from replay import recorded
+from fewshot.tasks.data_of_run import load_for
+from fewshot.tasks.episodes import EpisodeSampler
+
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 # ---------------------------------------------------------------------------------- the table
 

@@ -24,8 +24,8 @@ Everything else: docs/feature_weights.md.
 
 from __future__ import annotations
 
-import experiment
-from experiment import TEST_SEED, Diverged, Run, UserError, number, whole
+from fewshot import experiment
+from fewshot.experiment import TEST_SEED, Diverged, Run, UserError, number, whole
 
 import argparse
 import json

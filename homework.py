@@ -40,7 +40,7 @@ HERE = Path(__file__).resolve().parent
 FOLDER = HERE / "homework"  # the assignments, and the modules of the grader
 sys.path.insert(0, str(FOLDER))
 
-from experiment import UserError, run_script, write_json  # noqa: E402
+from fewshot.experiment import UserError, run_script, write_json  # noqa: E402
 
 from assignment import (  # noqa: E402
     Assignment,

@@ -16,8 +16,13 @@ Everything else: docs/hw1.md.
 
 from __future__ import annotations
 
-import experiment
-from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
+from fewshot import experiment
+from fewshot.experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
+from fewshot.experiment.replay import recorded
+from fewshot.learners.memory import ImageReader, features_once, guess, learn_a_little
+from fewshot.tasks.data_of_run import load_for
+from fewshot.tasks.episodes import EpisodeSampler, deal_tasks
+from fewshot.tasks.lake import lake_runs
 
 import sys
 from typing import NamedTuple
@@ -26,9 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from load_data import EpisodeSampler, deal_tasks, lake_runs, load_for, log_episode
-from memory import ImageReader, features_once, guess, learn_a_little
-from replay import recorded
+from load_data import log_episode
 
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 MOVED = {  # what this script did before, and where it went

@@ -16,8 +16,16 @@ Measured: 5-way 1-shot 97.1 ± 0.3 % without a label (three seeds, 600 tasks), 1
 
 from __future__ import annotations
 
-import experiment
-from experiment import VAL_SEED, Run, UserError, number, whole
+from fewshot import experiment
+from fewshot.experiment import VAL_SEED, Run, UserError, number, whole
+from fewshot.experiment.replay import recorded
+from fewshot.learners.batch_norm import SumOfAll
+from fewshot.learners.conv4 import prototypes
+from fewshot.learners.muon import Muon
+from fewshot.learners.vit import Block, ViT, patchify, sines_and_cosines, unpatchify
+from fewshot.tasks.data_of_run import load_for
+from fewshot.tasks.episodes import EpisodeSampler, distort, fixed_tasks
+from fewshot.tasks.splits import Dataset, turns
 
 import argparse
 import base64
@@ -27,10 +35,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from backbone import Block, Muon, SumOfAll, ViT, patchify, prototypes, sines_and_cosines, unpatchify
-from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, load_for, turns
-from replay import recorded
 
 PATCH = 4  # pixels a side
 GRID = 4, 4  # points that `bend` moves

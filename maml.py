@@ -17,8 +17,16 @@ on one AMD EPYC core with bfloat16. The paper's recipes, the sources of the vari
 
 from __future__ import annotations
 
-import experiment
-from experiment import Run, UserError, number, whole
+from fewshot import experiment
+from fewshot.experiment import Run, UserError, number, whole
+from fewshot.experiment.replay import recorded
+from fewshot.learners.adapted import MAML, Parameters, Setting, accuracy_of, classify, embed, query_logits, update_norms
+from fewshot.learners.conv4 import LAYERS, Conv4, prototypes
+from fewshot.learners.outer_loop import make_optimizers, rate_factor
+from fewshot.learners.task_loop import mean_over_tasks, over_tasks
+from fewshot.tasks.data_of_run import load_for
+from fewshot.tasks.episodes import EpisodeSampler, fixed_tasks
+from fewshot.tasks.lake import LakeRuns, lake_runs
 
 import math
 import os
@@ -29,12 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import grad
 
-from backbone import LAYERS, Conv4, prototypes
-from fewshot.learners.adapted import MAML, Parameters, Setting, accuracy_of, classify, embed, query_logits, update_norms
-from fewshot.learners.outer_loop import make_optimizers, rate_factor
-from fewshot.learners.task_loop import mean_over_tasks, over_tasks
-from load_data import EpisodeSampler, LakeRuns, fixed_tasks, lake_runs, load_for, log_episode
-from replay import recorded
+from load_data import log_episode
 
 # ---------------------------------------------------------------------------------- the method
 

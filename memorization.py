@@ -18,8 +18,21 @@ The five task distributions: tasks.py. All figures and what they teach: docs/mem
 
 from __future__ import annotations
 
-import experiment
-from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
+from fewshot import experiment
+from fewshot.experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
+from fewshot.learners.conv4 import Conv4, conv4, on_sphere
+from fewshot.tasks.data_of_run import load_for
+from fewshot.tasks.distributions import (
+    RECIPES,
+    Batch,
+    Diseased,
+    FixedLabels,
+    Grasping,
+    Recipe,
+    Stream,
+    basis_tasks,
+    sinusoid_tasks,
+)
 
 import math
 from itertools import pairwise
@@ -27,10 +40,6 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from backbone import Conv4, conv4, on_sphere
-from load_data import load_for
-from tasks import RECIPES, Batch, Diseased, FixedLabels, Grasping, Recipe, Stream, basis_tasks, sinusoid_tasks
 
 CONDITIONS = ("own", "emptied", "other")  # whose support set the learner gets: the task's, nobody's, the next task's
 UNUSED = ("--dtype", "--split", "--image_size", "--num_classes", "--num_shot", "--rotations", "--patience")

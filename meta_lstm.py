@@ -18,8 +18,15 @@ Everything else: docs/meta_lstm.md.
 
 from __future__ import annotations
 
-import experiment
-from experiment import Run, UserError, number, whole
+from fewshot import experiment
+from fewshot.experiment import Run, UserError, number, whole
+from fewshot.experiment.replay import recorded
+from fewshot.learners.gates import Watch, log_gates
+from fewshot.learners.lstm_rule import HIDDEN, CoordinateLSTM, Memory, pad, small
+from fewshot.learners.side_by_side import Learner, ask, task_losses
+from fewshot.tasks.data_of_run import load_for
+from fewshot.tasks.episodes import EpisodeSampler, fixed_tasks
+from fewshot.tasks.splits import Dataset
 
 import argparse
 import math
@@ -33,11 +40,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fewshot.learners.gates import Watch, log_gates
-from fewshot.learners.lstm_rule import HIDDEN, CoordinateLSTM, Memory, pad, small
-from fewshot.learners.side_by_side import Learner, ask, task_losses
-from load_data import Dataset, EpisodeSampler, fixed_tasks, load_for, log_episode
-from replay import recorded
+from load_data import log_episode
 
 # ---------------------------------------------------------------------------------- the method
 

@@ -8,7 +8,8 @@ and a header forbids the browser to ask anybody else. Everything else: docs/pred
 
 from __future__ import annotations
 
-from experiment import UserError
+from fewshot.experiment import UserError
+from fewshot.images.pictures import read_image
 
 import base64
 import binascii
@@ -19,8 +20,6 @@ import threading
 from collections.abc import Callable
 
 import numpy as np
-
-from omniglot import read_image
 
 MOST = 10  # classes on the board
 LARGEST = 2_000_000  # characters of a picture as the browser sends it, and pixels in it

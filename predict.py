@@ -20,8 +20,11 @@ Everything else: docs/predict.md.
 
 from __future__ import annotations
 
-import experiment
-from experiment import UserError
+from fewshot import experiment
+from fewshot.experiment import UserError
+from fewshot.images.folders import contents, few, must_be_readable, plain_name, unread_note, walk
+from fewshot.images.pictures import read_image, resize
+from fewshot.images.preparation import Preparation, prepare
 
 import csv
 import io
@@ -38,18 +41,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import page
-from omniglot import (
-    Preparation,
-    contents,
-    few,
-    must_be_readable,
-    plain_name,
-    prepare,
-    read_image,
-    resize,
-    unread_note,
-    walk,
-)
 from protonet import embed, make_encoder, squared_distances
 
 # ------------------------------------------------------------------------------------ pictures
@@ -119,7 +110,7 @@ def prepare_as_trained(image: np.ndarray, channels: int, inverted: bool, size: i
 # ------------------------------------------------------------------------- network and classes
 
 NONE = "none of these"
-SHIPPED = Path(__file__).with_name("pretrained") / "protonet.pt"  # made by ship.py
+SHIPPED = Path(__file__).with_name("pretrained") / "protonet.pt"  # made by bench/ship.py
 
 
 class Network(NamedTuple):
@@ -477,8 +468,8 @@ def comparer(network: Network, ink: str):
 
 
 def parse_args(argv=None):
-    parser = experiment._Parser(
-        prog="predict.py", description=__doc__, formatter_class=experiment._Formatter, allow_abbrev=False
+    parser = experiment.Parser(
+        prog="predict.py", description=__doc__, formatter_class=experiment.Formatter, allow_abbrev=False
     )
     add = parser.add_argument
     add("directory", metavar="DIR", nargs="?", help="the folder with support/CLASS/* and query/*")
@@ -512,7 +503,9 @@ def main(argv=None) -> list[dict]:
             "read; drop the flag"
         )
     if args.unknown and network.threshold is None:
-        raise UserError(f"--unknown: {args.checkpoint} has no threshold; set it by python ship.py {args.checkpoint}")
+        raise UserError(
+            f"--unknown: {args.checkpoint} has no threshold; set it by python -m bench ship {args.checkpoint}"
+        )
     if args.page:
         if network.flags["dataset"] == "folder":
             raise UserError(f"--page is for networks of characters; {args.checkpoint} was trained on other pictures")

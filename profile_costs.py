@@ -23,8 +23,17 @@ Everything else: docs/profile_costs.md.
 
 from __future__ import annotations
 
-import experiment
-from experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
+from fewshot import experiment
+from fewshot.experiment import TEST_SEED, VAL_SEED, Run, UserError, number, whole
+from fewshot.learners.mlp import (
+    Initialisation,
+    inner_step_in_factors,
+    inner_step_in_place,
+    inputs_and_errors,
+    mse,
+    predict,
+    recomputed,
+)
 
 import argparse
 import math
@@ -34,7 +43,6 @@ import torch
 
 from bench.meters import clock, cost
 from bench.sweeps import fits_and_losses, measure_points, output_folder, write_sweep
-from mlp import Initialisation, inner_step_in_factors, inner_step_in_place, inputs_and_errors, mse, predict, recomputed
 
 METHODS = ("maml", "es", "fomaml", "checkpoint")
 LABELS = {"maml": "MAML", "es": "Evolution Strategies", "fomaml": "first-order MAML", "checkpoint": "checkpointed MAML"}

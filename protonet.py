@@ -17,8 +17,16 @@ Everything else: docs/protonet.md.
 
 from __future__ import annotations
 
-import experiment
-from experiment import Run, UserError, number, whole
+from fewshot import experiment
+from fewshot.experiment import Run, UserError, number, whole
+from fewshot.experiment.replay import recorded
+from fewshot.learners.conv4 import Conv4, Residual, prototypes
+from fewshot.learners.muon import Muon
+from fewshot.learners.vit import ViT
+from fewshot.tasks.data_of_run import load_for
+from fewshot.tasks.episodes import EpisodeSampler, distort, fixed_tasks
+from fewshot.tasks.lake import lake_runs
+from fewshot.tasks.splits import Dataset
 
 from argparse import Namespace
 
@@ -26,9 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbone import Conv4, Muon, Residual, ViT, prototypes
-from load_data import Dataset, EpisodeSampler, distort, fixed_tasks, lake_runs, load_for, log_episode
-from replay import recorded
+from load_data import log_episode
 
 # ---------------------------------------------------------------------------------- the method
 

@@ -19,8 +19,8 @@ is an error, and the exit code 1.
 
 from __future__ import annotations
 
-import experiment
-from experiment import UserError, whole
+from fewshot import experiment
+from fewshot.experiment import UserError, whole
 
 import os
 import sys
@@ -39,8 +39,8 @@ ONCE = {  # parts of the documents before each method had its own
 
 
 def parse_args(argv=None):
-    parser = experiment._Parser(
-        prog="reproduce.py", description=__doc__, formatter_class=experiment._Formatter, allow_abbrev=False
+    parser = experiment.Parser(
+        prog="reproduce.py", description=__doc__, formatter_class=experiment.Formatter, allow_abbrev=False
     )
     add = parser.add_argument
     what = ["status", *studies(), "all"]

@@ -17,8 +17,14 @@ Everything else: docs/transfer.md.
 
 from __future__ import annotations
 
-import experiment
-from experiment import Run, UserError, number, whole
+from fewshot import experiment
+from fewshot.experiment import Run, UserError, number, whole
+from fewshot.experiment.replay import recorded
+from fewshot.learners.conv4 import Conv4
+from fewshot.tasks.data_of_run import load_for
+from fewshot.tasks.episodes import EpisodeSampler, distort, fixed_tasks
+from fewshot.tasks.lake import LakeRuns, lake_runs
+from fewshot.tasks.splits import Dataset, turns
 
 from functools import partial
 from pathlib import Path
@@ -27,10 +33,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from backbone import Conv4
-from load_data import Dataset, EpisodeSampler, LakeRuns, distort, fixed_tasks, lake_runs, load_for, turns
-from replay import recorded
 
 
 class LabelledDrawings:

@@ -1,4 +1,4 @@
-"""Every method in one screen of plain PyTorch: what benchmark.py races and the tests compare the fast scripts with.
+"""Every method in one screen of plain PyTorch: what bench/ races and the tests compare the fast scripts with.
 
 Each file has a function `main`, whose keyword arguments are its flags and which returns a figure of each test task.
 """

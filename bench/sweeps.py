@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import experiment
-from experiment import UserError
+from fewshot import experiment
+from fewshot.experiment import UserError
 
 import csv
 import io

@@ -7,7 +7,7 @@ Lines end at "\n" alone, as they do for Python.
 
 from __future__ import annotations
 
-from experiment import parse_python
+from fewshot.experiment import parse_python
 
 import ast
 import functools

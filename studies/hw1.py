@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiment import write_atomically
+from fewshot.experiment import write_atomically
 
 import re
 import shutil

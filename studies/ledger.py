@@ -7,7 +7,8 @@ flag was called otherwise when results were measured, the case says so in `was`:
 
 from __future__ import annotations
 
-from experiment import git_commit, parse_python, write_json
+from fewshot.experiment import git_commit, parse_python, write_json
+from fewshot.images.omniglot import ARCHIVES
 
 import ast
 import functools
@@ -20,8 +21,6 @@ import threading
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
-
-from omniglot import ARCHIVES
 
 HERE = Path(__file__).resolve().parent.parent
 TEST = "--test --num_test_tasks 600"

@@ -6,7 +6,9 @@ from pathlib import Path
 
 
 def pictures(out: Path):
-    from load_data import class_sheet, load_dataset
+    from fewshot.tasks.splits import load_dataset
+
+    from load_data import class_sheet
 
     if (out / "load_data").is_dir():
         yield "glyphs", class_sheet(load_dataset("glyphs", None, "course", 28))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiment import mean_and_ci95
+from fewshot.experiment import mean_and_ci95
 
 import base64
 from pathlib import Path

@@ -12,8 +12,8 @@ are results/room/*.png. The same JSON gives the same bytes. A result on other im
 
 from __future__ import annotations
 
-import experiment
-from experiment import UserError, write_atomically
+from fewshot import experiment
+from fewshot.experiment import UserError, write_atomically
 
 import csv
 import io
@@ -155,8 +155,8 @@ def curves_figure(run: dict, folder: Path):
 
 
 def parse_args(argv=None):
-    parser = experiment._Parser(
-        prog="reproduce.py report", description=__doc__, formatter_class=experiment._Formatter, allow_abbrev=False
+    parser = experiment.Parser(
+        prog="reproduce.py report", description=__doc__, formatter_class=experiment.Formatter, allow_abbrev=False
     )
     add = parser.add_argument
     add("--results", default=str(HERE / "results"), metavar="DIR", help="folder of the result files")

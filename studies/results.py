@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from experiment import UserError, write_atomically
+from fewshot.experiment import UserError, write_atomically
 
 import importlib
 import json

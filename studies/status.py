@@ -7,8 +7,8 @@ beside the pulse.
 
 from __future__ import annotations
 
-import experiment
-from experiment import write_json
+from fewshot import experiment
+from fewshot.experiment import write_json
 
 import functools
 import hashlib

@@ -16,13 +16,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two co
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-import experiment  # noqa: E402
+from fewshot import experiment  # noqa: E402
+from fewshot.images import omniglot  # noqa: E402
+from fewshot.tasks.splits import Dataset  # noqa: E402
 
 import torch  # noqa: E402
 import warm  # noqa: E402
-
-import load_data  # noqa: E402
-import omniglot  # noqa: E402
 
 has_omniglot = pytest.mark.skipif(not os.environ.get("OMNIGLOT_DIR"), reason="needs OMNIGLOT_DIR")
 
@@ -246,7 +245,7 @@ def known_dataset(num_classes=30, drawings=20, split=None):
     everything = np.arange(num_classes)
     splits = split or {"train": everything, "val": everything, "test": everything}
     counts = np.full(num_classes, drawings)
-    return load_data.Dataset("folder", images, counts, names, splits, "made by a test", "0" * 64, Path("none"))
+    return Dataset("folder", images, counts, names, splits, "made by a test", "0" * 64, Path("none"))
 
 
 def one_line_error(result, *words):

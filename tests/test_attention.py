@@ -1,5 +1,8 @@
 """Attention: who sees whom, the equations against plain loops, gradients, whole runs."""
 
+from fewshot.learners import memory
+from fewshot.tasks.episodes import EpisodeSampler
+
 import json
 import math
 
@@ -11,9 +14,7 @@ from conftest import known_dataset, refused_in_one_line, stirred
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import attention as script
-import memory
 from attention import AttentionLearner, CausalAttention, evaluate, large_task_loss, query_loss, visible
-from load_data import EpisodeSampler
 
 SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_test_tasks", "20", "--num_val_tasks", "20"]
 B, K, N, D = 2, 3, 4, 8

@@ -1,12 +1,13 @@
 """Conv4: the module equals a plain stack of torch layers, in each batch-norm mode."""
 
+from fewshot.learners.batch_norm import EPS
+from fewshot.learners.conv4 import Conv4, conv4, pool
+
 import math
 
 import pytest
 import torch
 from torch import nn
-
-from backbone import EPS, Conv4, conv4, pool
 
 
 def plain(encoder, x, strided, training):

@@ -1,6 +1,10 @@
 """basics/: each method in one screen; equal to the fast script in float64: same weights and task, same gradient."""
 
-import experiment
+from fewshot import experiment
+from fewshot.learners import lstm_rule, side_by_side
+from fewshot.learners.conv4 import Conv4
+from fewshot.tasks.episodes import EpisodeSampler, fixed_tasks
+from fewshot.tasks.splits import load_dataset
 
 import ast
 import importlib
@@ -21,15 +25,12 @@ import basics.maml
 import basics.mann
 import basics.meta_lstm
 import basics.protonet
-import benchmark
 import hw1
 import maml
 import meta_lstm
 import profile_costs
 import protonet
-from backbone import Conv4
-from fewshot.learners import lstm_rule, side_by_side
-from load_data import EpisodeSampler, fixed_tasks, load_dataset
+from bench import races
 
 NAMES = sorted(path.stem for path in (REPO / "basics").glob("[a-z]*.py"))
 f64 = torch.float64
@@ -63,7 +64,7 @@ def fast_mann_after_a_step(plain: nn.Module, images, labels) -> list:
     """The parameters of hw1.py after a step as the race takes it, by Adam in one kernel."""
     model = hw1.MANN(labels.shape[-1], labels.shape[1], plain.layer1.hidden_size).double()
     copied(plain.parameters(), model.parameters())
-    benchmark.our_step(model, torch.optim.Adam(model.parameters(), 1e-3, fused=True), images, labels, torch.float32)
+    races.our_step(model, torch.optim.Adam(model.parameters(), 1e-3, fused=True), images, labels, torch.float32)
     return list(model.parameters())
 
 
@@ -175,7 +176,7 @@ def test_mann_equals_hw1():
     assert same(logits, fast_logits) and same(loss, fast_loss)
     assert all(map(same, torch.autograd.grad(loss, list(plain.parameters()), retain_graph=True), fast))
     fast = fast_mann_after_a_step(plain, images, labels)
-    benchmark.plain_step(torch.optim.Adam(plain.parameters(), 1e-3), loss)
+    races.plain_step(torch.optim.Adam(plain.parameters(), 1e-3), loss)
     assert all(torch.allclose(a, b, atol=1e-8) for a, b in zip(plain.parameters(), fast, strict=True))
 
 
@@ -216,7 +217,7 @@ class Sphere(nn.Module):
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("strided, sphere", [(True, False), (False, False), (False, True)])
 def test_maml_equals_maml(steps, first_order, strided, sphere):
-    plain = noisy(basics.maml.strided_conv4(N) if strided else benchmark.pooled_conv4(N))
+    plain = noisy(basics.maml.strided_conv4(N) if strided else races.pooled_conv4(N))
     if sphere:
         plain = nn.Sequential(*plain[:-1], Sphere(), plain[-1])
     tasks, theta = tasks_of_noise(2), dict(plain.named_parameters())

@@ -1,7 +1,8 @@
 """The bound against exact evidence, densities against torch and quadrature, order of points, calibration, runs."""
 
-import experiment
-from experiment import UserError
+from fewshot import experiment
+from fewshot.experiment import UserError
+from fewshot.tasks.distributions import OfAlphabet, known_sinusoids
 
 import json
 import math
@@ -14,7 +15,6 @@ from torch import distributions
 
 import bayes
 from bayes import Characters, Gaussian, Sinusoid, bound, coverage, kl, noise, posterior
-from tasks import OfAlphabet, known_sinusoids
 
 SMOKE = ["--smoke", "--device", "cpu"]
 D = torch.float64

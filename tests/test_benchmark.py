@@ -1,6 +1,7 @@
-"""benchmark.py: its plain loader, what it keeps, peers that must show that they compute the same."""
+"""bench/races.py: its plain loader, what it keeps, peers that must show that they compute the same."""
 
-import experiment
+from fewshot import experiment
+from fewshot.learners.conv4 import Conv4
 
 import json
 from argparse import Namespace
@@ -9,10 +10,8 @@ import pytest
 import torch
 from conftest import known_dataset
 
-import benchmark
-import peers
-from backbone import Conv4
-from benchmark import ListSampler, keep, seconds_to_accuracy
+from bench import peers, races
+from bench.races import ListSampler, keep, seconds_to_accuracy
 from studies import speed
 
 
@@ -36,7 +35,7 @@ def test_list_sampler_draws_proper_episodes(tmp_path):
 
 
 def test_races_are_kept_by_title_and_processor(tmp_path, monkeypatch):
-    args = Namespace(command="python benchmark.py mann", git_commit="abc")
+    args = Namespace(command="python -m bench mann", git_commit="abc")
     race = {"title": "mann, N 2", "device": "cpu, 1 threads", "course step": {"ms": 2.0, "ratio": 1.0}}
     for processor, ms in (("AMD", 2.0), ("Intel", 3.0), ("Intel", 4.0)):
         monkeypatch.setattr(experiment, "processor", lambda processor=processor: processor)
@@ -49,9 +48,9 @@ def test_races_are_kept_by_title_and_processor(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_processes_are_raced(tmp_path, monkeypatch):
     """A whole training in one process with one and two threads and in two processes, each as it says."""
-    monkeypatch.setattr(benchmark, "TRAININGS", ("hw1.py --num_test_tasks 8",))
+    monkeypatch.setattr(races, "TRAININGS", ("hw1.py --num_test_tasks 8",))
     flags = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--out", str(tmp_path)]
-    [result] = benchmark.main(["processes", *flags])
+    [result] = races.main(["processes", *flags])
     rates = [value["tasks_per_second"] for value in result.values() if isinstance(value, dict)]
     assert len(rates) == 3 and min(rates) > 0
     assert json.loads((tmp_path / "speed.json").read_text())[0]["title"] == "hw1.py --num_test_tasks 8"
@@ -151,11 +150,11 @@ def test_installed_prototypes_agree(monkeypatch):
 def test_peers_are_raced_and_kept(monkeypatch, tmp_path):
     """From the flag to speed.json and the table; of a benchmark without peers the flag is refused."""
     one_loop(monkeypatch, 1.0)
-    monkeypatch.setitem(benchmark.BENCHMARKS, "costs", lambda *_: [])
-    benchmark.main(["costs", "--smoke", "--peers", "--hidden_dim", "8", "--device", "cpu", "--out", str(tmp_path)])
+    monkeypatch.setitem(races.BENCHMARKS, "costs", lambda *_: [])
+    races.main(["costs", "--smoke", "--peers", "--hidden_dim", "8", "--device", "cpu", "--out", str(tmp_path)])
     [race] = json.loads((tmp_path / "speed.json").read_text())
     assert race["title"] == "peers, costs, MAML, B 4, hidden 2 x 8, 5 inner steps"
     assert race["ours"]["ratio"] == 1.0 and race["plain"]["ms"] > 0 and "--peers" in race["command"]
     assert "| peers, ms | on | ours | plain |" in speed.races(tmp_path)
     with pytest.raises(experiment.UserError, match="--peers"):
-        benchmark.main(["mann", "--peers", "--device", "cpu"])
+        races.main(["mann", "--peers", "--device", "cpu"])

@@ -3,8 +3,10 @@
 Counted with test_field.py in results/field.json: each test is named kind[case].
 """
 
-import experiment
-from experiment import UserError
+from fewshot import experiment
+from fewshot.experiment import UserError
+from fewshot.images import mnist, omniglot
+from fewshot.tasks.splits import load_dataset
 
 import contextlib
 import errno
@@ -29,10 +31,8 @@ from PIL import Image
 from test_field import TEN, draw, refused
 
 import hw1
-import omniglot
 import page
 import predict
-from load_data import load_dataset
 
 TINY = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--hidden_dim", "8", "--meta_batch_size", "4"]
 TINY += ["--train_steps", "4", "--eval_freq", "2", "--num_val_tasks", "4", "--num_test_tasks", "4", "--run_name", "a"]
@@ -545,7 +545,7 @@ def test_a_tilde_in_a_variable(variable, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv(variable, "~/here")
     (tmp_path / "here" / "images_background").mkdir(parents=True)
-    locate = {"OMNIGLOT_DIR": omniglot.locate_omniglot, "MNIST_DIR": omniglot.locate_mnist}[variable]
+    locate = {"OMNIGLOT_DIR": omniglot.locate_omniglot, "MNIST_DIR": mnist.locate_mnist}[variable]
     refused(lambda: locate(None), str(tmp_path / "here"))
 
 

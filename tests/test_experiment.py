@@ -1,7 +1,7 @@
 """The run folder: atomic writes, hostile and foreign checkpoints, intervals, the common flags."""
 
-import experiment
-from experiment import UserError, load_checkpoint, mean_and_ci95, write_atomically
+from fewshot import experiment
+from fewshot.experiment import UserError, load_checkpoint, mean_and_ci95, write_atomically
 
 import json
 import math

@@ -1,5 +1,8 @@
 """The external memory: the equations against plain loops, gradients, late labels, whole runs."""
 
+from fewshot.learners.memory import accuracy_by_sight, one_step_late
+from fewshot.tasks.episodes import EpisodeSampler
+
 import math
 
 import imageio.v3 as iio
@@ -10,8 +13,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import external_memory as script
 from external_memory import ExternalMemory, SequenceLearner, evaluate, least_used
-from load_data import EpisodeSampler
-from memory import accuracy_by_sight, one_step_late
 
 SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_test_tasks", "20", "--num_val_tasks", "20"]
 

@@ -5,7 +5,9 @@ the uninterrupted run bit for bit, and watches the memory over 2,000 steps. With
 tests count is written to results/faults.json.
 """
 
-import experiment
+from fewshot import experiment
+from fewshot.learners.conv4 import Conv4
+from fewshot.tasks.splits import load_dataset
 
 import argparse
 import errno
@@ -32,8 +34,6 @@ from conftest import REPO, draw_folder
 
 import predict
 import protonet
-from backbone import Conv4
-from load_data import load_dataset
 
 # The smallest complete run of each training script.
 COMMON = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_test_tasks", "4"]

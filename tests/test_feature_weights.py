@@ -1,6 +1,6 @@
 """Feature weights: solutions and derivatives against formulas and differences, aliases, the known behaviour."""
 
-from experiment import Diverged
+from fewshot.experiment import Diverged
 
 import json
 import math

@@ -4,8 +4,12 @@ Each test is named kind[case]; with RECORD=1 in the environment the outcomes are
 table of docs/reliability.md: kind, cases tried, cases right.
 """
 
-import experiment
-from experiment import UserError
+from fewshot import experiment
+from fewshot.experiment import UserError
+from fewshot.images import glyphs, omniglot
+from fewshot.images.pictures import read_image
+from fewshot.tasks.episodes import EpisodeSampler
+from fewshot.tasks.splits import load_dataset
 
 import functools
 import io
@@ -25,16 +29,13 @@ import warm
 from conftest import REPO, known_dataset, one_line_error
 from PIL import Image, ImageCms
 
-import glyphs
 import hw1
 import maml
 import meta_lstm
-import omniglot
 import predict
 import protonet
 import transfer
-from load_data import DataGenerator, EpisodeSampler, load_dataset
-from omniglot import read_image
+from load_data import DataGenerator
 
 GLYPHS = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_test_tasks", "4"]
 TINY = {

@@ -1,5 +1,13 @@
 """On a GPU: a replayed step is the step, all scripts run, and two processes share one card. Skipped without one."""
 
+from fewshot.experiment.replay import Gradient, Replayed
+from fewshot.learners.conv4 import Conv4
+from fewshot.learners.memory import one_step_late
+from fewshot.learners.muon import Muon
+from fewshot.learners.task_loop import mean_over_tasks
+from fewshot.tasks.episodes import EpisodeSampler
+from fewshot.tasks.splits import load_dataset
+
 import json
 import os
 import pickle
@@ -14,12 +22,7 @@ from torch.func import vmap
 
 import hw1
 import protonet
-from backbone import Conv4, Muon
-from fewshot.learners.task_loop import mean_over_tasks
-from load_data import EpisodeSampler, load_dataset
 from maml import MAML, Setting, multi_step_loss, task_loss
-from memory import one_step_late
-from replay import Gradient, Replayed
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 cuda = torch.device("cuda")

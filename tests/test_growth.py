@@ -9,13 +9,13 @@ import torch
 from conftest import one_line_error
 
 import attention
-import growth
 import hw1
 import mae
 import maml
 import meta_lstm
 import protonet
 import transfer
+from bench import growth
 from studies import speed
 
 ARGS = Namespace(smoke=True, repeats=1, device="cpu", dtype="float32", random_seed=1)
@@ -168,7 +168,7 @@ def test_smoke_leaves_json_and_pictures(tmp_path):
     found = growth.main(["--smoke", "--method", "transfer", "--device", "cpu", "--out", str(tmp_path)])
     kept = json.loads((tmp_path / "growth.json").read_text())
     assert kept == json.loads(json.dumps(found))
-    assert kept["command"] == "python growth.py --smoke --method transfer --device cpu"
+    assert kept["command"] == "python -m bench growth --smoke --method transfer --device cpu"
     assert (tmp_path / "speed" / "growth_transfer.png").stat().st_size > 5000
     text = speed.growth(tmp_path) + speed.far(tmp_path)
     assert "| transfer | N 1200, B 32, side 28 |" in text and "32 x 32 colour" in text and "skipped" not in text
@@ -180,7 +180,7 @@ def test_the_table_predicts_and_names_what_was_skipped(tmp_path):
     rows = [of("default", 0, **cost(0.1)), of("side", 28, **cost(0.1)), of("side", 56, **cost(0.4))]
     rows += [of("84 x 84 colour", 112, varied="side", **cost(9.0)), of("B", 512, skipped="a step takes 9.0 s")]
     result = {"fits": growth.fits(rows), "rows": rows, "defaults": {"mae": {"B": 256, "side": 28}}}
-    result |= {"command": "python growth.py", "device": "cpu, 2 threads", "processor": "Intel Xeon, AVX512"}
+    result |= {"command": "python -m bench growth", "device": "cpu, 2 threads", "processor": "Intel Xeon, AVX512"}
     (tmp_path / "growth.json").write_text(json.dumps(result))
     text = speed.far(tmp_path)
     assert "| mae | 84 x 84 colour | 9000.0; 18.0 | 1600.0; 3.2 |" in text  # four times 0.4 s

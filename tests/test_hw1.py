@@ -1,5 +1,7 @@
 """The MANN: shapes, what it may and may not see, its loss, its train loop, exact resume."""
 
+from fewshot.tasks.episodes import EpisodeSampler, deal_tasks
+
 import json
 import math
 import random
@@ -15,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import hw1
 from hw1 import MANN, Recurrent, evaluate
-from load_data import DataGenerator, EpisodeSampler, deal_tasks
+from load_data import DataGenerator
 
 SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]
 

@@ -1,5 +1,11 @@
 """What stands in two parts of a folder, what has changed since a run was trained, and how pictures are read."""
 
+from fewshot.images.pictures import read_image
+from fewshot.images.preparation import Preparation, decide, prepare
+from fewshot.tasks import leaks
+from fewshot.tasks.data_of_run import load_for
+from fewshot.tasks.splits import load_dataset
+
 import functools
 import json
 import shutil
@@ -11,11 +17,9 @@ from conftest import has_omniglot
 from PIL import Image
 from test_field import draw, mini, refused
 
-import leaks
 import predict
 import protonet
-from load_data import DataGenerator, load_dataset, load_for
-from omniglot import Preparation, decide, prepare, read_image
+from load_data import DataGenerator
 
 load = functools.partial(load_dataset, "folder")
 

@@ -1,6 +1,10 @@
 """Data: every accepted form, the cache, the splits, and samplers tested like dice."""
 
-from experiment import UserError
+from fewshot.experiment import UserError
+from fewshot.images import glyphs, omniglot, pictures
+from fewshot.tasks import episodes, splits
+from fewshot.tasks.episodes import EpisodeSampler, draw_distinct
+from fewshot.tasks.splits import load_dataset
 
 import hashlib
 import http.server
@@ -18,10 +22,7 @@ import pytest
 import torch
 from conftest import REPO, draw_folder, has_omniglot, known_dataset, one_line_error
 
-import glyphs
-import load_data
-import omniglot
-from load_data import DataGenerator, EpisodeSampler, draw_distinct, load_dataset
+from load_data import DataGenerator
 
 # ----------------------------------------------------------------------------- the samplers
 
@@ -191,7 +192,7 @@ def test_jitter_distorts_a_little_and_keeps_the_labels():
     assert torch.nn.functional.cosine_similarity(*ink).mean() > 0.7  # still the same characters
     halves = [make(0.1, shard=(rank, 2)).sample_rows()[0] for rank in (0, 1)]
     assert torch.equal(torch.cat(halves), jittered[0])
-    still = load_data.distort(ink[0].view(-1, 1, 28, 28), torch.zeros(len(ink[0]), 4))
+    still = episodes.distort(ink[0].view(-1, 1, 28, 28), torch.zeros(len(ink[0]), 4))
     assert torch.allclose(still.flatten(1), ink[0], atol=1e-5)
 
 
@@ -288,11 +289,11 @@ def test_splits_have_the_documented_sizes_and_share_no_class():
 
 def test_splits_are_the_same_on_every_machine():
     names = load_dataset("glyphs").names
-    splits = load_data.make_splits("glyphs", names, "course")
-    assert splits["test"][:5].tolist() == [917, 183, 1441, 166, 738]
+    found = splits.make_splits("glyphs", names, "course")
+    assert found["test"][:5].tolist() == [917, 183, 1441, 166, 738]
     # The order in which a file system lists the characters does not matter.
-    turned = load_data.make_splits("glyphs", names[::-1], "course")
-    assert {names[i] for i in splits["test"]} == {names[::-1][i] for i in turned["test"]}
+    turned = splits.make_splits("glyphs", names[::-1], "course")
+    assert {names[i] for i in found["test"]} == {names[::-1][i] for i in turned["test"]}
 
 
 def test_glyphs_are_characters():
@@ -517,7 +518,7 @@ def test_bad_folders(tmp_path):
 
 def test_resize_keeps_the_mean_and_smooths():
     checks = np.indices((105, 105)).sum(0) % 2 * np.uint8(255)
-    small = omniglot.resize(checks[None, None], 28)
+    small = pictures.resize(checks[None, None], 28)
     assert small.shape == (1, 1, 28, 28) and small.dtype == np.uint8
     assert abs(small.mean() - 127.5) < 2 and small.std() < 10  # a nearest-pixel resize has std 127
 

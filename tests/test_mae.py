@@ -1,7 +1,9 @@
 """Masked auto-encoding: patches, masks, what the encoder and the loss may see, frozen features, the run."""
 
-import experiment
-from experiment import UserError
+from fewshot import experiment
+from fewshot.experiment import UserError
+from fewshot.learners.vit import Block, ViT, patchify, sines_and_cosines, unpatchify
+from fewshot.tasks.episodes import EpisodeSampler
 
 import base64
 import json
@@ -17,8 +19,6 @@ from torch import nn
 
 import mae
 import protonet
-from backbone import Block, ViT, patchify, sines_and_cosines, unpatchify
-from load_data import EpisodeSampler
 from mae import MAE, Drawings, agreement, count_visible, masked_error, random_order, targets, unshuffle
 
 HERE = Path(__file__).parents[1]

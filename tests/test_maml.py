@@ -1,7 +1,12 @@
 """MAML: the meta-gradient against finite differences and a plain loop, Proto-MAML against ProtoNet, every flag."""
 
-import experiment
-from experiment import UserError
+from fewshot import experiment
+from fewshot.experiment import UserError
+from fewshot.learners import outer_loop
+from fewshot.learners.conv4 import Conv4
+from fewshot.learners.task_loop import mean_over_tasks
+from fewshot.tasks.episodes import EpisodeSampler
+from fewshot.tasks.splits import load_dataset
 
 import json
 
@@ -13,10 +18,6 @@ from conftest import known_dataset
 from torch.func import vmap
 
 import maml
-from backbone import Conv4
-from fewshot.learners import outer_loop
-from fewshot.learners.task_loop import mean_over_tasks
-from load_data import EpisodeSampler, load_dataset
 from maml import MAML, Setting, evaluate, inner_loop, multi_step_loss, query_logits, task_loss
 from protonet import proto_logits
 

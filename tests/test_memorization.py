@@ -1,7 +1,8 @@
 """Tasks that say what they hide, meta-gradients by finite differences, costs by quadrature, whole runs."""
 
-import experiment
-from experiment import UserError
+from fewshot import experiment
+from fewshot.experiment import UserError
+from fewshot.tasks.distributions import Diseased, Grasping, Stream, basis_tasks, sinusoid_tasks
 
 import numpy as np
 import pytest
@@ -25,7 +26,6 @@ from memorization import (
     task_figures,
     task_losses,
 )
-from tasks import Diseased, Grasping, Stream, basis_tasks, sinusoid_tasks
 
 SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]
 D = torch.float64

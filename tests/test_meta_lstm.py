@@ -1,7 +1,10 @@
 """The LSTM meta-learner: counts, hand values, gradient descent inside it, a plain reference, finite differences."""
 
-import experiment
-from experiment import UserError
+from fewshot import experiment
+from fewshot.experiment import UserError
+from fewshot.learners.lstm_rule import HIDDEN, LSTMCell, preprocess
+from fewshot.learners.side_by_side import EPS, Learner, ask, task_losses
+from fewshot.tasks.episodes import EpisodeSampler
 
 import json
 import math
@@ -16,11 +19,8 @@ import torch.nn.functional as F
 from conftest import REPO, known_dataset, one_line_error
 from torch import nn
 
-import benchmark
 import meta_lstm
-from fewshot.learners.lstm_rule import HIDDEN, LSTMCell, preprocess
-from fewshot.learners.side_by_side import EPS, Learner, ask, task_losses
-from load_data import EpisodeSampler
+from bench import races
 from meta_lstm import PRESETS, GradientDescent, Inner, MetaLSTM, evaluate, fixed_pool, query_losses, train_learner
 
 SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]
@@ -647,6 +647,6 @@ def test_every_command_of_the_readme_parses(command, trained):
 
 def test_benchmark_runs(capsys):
     flags = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_query", "2", "--meta_batch_size", "1"]
-    [result] = benchmark.main(["meta_lstm", *flags])
+    [result] = races.main(["meta_lstm", *flags])
     assert sum(isinstance(v, dict) for v in result.values()) == 5
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == result

@@ -1,6 +1,11 @@
 """Other people's handwriting: Lake's official runs, image by image, and files in MNIST's format."""
 
-from experiment import UserError
+from fewshot.experiment import UserError
+from fewshot.images.pictures import read_image, resize
+from fewshot.tasks import lake
+from fewshot.tasks.episodes import EpisodeSampler
+from fewshot.tasks.lake import LakeRuns
+from fewshot.tasks.splits import Dataset, load_dataset
 
 import csv
 import gzip
@@ -16,12 +21,9 @@ import torch
 from conftest import REPO, has_omniglot
 
 import attention
-import load_data
 import maml
 import protonet
 import transfer
-from load_data import Dataset, EpisodeSampler, LakeRuns, load_dataset
-from omniglot import read_image, resize
 
 RUNS = list(csv.DictReader(open(REPO / "lake_runs.csv")))
 
@@ -72,12 +74,12 @@ def test_lakes_runs_need_the_evaluation_set():
 def test_which_runs_are_asked_lakes_trials():
     data = evaluation_set()
     flags = lambda N, K, split="lake": Namespace(num_classes=N, num_shot=K, split=split)
-    assert len(load_data.lake_runs(data, flags(20, 1), "cpu").order) == 20
-    assert load_data.lake_runs(data, flags(5, 1), "cpu") is None  # a head for five classes
-    assert load_data.lake_runs(data, flags(20, 5), "cpu") is None
-    assert load_data.lake_runs(data, flags(5, 5), "cpu", any_task=True).N == 20
-    assert load_data.lake_runs(data, flags(20, 1, "course"), "cpu", any_task=True) is None
-    assert load_data.lake_runs(data._replace(name="glyphs"), flags(20, 1), "cpu") is None
+    assert len(lake.lake_runs(data, flags(20, 1), "cpu").order) == 20
+    assert lake.lake_runs(data, flags(5, 1), "cpu") is None  # a head for five classes
+    assert lake.lake_runs(data, flags(20, 5), "cpu") is None
+    assert lake.lake_runs(data, flags(5, 5), "cpu", any_task=True).N == 20
+    assert lake.lake_runs(data, flags(20, 1, "course"), "cpu", any_task=True) is None
+    assert lake.lake_runs(data._replace(name="glyphs"), flags(20, 1), "cpu") is None
 
 
 @has_omniglot

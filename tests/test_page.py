@@ -4,8 +4,8 @@ The browser's tests need gradio, playwright (requirements-page.txt, pip install 
 they are skipped. RECORD=1 pytest -n 0 tests/test_page.py writes results/predict/page.png and results/page.json.
 """
 
-import experiment
-from experiment import UserError
+from fewshot import experiment
+from fewshot.experiment import UserError
 
 import math
 import os

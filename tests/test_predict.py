@@ -1,7 +1,9 @@
 """Prediction on the user's own pictures: of any look, in any order, with one line for every fault; the network that
 ships, classes kept in a file, and "none of these"."""
 
-import experiment
+from fewshot import experiment
+from fewshot.images.pictures import read_image, resize
+from fewshot.tasks.splits import load_dataset
 
 import csv
 import json
@@ -16,16 +18,14 @@ import torch
 from conftest import REPO, has_omniglot, one_line_error
 from matplotlib.figure import Figure
 
-import load_data
-import omniglot
 import predict
 import protonet
-import ship
+from bench import ship
 
 
 def photograph(character, size, ink, paper, noise=0):
     """A glyph [28, 28] (1 is ink) as a picture: enlarged, off-centre, in colours, with noise."""
-    big = omniglot.resize((character * 255).astype(np.uint8)[None, None], size)[0, 0][..., None] / 255
+    big = resize((character * 255).astype(np.uint8)[None, None], size)[0, 0][..., None] / 255
     canvas = np.zeros((size + size // 2, size * 2, 1))
     canvas[size // 4 : size // 4 + size, size // 2 : size // 2 + size] = big
     picture = canvas * np.array(ink) + (1 - canvas) * np.array(paper)
@@ -73,7 +73,7 @@ def drawn_pictures(work, tmp_path_factory):
 
 
 def draw_pictures(tmp_path):
-    data = load_data.load_dataset("glyphs")
+    data = load_dataset("glyphs")
     rng = np.random.default_rng(3)
     classes = rng.choice(data.splits["test"], 5, replace=False)
     for n, c in enumerate(classes):
@@ -102,7 +102,7 @@ def test_predict_labels_pictures_of_any_look(trained_protonet, pictures, capsys)
 
 
 def test_ink_flag(trained_protonet, pictures):
-    inverted = [255 - omniglot.read_image(p, "")[0] for p in sorted((pictures / "query").glob("*style 0.png"))]
+    inverted = [255 - read_image(p, "")[0] for p in sorted((pictures / "query").glob("*style 0.png"))]
     for image in inverted:
         dark = predict.prepare_drawing(torch.from_numpy(255 - image[None]), "dark", 28)
         assert torch.allclose(predict.prepare_drawing(torch.from_numpy(image[None]), "bright", 28), dark, atol=0.02)
@@ -207,7 +207,7 @@ def test_fifty_real_drawings_of_a_fresh_folder(tmp_path, run_script):
 
     RECORD=1 writes results/shipped_drawings.json.
     """
-    data = load_data.load_dataset("omniglot", image_size=105)
+    data = load_dataset("omniglot", image_size=105)
     rng, right, seconds = np.random.default_rng(5), [], []
     used = lambda: sum(os.times()[2:4])  # processor time of programs that were run
     environment = {"OMNIGLOT_DIR": "", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
@@ -315,7 +315,7 @@ def test_unknown_needs_a_threshold_and_obeys_it(trained_protonet, pictures, tmp_
     run.mkdir()
     for name in ("flags.json", "best.pt"):
         (run / name).write_bytes((trained_protonet[0] / name).read_bytes())
-    refused(capsys, [pictures, "--checkpoint", run, "--unknown"], "--unknown", "ship.py")
+    refused(capsys, [pictures, "--checkpoint", run, "--unknown"], "--unknown", "bench ship")
     experiment.write_json(run / "unknown.json", {"threshold": 1e9})
     rows = predict.main([str(pictures), "--checkpoint", str(run), "--unknown"])
     assert not any(row["predicted_class"] == predict.NONE for row in rows)
@@ -348,7 +348,7 @@ def test_queries_in_class_folders_give_a_table(trained_protonet, pictures, capsy
             file.rename(pictures / "query" / f"letter {n}" / file.name)
     stranger = pictures / "query" / "somebody's"
     stranger.mkdir()
-    iio.imwrite(stranger / "x.png", photograph(load_data.load_dataset("glyphs").images[0, 0] / 255, **STYLES[0]))
+    iio.imwrite(stranger / "x.png", photograph(load_dataset("glyphs").images[0, 0] / 255, **STYLES[0]))
     rows = predict.main([str(pictures), "--checkpoint", str(trained_protonet[0])])
     lines = capsys.readouterr().out.splitlines()
     right = sum(row["predicted_class"] == row["true_class"] for row in rows)
@@ -359,7 +359,7 @@ def test_queries_in_class_folders_give_a_table(trained_protonet, pictures, capsy
     assert lines[at + 6].startswith(predict.NONE) and table[:, 5].sum() == 0
 
 
-# ------------------------------------------------------------------------------------ ship.py
+# ------------------------------------------------------------------------------------ bench/ship.py
 
 
 def test_area_under_the_curve_against_all_pairs():
@@ -376,7 +376,7 @@ def test_area_under_the_curve_against_all_pairs():
 @pytest.fixture
 def few_glyphs():
     """The glyphs with 24 validation and 24 test characters, so that preparing them takes seconds."""
-    data = load_data.load_dataset("glyphs")
+    data = load_dataset("glyphs")
     return data._replace(splits={part: classes[:24] for part, classes in data.splits.items()})
 
 
@@ -473,7 +473,7 @@ def test_uneven_light_on_real_characters(ink, kind, trained_on_omniglot):
     RECORD=1 writes the figures to results/prediction_light.json.
     """
     encoder = trained_on_omniglot
-    data = load_data.load_dataset("omniglot", image_size=105)
+    data = load_dataset("omniglot", image_size=105)
     found = {}
     for darker in (0, 5, 10, 15, 20, 30):
         rng, right = np.random.default_rng(1), []

@@ -1,6 +1,7 @@
 """MAML and ES on sinusoids: exact gradients against a plain network, the memory count, sweeps that resume."""
 
-from experiment import UserError
+from fewshot.experiment import UserError
+from fewshot.learners.mlp import Initialisation, inner_step_in_factors, inner_step_in_place, mse, predict
 
 import csv
 import json
@@ -20,11 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import basics.evolution_strategies
-import benchmark
 import profile_costs
+from bench import races
 from bench.meters import peak_memory
 from bench.sweeps import COLUMNS, fit
-from mlp import Initialisation, inner_step_in_factors, inner_step_in_place, mse, predict
 from profile_costs import es_gradient, inner_step, maml_gradient, parse_args, sample_tasks
 
 RATE = 0.05
@@ -541,7 +541,7 @@ def test_bad_values_end_with_code_two(run_script):
 
 
 def test_benchmark_runs(capsys):
-    for race in benchmark.main(["costs", "--smoke", "--hidden_dim", "8", "--device", "cpu"]):
+    for race in races.main(["costs", "--smoke", "--hidden_dim", "8", "--device", "cpu"]):
         assert next(v["ratio"] for v in race.values() if isinstance(v, dict)) == 1
     assert "auto: " in capsys.readouterr().out
 

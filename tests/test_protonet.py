@@ -1,5 +1,10 @@
 """Prototypical networks: hand-computed probabilities, independence of queries, training."""
 
+from fewshot.learners import muon
+from fewshot.learners.conv4 import Conv4, Residual, prototypes
+from fewshot.learners.muon import Muon, orthogonal
+from fewshot.tasks.episodes import EpisodeSampler
+
 import json
 
 import numpy as np
@@ -8,10 +13,7 @@ import torch
 from conftest import known_dataset
 from torch import nn
 
-import backbone
 import protonet
-from backbone import Conv4, Muon, Residual, orthogonal, prototypes
-from load_data import EpisodeSampler
 from protonet import (
     embed,
     embed_split,
@@ -230,8 +232,8 @@ def test_muon_survives_a_gradient_of_zero():
 
 def test_muon_steps_small_tensors_in_one_thread_and_gives_the_others_back(monkeypatch):
     seen, threads = [], torch.get_num_threads()
-    real = backbone.muon_steps
-    monkeypatch.setattr(backbone, "muon_steps", lambda *args: seen.append(torch.get_num_threads()) or real(*args))
+    real = muon.muon_steps
+    monkeypatch.setattr(muon, "muon_steps", lambda *args: seen.append(torch.get_num_threads()) or real(*args))
     torch.set_num_threads(3)
     try:
         for sizes in ((8, 8), (400, 600)), ((8, 8),):
@@ -239,7 +241,7 @@ def test_muon_steps_small_tensors_in_one_thread_and_gives_the_others_back(monkey
             for p in parameters:
                 p.grad = torch.randn_like(p)
             Muon(parameters, lr=0.1).step()
-        with pytest.raises(RuntimeError), backbone.one_thread_for(parameters):
+        with pytest.raises(RuntimeError), muon.one_thread_for(parameters):
             raise RuntimeError
         assert seen == [3, 1] and torch.get_num_threads() == 3
     finally:

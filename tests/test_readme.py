@@ -13,8 +13,8 @@ import pytest
 import warm
 from conftest import REPO
 
-import benchmark
 import reproduce
+from bench import races
 from studies import report
 
 DOCUMENTS = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -145,8 +145,8 @@ def test_the_other_commands_are_known(run_script, tmp_path):
             )
         elif script == "reproduce.py":
             reproduce.parse_args([flag for flag in flags if flag not in ("--mini_imagenet", "DIR")])
-        elif script == "benchmark.py":
-            assert flags[0] in ("NAME", *benchmark.BENCHMARKS)
+        elif script == "races.py":
+            assert flags[0] in ("NAME", *races.BENCHMARKS)
         else:
             assert script in SMALLEST or script in ("load_data.py", "linear.py") or (REPO / script).exists(), command
 
@@ -187,12 +187,12 @@ def test_result_files_say_where_they_come_from():
 @pytest.mark.parametrize("name", ["episodes", "mann", "protonet"])
 def test_benchmarks_run(name, capsys):
     flags = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_classes", "2", "--num_query", "2"]
-    [result] = benchmark.main([name, *flags])
+    [result] = races.main([name, *flags])
     assert all(v["ms"] > 0 for v in result.values() if isinstance(v, dict) and "ms" in v)
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == result
 
 
 def test_benchmark_of_maml_runs():
     flags = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_classes", "2", "--num_query", "1"]
-    results = benchmark.main(["maml", *flags, "--meta_batch_size", "1"])
+    results = races.main(["maml", *flags, "--meta_batch_size", "1"])
     assert len(results) == 8 and all(len(race) == 8 for race in results)

@@ -1,7 +1,8 @@
 """reproduce.py: runs once what is not done, survives kills, and knows which results the code has left behind."""
 
-import experiment
-from experiment import UserError
+from fewshot import experiment
+from fewshot.experiment import UserError
+from fewshot.images.omniglot import ARCHIVES
 
 import gc
 import hashlib
@@ -20,7 +21,6 @@ from conftest import REPO, one_line_error
 from test_others import write_mnist
 
 import reproduce
-from omniglot import ARCHIVES
 from studies import ledger, pulse, runner, status
 from studies.ledger import Case, cases_of, code_of, make_jobs
 

@@ -1,6 +1,6 @@
 """studies/: the documents are those of the result files, come back when deleted, and never mix data sets."""
 
-from experiment import UserError
+from fewshot.experiment import UserError
 
 import base64
 import json

@@ -1,7 +1,8 @@
 """The fine-tuning baseline: what is held out stays held out, heads fit, both phases run and resume."""
 
-import experiment
-from experiment import UserError
+from fewshot import experiment
+from fewshot.experiment import UserError
+from fewshot.learners.conv4 import Conv4
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ import torch
 from conftest import known_dataset
 
 import transfer
-from backbone import Conv4
 from transfer import Classifier, LabelledDrawings, fit_heads, held_out_accuracy
 
 SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]

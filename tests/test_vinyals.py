@@ -1,7 +1,11 @@
 """The published split: its lists, its turned classes in every part, and every script on it."""
 
-import experiment
-from experiment import UserError
+from fewshot import experiment
+from fewshot.experiment import UserError
+from fewshot.images import omniglot
+from fewshot.tasks import splits
+from fewshot.tasks.episodes import EpisodeSampler, fixed_tasks
+from fewshot.tasks.splits import load_dataset, vinyals_split
 
 import json
 from argparse import Namespace
@@ -16,10 +20,9 @@ import load_data
 import mae
 import maml
 import meta_lstm
-import omniglot
 import protonet
 import transfer
-from load_data import DataGenerator, EpisodeSampler, fixed_tasks, load_dataset, vinyals_split
+from load_data import DataGenerator
 
 SIZES = {"train": 1028, "val": 172, "test": 423}
 GLYPHS = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--split", "vinyals"]
@@ -247,7 +250,7 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, run_script):
     with pytest.raises(UserError, match="has 0 classes"):
         load_dataset("folder", str(tmp_path), "vinyals")
     with pytest.raises(UserError, match="--split vinyals lists the characters of Omniglot; use --split course"):
-        load_data.make_splits("folder", ["a", "b", "c"], "vinyals")
+        splits.make_splits("folder", ["a", "b", "c"], "vinyals")
     for script, module in (("maml", maml), ("protonet", protonet), ("hw1", hw1), ("meta_lstm", meta_lstm)):
         with pytest.raises(UserError, match="--no-rotations with --split vinyals"):
             module.parse_args([*GLYPHS, "--no-rotations"])
@@ -266,5 +269,5 @@ def test_the_command_line_says_that_classes_are_turned(capsys):
 def test_the_mnist_of_a_run_on_this_split_is_not_turned():
     """Turned sixes are nines: MNIST's ten classes stay ten."""
     names = [f"mnist/{c}" for c in range(10)]
-    assert load_data.make_splits("mnist", names, "vinyals")["test"].tolist() == list(range(10))
+    assert splits.make_splits("mnist", names, "vinyals")["test"].tolist() == list(range(10))
     assert json.dumps(experiment.SPLITS) == '["course", "lake", "vinyals"]'

@@ -1,1 +1,1 @@
-"""What learners are made of."""
+"""What learners are made of: encoders, batch norm, an optimiser, memories."""

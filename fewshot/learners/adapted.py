@@ -6,7 +6,8 @@ statistics are those of the task's images.
 
 from __future__ import annotations
 
-import experiment
+from fewshot import experiment
+from fewshot.learners.conv4 import LAYERS, Conv4, conv4, on_sphere
 
 from typing import NamedTuple
 
@@ -14,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._C._functorch import is_batchedtensor
-
-from backbone import LAYERS, Conv4, conv4, on_sphere
 
 Parameters = dict[str, torch.Tensor]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from fewshot.learners.conv4 import LAYERS
+from fewshot.learners.side_by_side import Learner
+
 import math
 
 import torch
-
-from backbone import LAYERS
-from fewshot.learners.side_by_side import Learner
 
 
 class Watch:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from fewshot.learners.adapted import MAML
+from fewshot.learners.muon import Muon
+
 import math
 
 import torch
-
-from backbone import Muon
-from fewshot.learners.adapted import MAML
 
 STEPS_RATE = 2e-3  # of Adam beside Muon
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from fewshot.learners.batch_norm import batch_norm
+
 import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-
-from backbone import batch_norm
 
 FILTERS, EPS = 32, 1e-3  # of the convolutions and batch norms
 

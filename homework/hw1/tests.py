@@ -16,9 +16,9 @@ from torch import nn
 
 
 def probe_draw(rows, n, k, seed, allowed=None):
-    import load_data
+    from fewshot.tasks import episodes
 
-    return load_data.draw_distinct(rows, n, k, torch.Generator().manual_seed(seed), allowed)
+    return episodes.draw_distinct(rows, n, k, torch.Generator().manual_seed(seed), allowed)
 
 
 def uniform(drawn, outcomes, what):
@@ -71,11 +71,11 @@ def test_draws_come_from_the_generator(student):
 
 def probe_draw_twice(rows, n, k):
     """Two draws from one generator, and one from a generator of the same seed that was used before."""
-    import load_data
+    from fewshot.tasks import episodes
 
     first, used = torch.Generator().manual_seed(6), torch.Generator().manual_seed(6)
     torch.rand(5, generator=used)
-    return [load_data.draw_distinct(rows, n, k, g) for g in (first, first, used)]
+    return [episodes.draw_distinct(rows, n, k, g) for g in (first, first, used)]
 
 
 @graded("1a")
@@ -91,7 +91,7 @@ def test_every_draw_is_another(student):
 
 def known(counts):
     """A dataset whose images say what they are: pixel 0 is the class, pixel 1 the drawing, in 255ths."""
-    import load_data
+    from fewshot.tasks import splits
 
     images = np.zeros((sum(counts), 1, 28, 28), np.uint8)
     images[:, 0, 0, 0] = np.repeat(np.arange(len(counts)), counts)
@@ -106,13 +106,13 @@ def known(counts):
         "names": [f"alphabet{c // 10}/character{c:03d}" for c in range(len(counts))],
         "splits": {"train": everything, "val": everything, "test": everything},
     }
-    return load_data.Dataset(**{name: values.get(name) for name in load_data.Dataset._fields})
+    return splits.Dataset(**{name: values.get(name) for name in splits.Dataset._fields})
 
 
 def probe_rows(N, K, B, seed, batch_size=None):
-    import load_data
+    from fewshot.tasks import episodes
 
-    sampler = load_data.EpisodeSampler(known([20] * 30), "train", N, K, 1, B, seed)
+    sampler = episodes.EpisodeSampler(known([20] * 30), "train", N, K, 1, B, seed)
     images, labels = sampler.sample_rows(batch_size)
     return {"image_shape": list(images.shape), "marks": images[..., :2] * 255, "most": images.max(), "labels": labels}
 
@@ -162,9 +162,9 @@ def test_queries_are_shuffled(student):
 
 def probe_options(N, K, B, options, calls=1):
     """The marks and labels of some meta-batches of a sampler with these options, and the first image's pixels."""
-    import load_data
+    from fewshot.tasks import episodes
 
-    sampler = load_data.EpisodeSampler(known([20] * 30), "train", N, K, 1, B, 11, **options)
+    sampler = episodes.EpisodeSampler(known([20] * 30), "train", N, K, 1, B, 11, **options)
     batches = [sampler.sample_rows() for _ in range(calls)]
     marks, labels = (torch.stack(parts) for parts in zip(*((x[..., :2] * 255, y) for x, y in batches), strict=True))
     return {"marks": marks, "labels": labels, "images": batches[0][0][0]}
@@ -212,9 +212,9 @@ def test_every_meta_batch_is_another(student):
 
 def probe_features(N, K, B):
     """The images of a meta-batch, and the same meta-batch from a table of their marks, as features."""
-    import load_data
+    from fewshot.tasks import episodes
 
-    sampler = load_data.EpisodeSampler(known([20] * 30), "train", N, K, 1, B, 9)
+    sampler = episodes.EpisodeSampler(known([20] * 30), "train", N, K, 1, B, 9)
     images, labels = sampler.sample_rows()
     table = sampler.images.flatten(1)[:, :2].float() / 255
     sampler.reset()
@@ -481,11 +481,12 @@ def test_loss_of_confident_predictions(student):
 
 def probe_evaluate(num_tasks, B, alone=False, encoder="none", first=0, training=True, calls=1, seed=5):
     """What evaluate says; and, drawn again, the predictions and labels of the tasks it should have seen."""
+    from fewshot.tasks import episodes
+
     import hw1
-    import load_data
 
     pixels = np.random.default_rng(4).integers(0, 256, (600, 1, 28, 28)).astype(np.uint8)
-    sampler = load_data.EpisodeSampler(known([20] * 30)._replace(images=pixels), "test", 3, 1, 1, B, seed)
+    sampler = episodes.EpisodeSampler(known([20] * 30)._replace(images=pixels), "test", 3, 1, 1, B, seed)
     torch.manual_seed(6)
     model = hw1.MANN(3, 2, 8, encoder=encoder).train(training)
     with torch.no_grad():
@@ -573,8 +574,9 @@ def glyphs():
 
 def probe_train(images, classes, steps, hidden):
     """Train the student's network K = 1, N = 2 on these images; the parameters."""
+    from fewshot.tasks import episodes, splits
+
     import hw1
-    import load_data
 
     values = {
         "name": "glyphs",
@@ -585,8 +587,8 @@ def probe_train(images, classes, steps, hidden):
         "names": [f"alphabet{c // 30}/character{c}" for c in range(classes)],
         "splits": {"train": np.arange(classes)},
     }
-    dataset = load_data.Dataset(**{name: values.get(name) for name in load_data.Dataset._fields})
-    sampler = load_data.EpisodeSampler(dataset, "train", 2, 1, 1, 32, 1, rotations=True)
+    dataset = splits.Dataset(**{name: values.get(name) for name in splits.Dataset._fields})
+    sampler = episodes.EpisodeSampler(dataset, "train", 2, 1, 1, 32, 1, rotations=True)
     model = hw1.MANN(2, 2, hidden, head="linear", forget_bias=1.0)
     optimizer = torch.optim.Adam(model.parameters(), 4e-3)
     for _ in range(steps):
@@ -602,8 +604,9 @@ def probe_train(images, classes, steps, hidden):
 @graded("5", seconds=100, whole=True)  # a network that reads episode by episode takes its time
 def test_training(student):
     """Trained here on glyphs, K = 1, N = 2, your functions together reach 80 % on new characters."""
+    from fewshot.tasks import episodes
+
     import hw1
-    import load_data
 
     images = glyphs()
     trained = student.run(probe_train, images=images[:8000], classes=400, steps=STEPS, hidden=HIDDEN)
@@ -613,7 +616,7 @@ def test_training(student):
         p.data.copy_(shaped(value, p.shape, "a parameter"))
     # The grader's own tasks and its own measurement.
     rest = known([20] * 100)._replace(images=images[8000:].numpy())
-    sampler = load_data.EpisodeSampler(rest, "test", 2, 1, 1, 200, 12345)
+    sampler = episodes.EpisodeSampler(rest, "test", 2, 1, 1, 200, 12345)
     accuracy = hw1.evaluate(model.eval(), sampler, 2000)[0].mean().item()
     expect(accuracy >= ENOUGH, f"accuracy {accuracy:.1%} after {STEPS} steps; a right network has more than 80 %")
     return {"accuracy": round(accuracy, 3)}

@@ -15,7 +15,9 @@ A distribution is a function (tasks, support points, query points, generator, pa
 
 from __future__ import annotations
 
-from experiment import UserError
+from fewshot.experiment import UserError
+from fewshot.tasks.episodes import EpisodeSampler, draw_distinct
+from fewshot.tasks.splits import Dataset
 
 import math
 from collections import Counter
@@ -24,8 +26,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-from load_data import Dataset, EpisodeSampler, draw_distinct
 
 
 class Recipe(NamedTuple):

@@ -1,9 +1,9 @@
 """Installed peers beside ours: MAML by higher and by TorchOpt, prototypical networks by easyfsl.
 
     pip install -r requirements-peers.txt
-    python benchmark.py maml --peers --repeats 5       meta-gradients of 16 tasks, strided and pooled, 1 and 5 steps
-    python benchmark.py protonet --peers --repeats 10  the gradient of 16 tasks
-    python benchmark.py costs --peers --repeats 10     the meta-gradient of 32 sinusoids
+    python -m bench maml --peers --repeats 5       meta-gradients of 16 tasks, strided and pooled, 1 and 5 steps
+    python -m bench protonet --peers --repeats 10  the gradient of 16 tasks
+    python -m bench costs --peers --repeats 10     the meta-gradient of 32 sinusoids
 
 Each peer is called as its documentation says, on the network, the tasks and in the arithmetic (float32) of ours.
 Before anything is timed its loss and its gradient are compared with ours in float64; a peer that differs by more than
@@ -11,6 +11,11 @@ Before anything is timed its loss and its gradient are compared with ours in flo
 """
 
 from __future__ import annotations
+
+from fewshot.learners.conv4 import Conv4
+from fewshot.learners.task_loop import mean_over_tasks
+from fewshot.tasks.episodes import EpisodeSampler
+from fewshot.tasks.splits import Dataset
 
 import copy
 from argparse import Namespace
@@ -25,9 +30,6 @@ from torch import nn
 import maml
 import profile_costs
 import protonet
-from backbone import Conv4
-from fewshot.learners.task_loop import mean_over_tasks
-from load_data import Dataset, EpisodeSampler
 
 TOLERANCE = 1e-8  # of the loss and of the gradient, relative, in float64
 SOME = 4  # tasks that are compared

@@ -4,8 +4,8 @@ A picture is of none of the classes when it is farther from every prototype than
 (`predict.strangeness`). How far that is follows from tasks of validation classes, half of which the support set does
 not show: the threshold keeps nine of ten queries of known classes. Test classes then tell once how well it does.
 
-    python ship.py RUN_DIR             writes RUN_DIR/unknown.json, for `predict.py --checkpoint RUN_DIR --unknown`
-    python ship.py RUN_DIR --ship      makes it the network that ships: pretrained/protonet.pt, results/shipped.json
+    python -m bench ship RUN_DIR          writes RUN_DIR/unknown.json, for `predict.py --checkpoint RUN_DIR --unknown`
+    python -m bench ship RUN_DIR --ship   makes it the network that ships: pretrained/protonet.pt, results/shipped.json
 
 Characters are read as predict.py reads drawings: at full size, then cut out around their ink.
 Everything else: docs/predict.md.
@@ -13,8 +13,12 @@ Everything else: docs/predict.md.
 
 from __future__ import annotations
 
-import experiment
-from experiment import TEST_SEED, VAL_SEED, UserError
+from fewshot import experiment
+from fewshot.experiment import TEST_SEED, VAL_SEED, UserError
+from fewshot.learners.conv4 import prototypes
+from fewshot.tasks.data_of_run import load_for
+from fewshot.tasks.episodes import EpisodeSampler
+from fewshot.tasks.splits import Dataset
 
 import json
 from argparse import Namespace
@@ -24,8 +28,6 @@ import numpy as np
 import torch
 
 import predict
-from backbone import prototypes
-from load_data import Dataset, EpisodeSampler, load_for
 from predict import Network, strangeness
 from protonet import embed_split, squared_distances
 
@@ -123,8 +125,8 @@ def measure(network: Network, dataset: Dataset, num_tasks: int) -> dict:
 
 
 def parse_args(argv=None):
-    parser = experiment._Parser(
-        prog="ship.py", description=__doc__, formatter_class=experiment._Formatter, allow_abbrev=False
+    parser = experiment.Parser(
+        prog="-m bench ship", description=__doc__, formatter_class=experiment.Formatter, allow_abbrev=False
     )
     add = parser.add_argument
     add("checkpoint", metavar="RUN_DIR", help="a run of protonet.py")
@@ -143,7 +145,7 @@ def main(argv=None) -> dict:
     where = {"data_folder": args.data_folder or flags["data_folder"], "image_size": size}
     dataset = load_for(Namespace(**flags | where, checkpoint=args.checkpoint))
     result = measure(network, dataset, args.num_tasks) | {
-        "command": f"python ship.py RUN_DIR{' --ship' * args.ship}",
+        "command": f"python -m bench ship RUN_DIR{' --ship' * args.ship}",
         "trained_by": saved["command"],
         "dataset": dataset.name,
         "dataset_digest": dataset.digest,

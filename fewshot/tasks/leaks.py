@@ -9,7 +9,9 @@ Only folders are searched: the official sets are verified and known.
 
 from __future__ import annotations
 
-from experiment import UserError
+from fewshot.experiment import UserError
+from fewshot.images.folders import PARTS
+from fewshot.images.pictures import resize
 
 import base64
 import hashlib
@@ -20,8 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-
-from omniglot import PARTS, resize
 
 RECORD = "data.json"  # in a run folder
 ALIKE = 0.98  # correlation of the pixels of two pictures that are one, re-encoded or resized

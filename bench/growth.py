@@ -1,8 +1,8 @@
 """How a training step grows: its seconds and peak memory against N, K, Q, B and the image size, of every method.
 
-    python growth.py --out results            every method, about eight minutes on two cores of an Intel Xeon
-    python growth.py --method maml            one method
-    python growth.py --smoke                  a complete run in seconds, of tiny networks
+    python -m bench growth --out results            every method, about eight minutes on two cores of an Intel Xeon
+    python -m bench growth --method maml            one method
+    python -m bench growth --smoke                  a complete run in seconds, of tiny networks
 
 One value at a time is varied around the method's defaults. A step is the script's own: its `main` runs with its
 flags and is given noise for pictures and a stopwatch for a run; what a step costs does not depend on what pictures
@@ -16,8 +16,9 @@ a step no longer counts. DIR/growth.json holds all of it, DIR/speed/growth_<meth
 
 from __future__ import annotations
 
-import experiment
-from experiment import UserError, whole
+from fewshot import experiment
+from fewshot.experiment import UserError, whole
+from fewshot.tasks.splits import Dataset
 
 import math
 import statistics
@@ -39,7 +40,6 @@ import meta_lstm
 import protonet
 import transfer
 from bench.meters import memory_meter
-from load_data import Dataset
 from studies.results import draw
 
 LIMIT, ENOUGH = 20.0, 2.0  # seconds that a point may take, and after which no further step of it is timed
@@ -234,7 +234,7 @@ def fits(rows: list[dict]) -> list[dict]:
 
 def parse_args(argv=None):
     parser, groups = experiment.make_parser(__doc__, tuple(UNUSED))
-    parser.prog = "growth.py"
+    parser.prog = "-m bench growth"
     add = groups["run"].add_argument
     add("--method", choices=["all", *METHODS], default="all", help="whose training step")
     add("--repeats", type=whole(1), default=3, help="timed steps of each point, if they are short")
@@ -246,7 +246,7 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     device = experiment.setup(args)
     if experiment.shard()[1] > 1:
-        raise UserError("growth.py measures one process; start it with python, not with torchrun")
+        raise UserError("python -m bench growth measures one process; start it with python, not with torchrun")
     folder = Path(args.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,17 @@
 """Plain references of each hot path beside ours: speed as a ratio, measured side by side in one run.
 
-    python benchmark.py episodes --num_classes 5     sampling a meta-batch for the MANN
-    python benchmark.py mann --num_classes 5         one training step of the MANN
-    python benchmark.py protonet --repeats 10        one training step of prototypical networks
-    python benchmark.py protonet --seeds 3           also the seconds of training to 98.8 %, of three seeds
-    python benchmark.py costs --hidden_dim 128       one outer step of MAML and of Evolution Strategies on sinusoids
-    python benchmark.py maml --repeats 5             one meta-gradient of MAML
-    python benchmark.py meta_lstm --repeats 10       one training step of the LSTM meta-learner
-    python benchmark.py processes                    whole trainings: one thread, two threads, two processes of torchrun
-    python benchmark.py busy                        a step of each script alone and beside endless loops
-    python benchmark.py gpu --repeats 10             on a GPU: steps replayed, kernel by kernel, and task by task
-    python benchmark.py maml --peers                 also MAML by installed peers; protonet and costs as well: peers.py
-    python benchmark.py NAME --out results           also into results/speed.json, in place of older figures of NAME
+    python -m bench episodes --num_classes 5      sampling a meta-batch for the MANN
+    python -m bench mann --num_classes 5          one training step of the MANN
+    python -m bench protonet --repeats 10         one training step of prototypical networks
+    python -m bench protonet --seeds 3            also the seconds of training to 98.8 %, of three seeds
+    python -m bench costs --hidden_dim 128        one outer step of MAML and of Evolution Strategies on sinusoids
+    python -m bench maml --repeats 5              one meta-gradient of MAML
+    python -m bench meta_lstm --repeats 10        one training step of the LSTM meta-learner
+    python -m bench processes                     whole trainings: one thread, two threads, two processes of torchrun
+    python -m bench busy                          a step of each script alone and beside endless loops
+    python -m bench gpu --repeats 10              on a GPU: steps replayed, kernel by kernel, and task by task
+    python -m bench maml --peers                  also MAML by installed peers; protonet and costs as well (peers.py)
+    python -m bench NAME --out results            also into results/speed.json, in place of older figures of NAME
 
 The references (basics/) are written the way papers and course code do it. Both contestants take turns within one
 run, after a warm-up; the figures are medians, with the 10th to 90th percentile.
@@ -19,8 +19,14 @@ run, after a warm-up; the figures are medians, with the 10th to 90th percentile.
 
 from __future__ import annotations
 
-import experiment
-from experiment import UserError
+from fewshot import experiment
+from fewshot.experiment import UserError
+from fewshot.experiment.replay import Gradient
+from fewshot.learners.conv4 import Conv4
+from fewshot.learners.memory import learn_a_little
+from fewshot.learners.task_loop import mean_over_tasks
+from fewshot.tasks.episodes import EpisodeSampler
+from fewshot.tasks.splits import Dataset, load_dataset
 
 import contextlib
 import io
@@ -50,14 +56,9 @@ import meta_lstm
 import profile_costs
 import protonet
 from attention import CausalAttention, query_loss
-from backbone import Conv4
 from external_memory import SequenceLearner
-from fewshot.learners.task_loop import mean_over_tasks
 from hw1 import MANN, Recurrent
-from load_data import Dataset, EpisodeSampler, load_dataset
 from maml import MAML, Setting, embed, task_loss
-from memory import learn_a_little
-from replay import Gradient
 
 
 def race(contestants: dict, repeats: int, warmup: int = 5) -> dict[str, np.ndarray]:
@@ -467,7 +468,7 @@ def bench_gpu(args, device: torch.device, dataset: Dataset) -> list[dict]:
     """Forward and backward pass as train loops replay them, beside the same launched kernel by kernel and by task."""
     if device.type != "cuda":
         raise UserError(
-            "benchmark.py gpu measures what a GPU replays, and there is none here; choose another benchmark"
+            "python -m bench gpu measures what a GPU replays, and there is none here; choose another benchmark"
         )
     dtype, results = experiment.precision(args, device), []
     of_tasks = lambda *shape, **more: EpisodeSampler(dataset, "train", *shape, args.random_seed, device, **more)
@@ -646,7 +647,7 @@ def bench_busy(args, device: torch.device, dataset: Dataset) -> list[dict]:
 
 def bench_peers(args, device: torch.device, dataset: Dataset | None) -> list[dict]:
     """Ours beside installed peers, which have shown that they compute the same."""
-    import peers
+    from bench import peers
 
     races = peers.RACES[args.benchmark](args, device, dataset)
     return [print_race(title, race(contestants, args.repeats, warmup=2), device) for title, contestants in races]
@@ -676,7 +677,7 @@ def keep(results: list[dict], args, path: Path) -> None:
 
 def main(argv=None) -> list[dict]:
     parser, groups = experiment.make_parser(__doc__, ("--out", "--allow_overlap", "--allow_new_classes"))
-    parser.prog = "benchmark.py"
+    parser.prog = "-m bench"
     parser.add_argument("benchmark", choices=list(BENCHMARKS), help="what to measure")
     units = experiment.whole(1, 16384)
     groups["model"].add_argument("--hidden_dim", type=units, default=128, help="units: mann, costs")

@@ -6,11 +6,11 @@ pictures of what is remembered. Nothing here knows of flags or training.
 
 from __future__ import annotations
 
+from fewshot.learners.conv4 import Conv4
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from backbone import Conv4
 
 # ------------------------------------------------------------------------------ reading images
 

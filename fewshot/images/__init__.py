@@ -1,0 +1,1 @@
+"""From disk or network to one verified array of pictures."""
