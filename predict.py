@@ -12,7 +12,9 @@ negative squared distances as its probability (Snell et al. 2017, eq. 2).
     python predict.py DIR --ink bright                chalk on a board; `auto` finds out for each picture
     python predict.py DIR --save_classes FILE         keeps the classes of DIR/support in one file
     python predict.py DIR --classes FILE              takes them from there; DIR holds query/ alone
-    python predict.py --page                          a page to draw on, on this computer alone
+    python predict.py --page                          opens a page to draw on in the browser; it asks no server
+    python predict.py --export_page FILE              that page with a network of yours (--checkpoint), in one file
+    python predict.py --export_onnx FILE              the network for other programs (requirements-onnx.txt)
 
 Where query/ holds folders named after the classes, the table of right and wrong answers is printed too.
 Everything else: docs/predict.md.
@@ -27,6 +29,7 @@ import csv
 import io
 import math
 import sys
+import webbrowser
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -37,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import page
+from bench import export
 from omniglot import contents, read_image, resize, unread_note
 from protonet import embed, make_encoder, squared_distances
 
@@ -381,27 +384,17 @@ def prediction_figure(classes: Classes, query: torch.Tensor, rows: list[dict]):
     return figure
 
 
-def comparer(network: Network, ink: str):
-    """What page.py asks: a drawing compared with one example of each class, uint8 pictures [C, H, W] all of them."""
-    prepare = preparer(network, ink)
+# ------------------------------------------------------------------------------------- exporting
 
-    def compare_pictures(examples: list[np.ndarray], query: np.ndarray) -> dict:
-        images = torch.stack([prepare(image) for image in examples])
-        classes = Classes(["?"] * len(images), images, torch.arange(len(images)))
-        drawing = prepare(query)[None]
-        centres, features, distances = compare(network, classes, drawing)
-        strange = strangeness(distances, torch.ones(len(images)))
-        points = torch.cat([centres, features])  # [N + 1, D], the query last
-        centred = points - points.mean(dim=0)
-        plane = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T  # its two principal components
-        return {
-            "probabilities": (-distances[0]).softmax(dim=-1).tolist(),
-            "unknown": network.threshold is not None and bool(strange > network.threshold),
-            "plane": plane.tolist(),
-            "seen": torch.cat([classes.images, drawing])[:, 0].numpy(),
-        }
 
-    return compare_pictures
+def export_page(network: Network, path: Path) -> None:
+    """Write the page to draw on, with the network in it, to one file; UserError for a network that it cannot hold."""
+    flags = network.flags
+    if flags["encoder"] != "conv4" or flags["dataset"] == "folder":
+        kind = f"--encoder {flags['encoder']}" if flags["encoder"] != "conv4" else "pictures of a folder"
+        raise UserError(f"the page takes a network of characters by --encoder conv4, not of {kind}; name another run")
+    text = export.page(network.encoder.state_dict(), flags["image_size"], network.threshold)
+    experiment.write_atomically(path, lambda out: out.write(text.encode()))
 
 
 # ------------------------------------------------------------------------------------ the script
@@ -419,15 +412,27 @@ def parse_args(argv=None):
     add("--save_classes", metavar="FILE", help="keep the classes of DIR/support in this file (.npz)")
     add("--classes", metavar="FILE", help="take the classes from a file of --save_classes instead of DIR/support")
     add("--out", metavar="DIR", help="folder of predictions.csv and .png (default: RUN_DIR, or runs/predict)")
-    add("--page", action="store_true", help="serve a page to draw on at 127.0.0.1 (needs requirements-page.txt)")
-    add("--port", type=experiment.whole(0, 65535), default=7860, help="of the page; 0: any free one")
+    add("--page", action="store_true", help="open a page to draw on in the browser")
+    page = "write that page, with the network in it, to this file"
+    add("--export_page", metavar="FILE", type=experiment.new_file, help=page)
+    onnx = "write embedding and comparison for other programs to this file (needs requirements-onnx.txt)"
+    add("--export_onnx", metavar="FILE", type=experiment.new_file, help=onnx)
     add("--device", choices=experiment.DEVICES, default="auto", help="auto: cuda if there is one")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the convolutions")
     args = parser.parse_args(argv)
-    if bool(args.directory) == args.page:
-        raise UserError("predict.py takes DIR, the folder of your pictures, or --page (see python predict.py --help)")
-    if args.page and (args.classes or args.save_classes or args.out or args.unknown):
-        raise UserError("--page takes its classes from the drawings; drop --classes, --save_classes, --out, --unknown")
+    exports = {"--page": args.page, "--export_page": args.export_page, "--export_onnx": args.export_onnx}
+    given = [flag for flag, value in {"DIR": args.directory, **exports}.items() if value]
+    if len(given) != 1:
+        choice = "DIR, the folder of your pictures, --page, --export_page FILE or --export_onnx FILE"
+        raise UserError(f"predict.py takes one of {choice}; got {' and '.join(given) or 'none'}")
+    others = {
+        "--classes": args.classes,
+        "--save_classes": args.save_classes,
+        "--out": args.out,
+        "--unknown": args.unknown,
+    }
+    if given != ["DIR"] and (surplus := [flag for flag, value in others.items() if value]):
+        raise UserError(f"{given[0]} takes no {', '.join(surplus)}; drop it")
     if args.classes and args.save_classes:
         raise UserError("--save_classes keeps DIR/support, but --classes takes a file in its place; drop one of them")
     args.out = args.out or args.checkpoint or str(Path("runs") / "predict")
@@ -444,10 +449,19 @@ def main(argv=None) -> list[dict]:
         )
     if args.unknown and network.threshold is None:
         raise UserError(f"--unknown: {args.checkpoint} has no threshold; set it by python ship.py {args.checkpoint}")
-    if args.page:
-        if network.flags["dataset"] == "folder":
-            raise UserError(f"--page is for networks of characters; {args.checkpoint} was trained on other pictures")
-        return page.serve(comparer(network, args.ink), args.port) or []
+    if args.export_onnx:
+        export.onnx(network.encoder, network.channels, network.flags["image_size"], args.export_onnx)
+    elif args.page or args.export_page:
+        path = args.export_page or (
+            Path(args.checkpoint) / "page.html" if args.checkpoint else SHIPPED.with_name("page.html")
+        )
+        if args.export_page or args.checkpoint:
+            export_page(network, path)
+        if args.page and not webbrowser.open(path.resolve().as_uri()):
+            print("no browser was found; open the file yourself", file=sys.stderr)
+    if args.directory is None:
+        print(f"{'opened' if args.page and not args.checkpoint else 'written'}: {args.export_onnx or path}")
+        return []
     return predict(args, network)
 
 
