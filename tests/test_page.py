@@ -283,7 +283,7 @@ def test_the_arithmetic_of_600_tasks_is_pytorchs(sheet, network):
         if names[query][0] in [names[i][0] for i in rows]:
             known, right = known + 1, right + (names[rows[int(np.argmax(logits))]][0] == names[query][0])
     assert right >= 0.9 * known and known > num_tasks / 4
-    recorded.update(tasks=num_tasks, dataset=data.name, known=known, right=right)
+    recorded.update(tasks=num_tasks, dataset=data.name, known=int(known), right=int(right))
 
 
 def test_draw_classify_undo_clear(sheet):
@@ -465,7 +465,7 @@ def test_fifty_real_drawings_as_predict_labels_them(sheet, network):
     assert [int(np.argmax(logits)) for logits, _ in answers] == distances.argmin(dim=1).tolist()
     right = sum(int(np.argmax(logits)) == i // 10 for i, (logits, _) in enumerate(answers))
     assert right >= 45
-    recorded.update(drawings=50, drawings_right=right)
+    recorded.update(drawings=50, drawings_right=int(right))
 
 
 @pytest.mark.thorough
