@@ -12,7 +12,9 @@ negative squared distances as its probability (Snell et al. 2017, eq. 2).
     python predict.py DIR --ink bright                chalk on a board; `auto` finds out for each picture
     python predict.py DIR --save_classes FILE         keeps the classes of DIR/support in one file
     python predict.py DIR --classes FILE              takes them from there; DIR holds query/ alone
-    python predict.py --page                          a page to draw on, on this computer alone
+    python predict.py --page                          opens a page to draw on in the browser; it asks no server
+    python predict.py --export_page FILE              that page with a network of yours (--checkpoint), in one file
+    python predict.py --export_onnx FILE              the network for other programs (requirements-onnx.txt)
 
 Where query/ holds folders named after the classes, the table of right and wrong answers is printed too.
 Everything else: docs/predict.md.
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 from fewshot import experiment
 from fewshot.experiment import UserError
+from fewshot.images.drawings import prepare_drawing
 from fewshot.images.folders import contents, few, must_be_readable, plain_name, unread_note, walk
 from fewshot.images.pictures import read_image, resize
 from fewshot.images.preparation import Preparation, prepare
@@ -30,6 +33,7 @@ import csv
 import io
 import math
 import sys
+import webbrowser
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -40,66 +44,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import page
+from bench import export
 from protonet import embed, make_encoder, squared_distances
 
 # ------------------------------------------------------------------------------------ pictures
-
-
-def paper_of(grey: torch.Tensor, degree: int = 4, side: int = 64) -> torch.Tensor:
-    """The brightness that the paper of a picture [H, W] (0..255) has at each place, under uneven light: [H, W].
-
-    A polynomial in x and y, fitted to most of the pixels of a small copy; strokes, far from it and fewer, drop out.
-    """
-
-    powers = lambda n: torch.linspace(-1, 1, n, dtype=torch.float64)[:, None] ** torch.arange(degree + 1)
-    size = [max(1, round(n * min(1.0, side / max(grey.shape)))) for n in grey.shape]
-    small = F.adaptive_avg_pool2d(grey[None, None], size)[0, 0].double().flatten()
-    order = sorted(((a, b) for a in range(degree + 1) for b in range(degree + 1 - a)), key=sum)  # of y^a x^b
-    ys, xs = map(powers, size)
-    terms = torch.stack([torch.outer(ys[:, a], xs[:, b]).flatten() for a, b in order], dim=1)  # [pixels, 15]
-    paper = small.median().expand_as(small)
-    for now in (0, 1, 2, 2, 2, 2, *[degree] * 5):
-        off = (small - paper).abs()
-        used = (off <= 2.5 * max(1.4826 * off.median().item(), 2.0)).double()  # 1.4826 median: a standard deviation
-        basis = terms[:, : (now + 1) * (now + 2) // 2]
-        kept = basis * used[:, None]
-        weights = torch.linalg.solve(basis.T @ kept + 1e-6 * torch.eye(basis.shape[1]), kept.T @ small)
-        paper = basis @ weights
-        if ((small - paper).abs() * used).max() < 0.01:  # grey levels: nothing is left for more bends, as in a drawing
-            break
-    surface = torch.zeros(degree + 1, degree + 1, dtype=torch.float64)
-    for (a, b), weight in zip(order, weights, strict=False):
-        surface[a, b] = weight
-    return (powers(grey.shape[0]) @ surface @ powers(grey.shape[1]).T).float()
-
-
-def prepare_drawing(image: torch.Tensor, ink: str, size: int) -> torch.Tensor:
-    """A photographed or drawn character [C, H, W] in 0..255 as the training images look: [1, size, size].
-
-    Grey, as a share of what the paper would be there; bright strokes on dark paper (`ink` says how it is now: dark,
-    bright, or auto, which takes what most of the picture is for paper); contrast stretched; cut out around the ink,
-    with a margin.
-    """
-    grey = image.float().mean(dim=0)
-    paper = paper_of(grey)
-    level = (grey - paper) / paper.clamp(min=8)  # light changes paper and ink in proportion
-    if ink == "auto":
-        noise = 3 * 1.4826 * level.abs().median()
-        darker, brighter = ((sign * level - noise).clamp(min=0).sum() for sign in (-1, 1))
-        ink = "dark" if darker > brighter else "bright"
-    level = (-level if ink == "dark" else level).clamp(min=0)
-    level = level / level.max().clamp(min=1 / 255)
-    ys, xs = (level > 0.4).nonzero(as_tuple=True)
-    if len(ys) == 0:
-        return torch.zeros(1, size, size)
-    top, bottom, left, right = int(ys.min()), int(ys.max()) + 1, int(xs.min()), int(xs.max()) + 1
-    side = int(1.35 * max(bottom - top, right - left)) + 2
-    canvas = torch.zeros(side, side)
-    y, x = (side - (bottom - top)) // 2, (side - (right - left)) // 2
-    canvas[y : y + bottom - top, x : x + right - left] = level[top:bottom, left:right]
-    small = F.interpolate(canvas[None, None], size=(size, size), mode="bilinear", antialias=True)[0]
-    return (small / small.max()).clamp(0, 1)  # thin strokes lose contrast when they shrink
 
 
 def prepare_as_trained(image: np.ndarray, channels: int, inverted: bool, size: int) -> torch.Tensor:
@@ -441,29 +389,6 @@ def prediction_figure(classes: Classes, query: torch.Tensor, rows: list[dict], f
     return figure
 
 
-def comparer(network: Network, ink: str):
-    """What page.py asks: a drawing compared with one example of each class, uint8 pictures [C, H, W] all of them."""
-    prepare = preparer(network, ink)
-
-    def compare_pictures(examples: list[np.ndarray], query: np.ndarray) -> dict:
-        images = torch.stack([prepare(image) for image in examples])
-        classes = Classes(["?"] * len(images), images, torch.arange(len(images)))
-        drawing = prepare(query)[None]
-        centres, features, distances = compare(network, classes, drawing)
-        strange = strangeness(distances, torch.ones(len(images)))
-        points = torch.cat([centres, features])  # [N + 1, D], the query last
-        centred = points - points.mean(dim=0)
-        plane = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T  # its two principal components
-        return {
-            "probabilities": (-distances[0]).softmax(dim=-1).tolist(),
-            "unknown": network.threshold is not None and bool(strange > network.threshold),
-            "plane": plane.tolist(),
-            "seen": torch.cat([classes.images, drawing])[:, 0].numpy(),
-        }
-
-    return compare_pictures
-
-
 # ------------------------------------------------------------------------------------ the script
 
 
@@ -479,15 +404,22 @@ def parse_args(argv=None):
     add("--save_classes", metavar="FILE", help="keep the classes of DIR/support in this file (.npz)")
     add("--classes", metavar="FILE", help="take the classes from a file of --save_classes instead of DIR/support")
     add("--out", metavar="DIR", help="folder of predictions.csv and .png (default: RUN_DIR, or runs/predict)")
-    add("--page", action="store_true", help="serve a page to draw on at 127.0.0.1 (needs requirements-page.txt)")
-    add("--port", type=experiment.whole(0, 65535), default=7860, help="of the page; 0: any free one")
+    add("--page", action="store_true", help="open a page to draw on in the browser")
+    page = "write that page, with the network in it, to this file"
+    add("--export_page", metavar="FILE", type=experiment.new_file, help=page)
+    onnx = "write embedding and comparison for other programs to this file (needs requirements-onnx.txt)"
+    add("--export_onnx", metavar="FILE", type=experiment.new_file, help=onnx)
     add("--device", choices=experiment.DEVICES, default="auto", help="auto: cuda if there is one")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the convolutions")
     args = parser.parse_args(argv)
-    if bool(args.directory) == args.page:
-        raise UserError("predict.py takes DIR, the folder of your pictures, or --page (see python predict.py --help)")
-    if args.page and (args.classes or args.save_classes or args.out or args.unknown):
-        raise UserError("--page takes its classes from the drawings; drop --classes, --save_classes, --out, --unknown")
+    exports = {"--page": args.page, "--export_page": args.export_page, "--export_onnx": args.export_onnx}
+    given = [flag for flag, value in {"DIR": args.directory, **exports}.items() if value]
+    if len(given) != 1:
+        choice = "DIR, the folder of your pictures, --page, --export_page FILE or --export_onnx FILE"
+        raise UserError(f"predict.py takes one of {choice}; got {' and '.join(given) or 'none'}")
+    of_dir = ("classes", "save_classes", "out", "unknown")
+    if given != ["DIR"] and (surplus := [f"--{flag}" for flag in of_dir if getattr(args, flag)]):
+        raise UserError(f"{given[0]} takes no {' and no '.join(surplus)}; drop it")
     if args.classes and args.save_classes:
         raise UserError("--save_classes keeps DIR/support, but --classes takes a file in its place; drop one of them")
     args.out = args.out or args.checkpoint or str(Path("runs") / "predict")
@@ -503,14 +435,22 @@ def main(argv=None) -> list[dict]:
             "read; drop the flag"
         )
     if args.unknown and network.threshold is None:
-        raise UserError(
-            f"--unknown: {args.checkpoint} has no threshold; set it by python -m bench ship {args.checkpoint}"
-        )
-    if args.page:
-        if network.flags["dataset"] == "folder":
-            raise UserError(f"--page is for networks of characters; {args.checkpoint} was trained on other pictures")
-        return page.serve(comparer(network, args.ink), args.port) or []
-    return predict(args, network)
+        remedy = f"set it by python -m bench ship {args.checkpoint}"
+        raise UserError(f"--unknown: {args.checkpoint} has no threshold; {remedy}")
+    if args.export_onnx:
+        export.onnx(network.encoder, network.channels, network.flags["image_size"], args.export_onnx)
+        print(f"written: {args.export_onnx}")
+    elif args.page or args.export_page:
+        own = Path(args.checkpoint) if args.checkpoint else SHIPPED.parent
+        path = args.export_page or own / "page.html"
+        if args.export_page or args.checkpoint:  # the page of the network that ships is there
+            export.write_page(network, path)
+            print(f"written: {path}")
+        if args.page and not webbrowser.open(path.resolve().as_uri()):
+            print(f"no browser was found; open {path.resolve()} yourself", file=sys.stderr)
+    else:
+        return predict(args, network)
+    return []
 
 
 if __name__ == "__main__":

@@ -37,9 +37,12 @@ def drawings(out: Path) -> str:
 
 
 def page(out: Path) -> str:
-    """How long an answer of the page takes, from page.json."""
+    """What the browser's tests of the page have found, from page.json."""
     found = read_if(out / "page.json")
-    keys = ("classes", "answers", "median_ms", "cpu_ms")
-    rows = [[*(f"{found[key]:g}" for key in keys), processor(found) + ", busy" * found["busy"]]] if found else []
-    titles = "classes | answers | median ms of an answer | of them computing | on"
-    return table(titles, rows, [f"`{found.get('command')}`"])
+    if not found:
+        return table("", [], [])
+    tasks = f"{found['known']} of {found['tasks']}"
+    row = [f"{found['bytes']:,}", f"{found['drawings_right']} of {found['drawings']}", f"{found['right']} of {tasks}",
+           f"{found['median_ms']:g}", f"{found['most_ms']:g}", f"{found['browser']}, {processor(found)}"]  # fmt: skip
+    titles = "bytes | drawings right | right of known queries of all tasks | median ms of an answer | most | on"
+    return table(titles, [row], [f"`{found['command']}`"])

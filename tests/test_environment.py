@@ -1,4 +1,4 @@
-"""Faults of places and ways to run: names, repositories, locks, other people's folders, proxies, signals, consoles.
+"""Faults of places and ways to run: names, repositories, locks, other people's folders, signals, consoles.
 
 Counted with test_field.py in results/field.json: each test is named kind[case].
 """
@@ -31,7 +31,6 @@ from PIL import Image
 from test_field import TEN, draw, refused
 
 import hw1
-import page
 import predict
 
 TINY = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--hidden_dim", "8", "--meta_batch_size", "4"]
@@ -359,28 +358,6 @@ def test_closed_data_leave_the_glyphs(shared, capsys):
     with another_user():
         assert load_dataset("auto").name == "glyphs"
     assert "./data cannot be read" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------- the page and proxies
-
-
-@pytest.mark.parametrize("name", ["HTTP_PROXY", "https_proxy", "ALL_PROXY"])
-def test_the_page_asks_no_proxy(name, tmp_path, monkeypatch):
-    """A stand-in for Gradio that says, as its own client would, whether it would ask a proxy."""
-    code = "import urllib.request\nraise ImportError('proxies: %s' % {**urllib.request.getproxies(), 'no': ''})\n"
-    (tmp_path / "gradio.py").write_text(code)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "gradio", raising=False)
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    for key in ("GRADIO_ANALYTICS_ENABLED", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(key, "")  # put back afterwards
-    monkeypatch.setenv(name, "socks5://127.0.0.1:9")
-    refused(lambda: page.start(None, 0), "does not start here", "proxies: {'no': ''}")
-
-
-def test_a_missing_gradio_is_said(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    refused(lambda: page.start(None, 0), "not installed")
 
 
 # ------------------------------------------------------------------------------------- strange names

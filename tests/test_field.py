@@ -7,6 +7,7 @@ table of docs/reliability.md: kind, cases tried, cases right.
 from fewshot import experiment
 from fewshot.experiment import UserError
 from fewshot.images import glyphs, omniglot
+from fewshot.images.drawings import prepare_drawing
 from fewshot.images.pictures import read_image
 from fewshot.tasks.episodes import EpisodeSampler
 from fewshot.tasks.splits import load_dataset
@@ -1005,7 +1006,7 @@ def test_paper_under_uneven_light(ink, paper, kind):
     for drawing in glyphs.draw_glyphs(4, image_size=96)[::20, 0] / 255:
         canvas = np.pad(drawing, 20)
         clean = canvas * ink + (1 - canvas) * paper
-        prepare = lambda p: predict.prepare_drawing(torch.from_numpy(p.round().astype(np.uint8))[None], "auto", 28)
+        prepare = lambda p: prepare_drawing(torch.from_numpy(p.round().astype(np.uint8))[None], "auto", 28)
         even = prepare(clean)
         assert 0.03 < even.mean() < 0.4
         for darker in (0.05, 0.1, 0.2, 0.3):

@@ -2,6 +2,7 @@
 ships, classes kept in a file, and "none of these"."""
 
 from fewshot import experiment
+from fewshot.images.drawings import paper_of, prepare_drawing
 from fewshot.images.pictures import read_image, resize
 from fewshot.tasks.splits import load_dataset
 
@@ -104,10 +105,10 @@ def test_predict_labels_pictures_of_any_look(trained_protonet, pictures, capsys)
 def test_ink_flag(trained_protonet, pictures):
     inverted = [255 - read_image(p, "")[0] for p in sorted((pictures / "query").glob("*style 0.png"))]
     for image in inverted:
-        dark = predict.prepare_drawing(torch.from_numpy(255 - image[None]), "dark", 28)
-        assert torch.allclose(predict.prepare_drawing(torch.from_numpy(image[None]), "bright", 28), dark, atol=0.02)
-        assert torch.allclose(predict.prepare_drawing(torch.from_numpy(image[None]), "auto", 28), dark, atol=0.02)
-    blank = predict.prepare_drawing(torch.full((3, 40, 40), 200, dtype=torch.uint8), "auto", 28)
+        dark = prepare_drawing(torch.from_numpy(255 - image[None]), "dark", 28)
+        assert torch.allclose(prepare_drawing(torch.from_numpy(image[None]), "bright", 28), dark, atol=0.02)
+        assert torch.allclose(prepare_drawing(torch.from_numpy(image[None]), "auto", 28), dark, atol=0.02)
+    blank = prepare_drawing(torch.full((3, 40, 40), 200, dtype=torch.uint8), "auto", 28)
     assert blank.shape == (1, 28, 28) and not blank.any()
 
 
@@ -431,9 +432,9 @@ def test_even_paper_is_recognised_at_once():
     """Stopping early changes nothing: the paper of a drawing is its brightness everywhere."""
     image = torch.full((105, 105), 240.0)
     image[20:80, 50:54] = 10
-    assert (predict.paper_of(image) - 240).abs().max() < 0.05
+    assert (paper_of(image) - 240).abs().max() < 0.05
     shaded = image * torch.linspace(1, 0.7, 105)
-    assert (predict.paper_of(shaded) - 240 * torch.linspace(1, 0.7, 105)).abs().max() < 3
+    assert (paper_of(shaded) - 240 * torch.linspace(1, 0.7, 105)).abs().max() < 3
 
 
 WHAT = (
@@ -481,9 +482,7 @@ def test_uneven_light_on_real_characters(ink, kind, trained_on_omniglot):
             classes = rng.choice(data.splits["test"], 5, replace=False)
             drawings = [data.images[data.starts[c] + rng.choice(20, 5, replace=False), 0] / 255 for c in classes]
             photographs = [[shaded_photograph(d, rng, ink, darker / 100, kind) for d in five] for five in drawings]
-            images = torch.stack(
-                [torch.stack([predict.prepare_drawing(p, "auto", 28) for p in f]) for f in photographs]
-            )
+            images = torch.stack([torch.stack([prepare_drawing(p, "auto", 28) for p in f]) for f in photographs])
             with torch.no_grad():
                 features = protonet.embed(encoder, images.flatten(0, 1)[None], torch.float32)[0].view(5, 5, -1)
             logits = protonet.proto_logits(features[None, :, 0], features[None, :, 1:].flatten(1, 2), 5)
