@@ -4,7 +4,8 @@ Counted with test_field.py in results/field.json: each test is named kind[case].
 """
 
 from fewshot import experiment
-from fewshot.experiment import UserError
+from fewshot.experiment import UserError, files
+from fewshot.experiment import run as run_folder
 from fewshot.images import mnist, omniglot
 from fewshot.tasks.splits import load_dataset
 
@@ -182,7 +183,7 @@ def repository(folder: Path, *files: str) -> str:
     folder.mkdir(parents=True)
     git(folder, "init", "-q")
     for file in files:
-        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text("x = 1\n")
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "first", "--allow-empty")
@@ -203,18 +204,21 @@ COMMITS = {  # folder of the package, what is done there, modules that are impor
 }
 
 
+FILES = "fewshot/experiment/files.py"  # asks git for the commit
+
+
 @pytest.mark.parametrize("named", [False, True], ids=["", "GIT_DIR"])
 @pytest.mark.parametrize("case", COMMITS)
 def test_the_commit_is_that_of_the_code(case, named, tmp_path, monkeypatch):
     where, what, modules, ending = COMMITS[case]
     for name in [name for name in os.environ if name.startswith("GIT_")]:
         monkeypatch.delenv(name)
-    own = repository(tmp_path / "own", "experiment.py", "hw1.py")
-    course = repository(tmp_path / "course", "homework.txt", "kept/experiment.py")
+    own = repository(tmp_path / "own", FILES, "hw1.py")
+    course = repository(tmp_path / "course", "homework.txt", f"kept/{FILES}")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     folder = tmp_path / where
-    folder.mkdir(exist_ok=True)
-    (folder / "experiment.py").write_text("x = 1\n")
+    (folder / FILES).parent.mkdir(parents=True, exist_ok=True)
+    (folder / FILES).write_text("x = 1\n")
     if what == "change":
         (folder / "hw1.py").write_text("x = 2\n")
     if what == "add":
@@ -230,7 +234,7 @@ def test_the_commit_is_that_of_the_code(case, named, tmp_path, monkeypatch):
     if named:
         monkeypatch.setenv("GIT_DIR", str(tmp_path / "course" / ".git"))
         monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path / "course"))
-    monkeypatch.setattr(experiment, "__file__", str(folder / "experiment.py"))
+    monkeypatch.setattr(files, "__file__", str(folder / FILES))
     commit = own if where == "own" else course
     assert experiment.git_commit() == (None if ending is None else commit + ending)
 
@@ -245,10 +249,10 @@ def test_a_file_system_without_locks(number, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     for _ in range(2):
-        experiment.hold(tmp_path)
+        files.hold(tmp_path)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and os.strerror(number) in err and str(tmp_path) in err
-    experiment.release(tmp_path)
+    files.release(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -258,7 +262,7 @@ def test_a_run_that_another_process_trains(number, tmp_path, monkeypatch):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    refused(lambda: experiment.hold(tmp_path), "--resume", "another process")
+    refused(lambda: files.hold(tmp_path), "--resume", "another process")
 
 
 # ----------------------------------------------------------------------------- folders of other users
@@ -425,7 +429,7 @@ def test_a_signal_saves(name, times, tmp_path, capsys):
     assert end.value.code == 128 + number and signal.getsignal(number) == before
     assert experiment.load_checkpoint(tmp_path / "a" / "checkpoint.pt", ("objects", "rng"))["step"] == 3
     assert "interrupted at step 3; continue with: python " in capsys.readouterr().err
-    experiment.release(run.folder)
+    files.release(run.folder)
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
@@ -439,7 +443,7 @@ def test_what_nohup_ignores_stays_ignored(name, tmp_path):
     finally:
         assert signal.signal(number, before) == signal.SIG_IGN
     assert run.step == 6
-    experiment.release(run.folder)
+    files.release(run.folder)
 
 
 # ------------------------------------------------------------------------------------------ consoles
@@ -456,7 +460,7 @@ CONSOLES = {
 MUCH = """
 import sys
 sys.path.insert(0, {repo!r})
-import experiment
+from fewshot import experiment
 from tqdm import tqdm
 def main():
     bar = tqdm(range(3), disable=False)
@@ -493,7 +497,10 @@ STREAMS = {"as ever": "", "stdout closed": " >&-", "a pipe that closes early": "
 @pytest.mark.parametrize("case", STREAMS)
 def test_a_training_needs_no_console(case, work, tmp_path):
     """The whole run, with its locale, and warnings of our own modules as errors; the same figures each time."""
-    ours = ",".join(f"error:::{path.stem}" for path in REPO.glob("*.py")) + ",error:::__main__"
+    names = [
+        ".".join(p.relative_to(REPO).with_suffix("").parts) for p in [*REPO.glob("*.py"), *REPO.glob("fewshot/**/*.py")]
+    ]
+    ours = ",".join(f"error:::{name}" for name in [*names, "__main__"])
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONWARNINGS": ours}
     line = f"{sys.executable} {REPO / 'hw1.py'} {' '.join(TINY)} --log_dir {tmp_path}" + STREAMS[case]
     done = subprocess.run(["bash", "-c", line], cwd=work, env=env, capture_output=True, text=True)
@@ -530,9 +537,9 @@ def test_a_tilde_in_a_variable(variable, tmp_path, monkeypatch):
 def test_the_resume_line_is_of_the_script_that_runs(name, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(tmp_path / name), "--smoke"])
     hw1.parse_args()
-    assert str(tmp_path / name) in experiment.resume_command("hw1", Path("runs/a"))
+    assert str(tmp_path / name) in run_folder.resume_command("hw1", Path("runs/a"))
     hw1.parse_args(["--smoke"])  # called by another program
-    assert str(REPO / "hw1.py") in experiment.resume_command("hw1", Path("runs/a"))
+    assert str(REPO / "hw1.py") in run_folder.resume_command("hw1", Path("runs/a"))
 
 
 RANKS = {  # the environment -> whether torchrun has started this process, or words of the error

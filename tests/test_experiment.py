@@ -1,7 +1,7 @@
 """The run folder: atomic writes, hostile and foreign checkpoints, intervals, the common flags."""
 
 from fewshot import experiment
-from fewshot.experiment import UserError, load_checkpoint, mean_and_ci95, write_atomically
+from fewshot.experiment import UserError, device, load_checkpoint, mean_and_ci95, write_atomically
 
 import json
 import math
@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from argparse import Namespace
 
 import pytest
@@ -81,7 +82,7 @@ def test_smoke_changes_defaults_but_not_what_was_typed():
 
 
 def test_two_runs_in_the_same_second_get_two_folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment.time, "strftime", lambda _: "now")
+    monkeypatch.setattr(time, "strftime", lambda _: "now")
     args = hw1.parse_args(["--smoke", "--log_dir", str(tmp_path)])
     folders = {experiment.Run(args, "hw1", "glyphs").folder.name for _ in range(3)}
     assert folders == {f"hw1_glyphs_5way_1shot_seed1_now{end}" for end in ("", "_2", "_3")}
@@ -135,7 +136,7 @@ def test_a_bug_in_what_is_written_leaves_nothing_behind(tmp_path):
     ],
 )
 def test_precision_is_what_the_processor_and_the_kernels_can(dtype, fast, works, expected, note, monkeypatch, capsys):
-    monkeypatch.setattr(experiment, "fast_in_bfloat16", lambda device: fast)
+    monkeypatch.setattr(device, "fast_in_bfloat16", lambda device: fast)
 
     def probe():
         assert torch.is_autocast_enabled("cpu")
@@ -228,7 +229,8 @@ def test_the_command_is_a_newcomers_one():
 def test_denormal_numbers_count_as_zero_in_every_thread():
     """Gradients of saturated gates are full of them, and arithmetic with them is up to a hundred times slower."""
     code = """
-import experiment, argparse, threading, torch
+from fewshot import experiment
+import argparse, threading, torch
 experiment.setup(argparse.Namespace(random_seed=1, device="cpu"))
 torch.set_num_threads(2)
 tiny, left = torch.full((1_000_000,), 1e-30), []
@@ -249,7 +251,8 @@ print(left + [int(x.grad.count_nonzero())] if torch.set_flush_denormal(True) els
 @pytest.mark.parametrize("given", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "PASSIVE"}], ids=str)
 def test_how_threads_wait_is_the_users_choice_where_there_is_one(given):
     code = """
-import os, threading, argparse, experiment, torch
+from fewshot import experiment
+import os, threading, argparse, torch
 torch.set_num_threads(2)
 for _ in range(2):
     experiment.setup(argparse.Namespace(random_seed=1, device="cpu"))
@@ -268,7 +271,8 @@ print([os.environ.get(name) for name in experiment.SPIN], watching)
 def test_threads_doze_while_other_processes_need_the_cores():
     """Told that others fill the computer, a thread opens a team of its own; told that none does, it goes."""
     code = """
-import os, threading, time, experiment, torch
+from fewshot import experiment
+import os, threading, time, torch
 torch.set_num_threads(2)
 others, clock = 0.0, [time.monotonic(), 0.0]
 

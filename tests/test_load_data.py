@@ -1,7 +1,7 @@
 """Data: every accepted form, the cache, the splits, and samplers tested like dice."""
 
 from fewshot.experiment import UserError
-from fewshot.images import glyphs, omniglot, pictures
+from fewshot.images import cache, glyphs, omniglot, pictures
 from fewshot.tasks import episodes, splits
 from fewshot.tasks.episodes import EpisodeSampler, draw_distinct
 from fewshot.tasks.splits import load_dataset
@@ -325,7 +325,8 @@ def small_omniglot(tmp_path, monkeypatch):
                     sha.update(np.packbits(paper).tobytes())
         archives[part] = (len(characters), sha.hexdigest())
     monkeypatch.setattr(omniglot, "ARCHIVES", archives)
-    monkeypatch.setattr(omniglot, "CACHE_FOLDER", tmp_path / "cache")
+    for room in (omniglot, cache):
+        monkeypatch.setattr(room, "CACHE_FOLDER", tmp_path / "cache")
     monkeypatch.delenv("OMNIGLOT_DIR", raising=False)
     return tmp_path
 
@@ -360,22 +361,23 @@ def test_every_form_gives_the_same_array(small_omniglot, tmp_path):
 
 def test_cache_is_used_checked_and_rebuilt(small_omniglot, monkeypatch, capsys):
     images, _ = packed(small_omniglot)
-    cache = next((small_omniglot / "cache").iterdir())
-    whole = cache.read_bytes()
+    packed_file = next((small_omniglot / "cache").iterdir())
+    whole = packed_file.read_bytes()
     monkeypatch.setattr(omniglot, "read_image", lambda *_: pytest.fail("an image was opened"))
     assert np.array_equal(packed(small_omniglot)[0], images)
     monkeypatch.undo()  # also undoes small_omniglot: set it again
     archives = {"images_background": (4, None), "images_evaluation": (3, None)}
     monkeypatch.setattr(omniglot, "ARCHIVES", archives)
-    monkeypatch.setattr(omniglot, "CACHE_FOLDER", small_omniglot / "cache")
+    for room in (omniglot, cache):
+        monkeypatch.setattr(room, "CACHE_FOLDER", small_omniglot / "cache")
     monkeypatch.setattr(omniglot, "check_pixels", lambda *_: None)
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     for damaged in (whole[: len(whole) // 2], b"", bytes(flipped), b"not a zip" * 100):
-        cache.write_bytes(damaged)
+        packed_file.write_bytes(damaged)
         assert np.array_equal(packed(small_omniglot)[0], images)
         assert "is damaged" in capsys.readouterr().err
-        assert cache.read_bytes() == whole
+        assert packed_file.read_bytes() == whole
 
 
 def test_failed_cache_write_does_not_stop_the_run(small_omniglot, monkeypatch, capsys):

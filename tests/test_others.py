@@ -25,7 +25,7 @@ import maml
 import protonet
 import transfer
 
-RUNS = list(csv.DictReader(open(REPO / "lake_runs.csv")))
+RUNS = list(csv.DictReader(open(REPO / "fewshot" / "tasks" / "lake_runs.csv")))
 
 
 def evaluation_set():

@@ -386,7 +386,7 @@ def test_the_threshold_is_of_validation_classes_alone(trained_protonet, few_glyp
     run.mkdir()
     for name in ("flags.json", "best.pt"):
         (run / name).write_bytes((trained_protonet[0] / name).read_bytes())
-    monkeypatch.setattr(ship, "load_dataset", lambda *_: few_glyphs)
+    monkeypatch.setattr(ship, "load_for", lambda _: few_glyphs)
     monkeypatch.setattr(predict, "SHIPPED", tmp_path / "pretrained" / "protonet.pt")
     monkeypatch.setattr(ship, "RESULT", tmp_path / "shipped.json")
     result = ship.main([str(run), "--num_tasks", "40", "--ship"])
@@ -397,7 +397,7 @@ def test_the_threshold_is_of_validation_classes_alone(trained_protonet, few_glyp
     shuffled = few_glyphs.images.copy()
     for c in few_glyphs.splits["test"]:  # other test pictures, the same threshold
         shuffled[few_glyphs.starts[c] : few_glyphs.starts[c] + 20] = few_glyphs.images[:20]
-    monkeypatch.setattr(ship, "load_dataset", lambda *_: few_glyphs._replace(images=shuffled))
+    monkeypatch.setattr(ship, "load_for", lambda _: few_glyphs._replace(images=shuffled))
     other = ship.main([str(run), "--num_tasks", "40"])
     assert other["threshold"] == result["threshold"] and other["test"] != result["test"]
     rows = [predict.load_network(predict.parse_args(["x", *flags])) for flags in ([], ["--checkpoint", str(run)])]
@@ -420,7 +420,7 @@ def test_known_queries_are_of_the_first_classes(few_glyphs):
 
 def test_ship_needs_classes_enough(trained_protonet, few_glyphs, monkeypatch, capsys):
     scarce = few_glyphs._replace(splits=few_glyphs.splits | {"val": few_glyphs.splits["val"][:9]})
-    monkeypatch.setattr(ship, "load_dataset", lambda *_: scarce)
+    monkeypatch.setattr(ship, "load_for", lambda _: scarce)
     with pytest.raises(experiment.UserError, match="10 classes of split 'val'"):
         ship.main([str(trained_protonet[0]), "--num_tasks", "2"])
 

@@ -13,7 +13,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import has_omniglot, known_dataset, one_line_error
+from conftest import REPO, has_omniglot, known_dataset, one_line_error
 
 import hw1
 import load_data
@@ -31,7 +31,7 @@ SHORT = ["--train_steps", "2", "--eval_freq", "2"]
 
 
 def lines() -> list[tuple[str, str, int, int]]:
-    text = (load_data.Path(load_data.__file__).parent / "vinyals_split.csv").read_text()
+    text = (REPO / "fewshot" / "tasks" / "vinyals_split.csv").read_text()
     rows = [line.split(",") for line in text.splitlines()[1:]]
     return [(part, alphabet, int(first), int(last)) for part, alphabet, first, last in rows]
 
