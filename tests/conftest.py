@@ -26,8 +26,9 @@ import omniglot  # noqa: E402
 has_omniglot = pytest.mark.skipif(not os.environ.get("OMNIGLOT_DIR"), reason="needs OMNIGLOT_DIR")
 
 
-# What RECORD=1 writes to results/: of test_field.py and test_environment.py which cases were right, of test_faults.py what its tests counted
-# (record_property("group/name", value)), and of a run of all tests what this Python and torch gave.
+# What RECORD=1 writes to results/: of test_field.py and test_environment.py which cases were right, of test_faults.py
+# what its tests counted (record_property("group/name", value)), and of a run of all tests what this Python and torch
+# gave.
 outcomes: dict[str, str] = {}
 counted: dict[str, dict] = {}
 
