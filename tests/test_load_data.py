@@ -478,7 +478,7 @@ def test_download(small_omniglot, tmp_path, monkeypatch):
 
 
 def make_folder(root, classes, images_each, shape=(40, 30, 3), bright=False):
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(list(root.name.encode()))
     for name in classes:
         (root / name).mkdir(parents=True)
         for i in range(images_each):

@@ -117,8 +117,8 @@ def overlaps(data) -> tuple[list[str], str]:
     if alike:
         names = list(dict.fromkeys(f"{name(owner[a])} ~ {name(owner[b])}" for a, b in alike))
         notes.append(
-            f"{counted(len(alike), 'test picture')} look like copies (re-encoded or resized) of pictures in training "
-            f"or validation: {few(names)}; the figures of such a test are too good"
+            f"{counted(len(alike), 'test picture')} {'looks' if len(alike) == 1 else 'look'} like copies (re-encoded "
+            f"or resized) of pictures in training or validation: {few(names)}; the figures of such a test are too good"
         )
     return notes, error
 
