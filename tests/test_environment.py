@@ -497,9 +497,8 @@ STREAMS = {"as ever": "", "stdout closed": " >&-", "a pipe that closes early": "
 @pytest.mark.parametrize("case", STREAMS)
 def test_a_training_needs_no_console(case, work, tmp_path):
     """The whole run, with its locale, and warnings of our own modules as errors; the same figures each time."""
-    names = [
-        ".".join(p.relative_to(REPO).with_suffix("").parts) for p in [*REPO.glob("*.py"), *REPO.glob("fewshot/**/*.py")]
-    ]
+    files = [*REPO.glob("*.py"), *REPO.glob("fewshot/**/*.py")]
+    names = [".".join(path.relative_to(REPO).with_suffix("").parts) for path in files]
     ours = ",".join(f"error:::{name}" for name in [*names, "__main__"])
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONWARNINGS": ours}
     line = f"{sys.executable} {REPO / 'hw1.py'} {' '.join(TINY)} --log_dir {tmp_path}" + STREAMS[case]

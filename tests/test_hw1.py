@@ -195,7 +195,7 @@ def test_smoke_run_leaves_a_complete_run_folder(tmp_path, monkeypatch, capsys):
     metrics = hw1.main([*SMOKE, "--num_classes", "2", "--log_dir", str(tmp_path), "--run_name", "a"])
     folder = tmp_path / "a"
     names = {p.name for p in folder.iterdir() if not p.name.startswith("events")}
-    assert names == {"flags.json", "checkpoint.pt", "best.pt", "metrics.json"}
+    assert names == {"flags.json", "data.json", "checkpoint.pt", "best.pt", "metrics.json"}
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     only_in_file = {"accuracies", "curves", "flags", "versions"}

@@ -289,8 +289,15 @@ def copies(work, tmp_path_factory):
 
     def take(edit, scripts=tuple(TINY)):
         code = tmp_path_factory.mktemp("code")
-        files = {file.name: file.read_text() for file in REPO.glob("*.py")}
+        places = [
+            *REPO.glob("*.py"),
+            *(file for folder in ("fewshot", "bench") for file in REPO.glob(f"{folder}/**/*")),
+        ]
+        files = {
+            file.relative_to(REPO).as_posix(): file.read_text() for file in places if file.suffix in (".py", ".csv")
+        }
         for name, text in edit(files).items():
+            (code / name).parent.mkdir(parents=True, exist_ok=True)
             (code / name).write_text(text)
         flags = "--dataset glyphs --dtype float32 --device cpu --log_dir"
         return {s: warm_pulse(code, s, [*f"{TINY[s]} {flags}".split(), str(code / "runs")], work) for s in scripts}
@@ -313,17 +320,14 @@ def test_a_refactoring_leaves_every_pulse_alone(copies, before):
 
     def refactor(files):
         files = {name: text.replace("draw_distinct", "draw_without_repeats") for name, text in files.items()}
-        text = files["load_data.py"]
+        episodes = "fewshot/tasks/episodes.py"
+        text = files[episodes]
         begin = text.index("def distort(")
         end = text.index("\nclass EpisodeSampler", begin)
         moved = "import torch\nimport torch.nn.functional as F\n\n\n" + text[begin:end]
-        text = text[:begin] + text[end:]
-        return files | {
-            "distortion.py": moved,
-            "load_data.py": text.replace(
-                "from experiment import", "from distortion import distort\nfrom experiment import", 1
-            ),
-        }
+        first = "from fewshot.experiment import"
+        text = (text[:begin] + text[end:]).replace(first, f"from distortion import distort\n{first}", 1)
+        return files | {"distortion.py": moved, episodes: text}
 
     after = copies(refactor)
     assert all("error" not in taken for taken in after.values()), after
@@ -333,7 +337,7 @@ def test_a_refactoring_leaves_every_pulse_alone(copies, before):
 
 def test_an_initialisation_changed_by_a_hundredth_shows_in_the_first_step_of_what_it_touches(copies, before):
     weight = 'nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")'
-    after = copies(lambda files: changed(files, "backbone.py", weight, f"{weight}.mul_(1.01)"))
+    after = copies(lambda files: changed(files, "fewshot/learners/conv4.py", weight, f"{weight}.mul_(1.01)"))
     assert pulse.difference(before["hw1.py"], after["hw1.py"]) is None
     assert pulse.difference(before["protonet.py"], after["protonet.py"]).startswith("loss of step 1: ")
 
@@ -346,7 +350,9 @@ def test_a_default_changed_by_a_hundredth_shows_in_the_second_step(copies, befor
 
 def test_another_order_of_the_queries_shows_in_the_first_step(copies, before):
     order = "generator=g, device=device).argsort(dim=1)"
-    after = copies(lambda files: changed(files, "load_data.py", order, order[:-1] + ", descending=True)"), ["hw1.py"])
+    after = copies(
+        lambda files: changed(files, "fewshot/tasks/episodes.py", order, order[:-1] + ", descending=True)"), ["hw1.py"]
+    )
     assert pulse.difference(before["hw1.py"], after["hw1.py"]).startswith("loss of step 1: ")
 
 
