@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 import predict
+from bench import export
 from predict import Network, strangeness
 from protonet import embed_split, squared_distances
 
@@ -163,8 +164,10 @@ def main(argv=None) -> dict:
         predict.SHIPPED.parent.mkdir(exist_ok=True)
         experiment.write_atomically(predict.SHIPPED, lambda out: torch.save(content, out))
         result |= {"bytes": predict.SHIPPED.stat().st_size}
+        page = predict.SHIPPED.with_name("page.html")
+        export.write_page(predict.load_network(Namespace(checkpoint=None, device="cpu", dtype="float32")), page)
         experiment.write_json(RESULT, result)
-        written += [predict.SHIPPED, RESULT]
+        written += [predict.SHIPPED, page, RESULT]
     print(f"written: {', '.join(map(str, written))}")
     return result
 

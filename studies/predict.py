@@ -43,6 +43,6 @@ def page(out: Path) -> str:
         return table("", [], [])
     tasks = f"{found['known']} of {found['tasks']}"
     row = [f"{found['bytes']:,}", f"{found['drawings_right']} of {found['drawings']}", f"{found['right']} of {tasks}",
-           f"{found['median_ms']:g}", f"{found['most_ms']:g}", f"{found['browser']}, {processor(found)}"]  # fmt: skip
-    titles = "bytes | drawings right | right of known queries of all tasks | median ms of an answer | most | on"
+           f"{found['median_ms']:g}", f"{found['most_ms']:g}", f"{found['browser']}, {found['processor']}"]  # fmt: skip
+    titles = "bytes | drawings right | known queries right, of so many tasks | median ms of an answer | most | on"
     return table(titles, [row], [f"`{found['command']}`"])

@@ -397,4 +397,4 @@ def test_a_diverged_run_says_so(tmp_path):
 
 def test_committed_figures_are_there_and_light():
     for part in fw.PARTS:
-        assert 10_000 < (REPO / "results" / f"features_{part}.png").stat().st_size < 150_000
+        assert 10_000 < (REPO / "results" / "feature_weights" / f"{part}.png").stat().st_size < 150_000
