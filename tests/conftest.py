@@ -73,69 +73,11 @@ def pytest_terminal_summary(terminalreporter, config):
 LONG = ["faults", "readme", "homework", "mae", "field", "hw1", "predict", "meta_lstm", "maml", "reproduce", "protonet"]
 
 
-# Parts of the names of tests that together take nearly as long as all others: rare accidents, whole trainings, races.
-# `pytest` leaves them out, .ci/run has them.
-THOROUGH = (
-    "benchmark",
-    "test_two_processes_have_the_meta_gradient_of_one",
-    "test_two_processes_train_the_network_of_one",
-    "test_a_killed_worker_ends_the_whole_run",
-    "test_images_of_one_and_of_25_million_pixels_are_read[5000]",
-    "test_batch_norm_over_two_processes",
-    "test_the_autograder_as_gradescope_runs_it",
-    "test_the_notebook_runs_as_a_script",
-    "test_the_threshold_is_of_validation_classes_alone",
-    "test_interrupted_and_started_again_nothing_is_lost_or_twice",
-    "test_float32_and_bfloat16_agree",
-    "test_the_courses_own_loop_learns",
-    "test_it_learns_and_metadata_helps",
-    "test_workers_of_every_kind[spawn",
-    "test_protonet_starts_from_the_encoder",
-    "test_cosine_grows_as_the_formula_says",
-    "test_meta_lstm.py::test_every_flag_in_a_smoke_run[flags2]",
-    "test_mae.py::test_every_flag_in_a_smoke_run[flags0]",
-    "test_what_needs_the_support_set_fails_without_it",
-    "test_lakes_trials_in_the_report_of_other_methods[attention",
-    "test_a_test_trains_what_it_tests_where_that_is_not_there",
-    "test_a_drifted_run_is_trained_anew_and_not_collected_again",
-    "test_fifty_real_drawings_of_a_fresh_folder",
-    "test_every_table_comes_back_bit_for_bit",
-    "test_every_picture_comes_back",
-    "test_smoke_runs_leave_their_figures",
-    "test_attention_on_mnist",
-    "test_a_failure_is_named_and_the_others_run",
-    "test_a_pulse_is_the_same_twice_and_a_failure_is_named",
-    "test_a_saved_run_tests_the_same_and_at_other_n",
-    "test_the_resume_line_can_be_typed",
-    "test_every_script_says_on_which_split_it_was[mae]",
-    "test_every_preset_in_smoke_form[10way20shot]",
-    "test_memory_grows_with_inner_steps_for_maml_and_not_for_es[loop]",
-    "test_ridge_head_on_several_threads",
-    "test_the_time_of_an_answer",
-    "test_killed_sweep_resumes_and_a_complete_one_measures_anew",
-    "test_concurrent_first_runs_share_one_cache",
-    "test_how_threads_wait_is_the_users_choice",
-    "test_a_hostile_function_costs_its_question_alone[endless loop]",
-    "test_nothing_outside_the_folder_is_read_or_changed",
-    "test_patching_what_compares_helps_nobody",
-    "test_the_whole_proof",
-    "test_a_failed_start_is_named_once",
-    "test_threads_doze_while_other_processes_need_the_cores",
-    "test_denormal_numbers_count_as_zero_in_every_thread",
-    "test_a_training_needs_no_console",
-    "test_no_print_ends_a_program",
-    "test_without_docstrings",
-)
-
-
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The long files first, so that both test processes end at about the same time; the thorough tests marked."""
+    """The long files first, so that both test processes end at about the same time."""
     place = {f"test_{name}.py": i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
-    for item in items:
-        if any(part in item.nodeid for part in THOROUGH):
-            item.add_marker("thorough")
 
 
 @pytest.fixture(scope="session")

@@ -256,6 +256,7 @@ def test_every_flag_in_a_smoke_run(flags, tmp_path):
     assert events.Tags()["images"] == ([] if "omniglot" in flags else ["posterior"])
 
 
+@pytest.mark.thorough
 def test_it_learns_and_metadata_helps():
     """A short training: with ten points better than without any; the quarter of the phase helps before the first."""
     metrics = bayes.main(

@@ -14,6 +14,8 @@ from bench import peers, races
 from bench.races import ListSampler, keep, seconds_to_accuracy
 from studies import speed
 
+pytestmark = pytest.mark.thorough  # races take seconds each
+
 
 @pytest.mark.parametrize(("target", "reached"), [(0.25, True), (1.0, False)])
 def test_seconds_to_an_accuracy(target, reached, work, monkeypatch):

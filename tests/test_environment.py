@@ -476,6 +476,7 @@ experiment.run_script(main)
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", CONSOLES)
 def test_no_print_ends_a_program(case, tmp_path):
     (tmp_path / "much.py").write_text(MUCH.format(repo=str(REPO)))
@@ -494,6 +495,7 @@ def test_what_can_be_printed_is_printed(tmp_path):
 STREAMS = {"as ever": "", "stdout closed": " >&-", "a pipe that closes early": " | head -1"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", STREAMS)
 def test_a_training_needs_no_console(case, work, tmp_path):
     """The whole run, with its locale, and warnings of our own modules as errors; the same figures each time."""
@@ -619,6 +621,7 @@ def test_class_names_that_matplotlib_lacks(names, tmp_path, capsys):
         assert [line.split(",")[0] for line in lines] == ["1", "2"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("command", ["load_data.py --dataset glyphs", "hw1.py --help", "predict.py --help"])
 def test_without_docstrings(command, tmp_path):
     done = subprocess.run([sys.executable, "-OO", REPO / command.split()[0], *command.split()[1:]], cwd=tmp_path,

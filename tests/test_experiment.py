@@ -226,6 +226,7 @@ def test_the_command_is_a_newcomers_one():
     assert experiment.newcomers_command("hw1.py", words) == "python hw1.py --num_shot 1 --dataset glyphs"
 
 
+@pytest.mark.thorough
 def test_denormal_numbers_count_as_zero_in_every_thread():
     """Gradients of saturated gates are full of them, and arithmetic with them is up to a hundred times slower."""
     code = """
@@ -248,6 +249,7 @@ print(left + [int(x.grad.count_nonzero())] if torch.set_flush_denormal(True) els
     assert found.stdout.strip() == "[0, 0, 0]", found.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("given", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "PASSIVE"}], ids=str)
 def test_how_threads_wait_is_the_users_choice_where_there_is_one(given):
     code = """
@@ -268,6 +270,7 @@ print([os.environ.get(name) for name in experiment.SPIN], watching)
     assert found.stdout.strip() == f"{expected} {watched}"
 
 
+@pytest.mark.thorough
 def test_threads_doze_while_other_processes_need_the_cores():
     """Told that others fill the computer, a thread opens a team of its own; told that none does, it goes."""
     code = """

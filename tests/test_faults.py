@@ -142,7 +142,7 @@ def test_huge_values_get_one_line(flags, work, tmp_path, capsys, record_property
 NAMES = ["two words", "emoji \U0001f98a", "slash\u2215like", "x" * 200, "why?", "per%cent", "日本", "$math$", "-dash"]
 
 
-@pytest.mark.parametrize("size", [1, 5000])
+@pytest.mark.parametrize("size", [1, pytest.param(5000, marks=pytest.mark.thorough)])
 def test_images_of_one_and_of_25_million_pixels_are_read(size, work, tmp_path):
     draw_folder(tmp_path / "data", "abc", size)
     assert load_dataset("folder", str(tmp_path / "data")).images.shape == (6, 1, 28, 28)
@@ -353,6 +353,7 @@ def half_of_a_batch(rank, folder, kind):
     dist.destroy_process_group()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", [Conv4, protonet.Residual])
 def test_batch_norm_over_two_processes_is_that_of_one(kind, tmp_path):
     """Gradient and running statistics agree to 1e-12, though a query is normalised with images of both halves."""
@@ -444,6 +445,7 @@ def wide_runs(work, tmp_path_factory):
     return train_in_one_and_two(work, folder, {}, flags)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("script", TRAINING)
 def test_two_processes_have_the_meta_gradient_of_one(script, wide_runs, record_property):
     """torchrun, after one step in float64: the mean gradient is that of one process."""
@@ -461,6 +463,7 @@ def test_two_processes_have_the_meta_gradient_of_one(script, wide_runs, record_p
     record_property(f"two_processes/{script}", largest)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("script", PLAIN)
 def test_two_processes_train_the_network_of_one(script, plain_runs):
     """In float32: weights and mean gradients equal but for rounding, and the sampler where it would be."""
@@ -474,6 +477,7 @@ def test_two_processes_train_the_network_of_one(script, plain_runs):
     assert torch.equal(one["sampler"]["generator"], two["sampler"]["generator"])
 
 
+@pytest.mark.thorough
 def test_a_killed_worker_ends_the_whole_run_and_it_resumes(work, tmp_path):
     """kill -9 of one of two processes: torchrun ends with an error, no process is left, --resume goes on."""
     flags = flags_of("hw1", "--train_steps", "100000", "--eval_freq", "20", "--log_dir", tmp_path, "--run_name", "two")

@@ -753,7 +753,8 @@ def loader_tasks(passes, **options):
 
 
 @pytest.mark.parametrize(
-    ("context", "persistent"), [("fork", False), ("fork", True), ("spawn", True), ("forkserver", False)]
+    ("context", "persistent"),
+    [("fork", False), ("fork", True), pytest.param("spawn", True, marks=pytest.mark.thorough), ("forkserver", False)],
 )
 def test_workers_of_every_kind(context, persistent):
     options = {"num_workers": 2, "multiprocessing_context": context, "persistent_workers": persistent}
@@ -852,6 +853,7 @@ def test_few_tasks_of_evaluation(flags, work, tmp_path):
 # ----------------------------------------------------------------------------------------- resume
 
 
+@pytest.mark.thorough
 def test_the_resume_line_can_be_typed(work, tmp_path):
     folder = tmp_path / "my runs (1)"
     command = [

@@ -274,7 +274,11 @@ HOSTILE_BODIES = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE_BODIES)
+SLOW = {"endless loop"}
+NAMED = [pytest.param(name, marks=pytest.mark.thorough) if name in SLOW else name for name in HOSTILE_BODIES]
+
+
+@pytest.mark.parametrize("name", NAMED)
 def test_a_hostile_function_costs_its_question_alone(a, grader, name):
     body, word = HOSTILE_BODIES[name]
     results = grader.grade(write(a, body))
@@ -292,6 +296,7 @@ except Exception as error:
 raise ValueError('NOT HELD ' + repr(result)[:40])"""
 
 
+@pytest.mark.thorough
 @linux
 def test_nothing_outside_the_folder_is_read_or_changed(a, grader, tmp_path):
     victim, secret = tmp_path / "victim.txt", homework.FOLDER / ASSIGNMENT / "tests.py"
@@ -355,6 +360,7 @@ main_module.describe = lambda *_: {"kind": "x", "message": "y", "where": None}
 """
 
 
+@pytest.mark.thorough
 def test_patching_what_compares_helps_nobody(a, grader):
     """A wrong answer stays wrong, right ones stay right."""
     results = grader.grade(write(a, "return A.new_zeros(A.shape[-1], y.shape[-1])", PATCHES))
@@ -515,6 +521,7 @@ def test_the_students_folder(a, built):
     assert "{results" not in solution and len(solution) > len(answers)
 
 
+@pytest.mark.thorough
 def test_the_notebook_runs_as_a_script(built, tmp_path):
     """Clones, installs, tests, trains and opens TensorBoard, which is only told so here."""
     notebook = json.loads((built / "student" / "colab.ipynb").read_text())
@@ -534,6 +541,7 @@ def test_the_notebook_runs_as_a_script(built, tmp_path):
     assert list((tmp_path / "homework" / "runs").iterdir())
 
 
+@pytest.mark.thorough
 def test_the_autograder_as_gradescope_runs_it(a, built, tmp_path):
     """Unpacked under another root: the same result as `grade` gives."""
     with zipfile.ZipFile(built / "autograder.zip") as archive:
@@ -620,6 +628,7 @@ def test_the_committed_proof_belongs_to_these_assignments():
     assert totals["mutant"] >= 80 and totals["right"] >= 15
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", homework.NAMES)
 def test_the_whole_proof(name):
     """python homework.py check NAME; its small form, with --mutants, has its own line in .ci/run."""

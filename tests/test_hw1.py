@@ -163,6 +163,7 @@ def test_evaluate_is_the_mean_over_the_fixed_tasks():
     assert torch.equal(first[:64], right.float().mean(1))
 
 
+@pytest.mark.thorough
 def test_the_courses_own_loop_learns():
     """Course code that imports only DataGenerator: a DataLoader, an own loop; one-shot memory of flags."""
     torch.manual_seed(0)

@@ -525,6 +525,7 @@ def test_resize_keeps_the_mean_and_smooths():
     assert abs(small.mean() - 127.5) < 2 and small.std() < 10  # a nearest-pixel resize has std 127
 
 
+@pytest.mark.thorough
 def test_concurrent_first_runs_share_one_cache(tmp_path):
     """Two processes that begin to pack the same pictures at the same moment."""
     draw_folder(tmp_path / "pictures", [f"class{c}" for c in range(10)], 40)

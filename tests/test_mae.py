@@ -291,6 +291,7 @@ def test_ridge_head_is_the_minimum_of_its_objective():
     assert torch.allclose(mae.nearest(support, labels, query, 3), -distances, atol=1e-10)
 
 
+@pytest.mark.thorough
 def test_ridge_head_on_several_threads():
     """Of the default's size, on two threads, in a process of its own: there torch's batched LU went wrong or hung."""
     code = """
@@ -362,6 +363,7 @@ def test_the_run_reports_all_figures(trained):
     assert [e.step for e in events.Images("reconstruction")] == [10, 20]
 
 
+@pytest.mark.thorough
 def test_a_saved_run_tests_the_same_and_at_other_n(trained):
     folder, metrics = trained
     base = ["--test", "--checkpoint", str(folder)]
@@ -434,18 +436,21 @@ def test_resume_is_bit_exact(trained, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flags",
     [
-        [
-            "--no-normalise",
-            "--no-rotations",
-            "--mask_ratio",
-            "0.75",
-            "--contrast",
-            "0",
-            "--depth",
-            "2",
-            "--split",
-            "lake",
-        ],
+        pytest.param(
+            [
+                "--no-normalise",
+                "--no-rotations",
+                "--mask_ratio",
+                "0.75",
+                "--contrast",
+                "0",
+                "--depth",
+                "2",
+                "--split",
+                "lake",
+            ],
+            marks=pytest.mark.thorough,
+        ),
         [
             "--decoder_depth",
             "2",
@@ -514,6 +519,7 @@ VIT = [
 ]
 
 
+@pytest.mark.thorough
 def test_protonet_starts_from_the_encoder(tmp_path):
     deep = ["--depth", "4", "--train_steps", "2", "--eval_freq", "2", "--views", "1", "--log_dir", str(tmp_path)]
     mae.main([*SMOKE, *deep, "--run_name", "mae"])

@@ -323,6 +323,7 @@ def test_every_flag_in_a_smoke_run(flags, tmp_path):
     assert events.Tags()["images"] == ["memorisation"]
 
 
+@pytest.mark.thorough
 def test_what_needs_the_support_set_fails_without_it_and_what_does_not_does_not(tmp_path):
     """The two ends of the lesson in short runs: basis functions, and an amplitude that is written beside x."""
     flags = ["--smoke", "--eval_freq", "1000", "--num_test_tasks", "200", "--log_dir", str(tmp_path)]

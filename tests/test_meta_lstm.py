@@ -526,7 +526,10 @@ def test_folder_of_colour_images_end_to_end(tmp_path, one_rate):
     assert metrics["parameters"] == 32901 and metrics["dataset"] == "folder" and metrics["updates"] == 2
 
 
-@pytest.mark.parametrize("preset", list(PRESETS))
+FEW, LONG = list(PRESETS)[:-1], pytest.param(list(PRESETS)[-1], marks=pytest.mark.thorough)
+
+
+@pytest.mark.parametrize("preset", [*FEW, LONG])
 def test_every_preset_in_smoke_form(preset, tmp_path_factory, work, one_rate):
     folder = work / "small_images"
     if not folder.exists():
@@ -582,7 +585,10 @@ def test_transfer_of_the_rule(trained, one_rate):
             "support",
         ],
         ["--fixed_pool", "4", "--jitter", "0.1", "--clip", "1", "--learning_rate", "1e-2", "--bn_momentum", "1"],
-        ["--dtype", "bfloat16", "--rule_rate", "1e-3", "--inner_batch", "2", "--num_shot", "2", "--split", "lake"],
+        pytest.param(
+            ["--dtype", "bfloat16", "--rule_rate", "1e-3", "--inner_batch", "2", "--num_shot", "2", "--split", "lake"],
+            marks=pytest.mark.thorough,
+        ),
         ["--tasks_at_once", "1", "--patience", "1"],
     ],
 )

@@ -87,7 +87,7 @@ def test_which_runs_are_asked_lakes_trials():
     "script, flags, kinds",
     [
         (maml, ["--meta_batch_size", "1", "--train_query", "1"], ["_transductive", "_support"]),
-        (attention, ["--encoder", "strided"], ["", "_alone"]),
+        pytest.param(attention, ["--encoder", "strided"], ["", "_alone"], marks=pytest.mark.thorough),
         (transfer, [], [""]),
     ],
 )
@@ -219,6 +219,7 @@ def test_a_classifier_of_characters_on_mnist(adapt, tmp_path):
             transfer.main(flags)
 
 
+@pytest.mark.thorough
 def test_attention_on_mnist(tmp_path):
     flags = ["--smoke", "--dataset", "glyphs", "--log_dir", str(tmp_path), "--device", "cpu"]
     few = "--encoder strided --train_steps 2 --eval_freq 2 --num_val_tasks 2 --num_test_tasks 2".split()

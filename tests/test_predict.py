@@ -201,6 +201,7 @@ def test_it_is_the_network_of_its_result_file():
     assert result["test"]["5way5shot"]["refused_at_kept"] >= 0.8
 
 
+@pytest.mark.thorough
 @has_omniglot
 def test_fifty_real_drawings_of_a_fresh_folder(tmp_path, run_script):
     """Shows what the README promises: five test characters, ten drawings each to label, without data or network.
@@ -380,6 +381,7 @@ def few_glyphs():
     return data._replace(splits={part: classes[:24] for part, classes in data.splits.items()})
 
 
+@pytest.mark.thorough
 def test_the_threshold_is_of_validation_classes_alone(trained_protonet, few_glyphs, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     run.mkdir()

@@ -326,7 +326,7 @@ def costs(method, engine="vmap", layers=2, hidden=24, steps=(1, 3, 6, 10)):
     return list(steps), found
 
 
-@pytest.mark.parametrize("engine", ["vmap", "loop"])
+@pytest.mark.parametrize("engine", ["vmap", pytest.param("loop", marks=pytest.mark.thorough)])
 def test_memory_grows_with_inner_steps_for_maml_and_not_for_es(engine):
     maml = fit("inner_steps", *costs("maml", engine))
     assert maml["r2"] > 0.99 and maml["b"] > 0
@@ -362,6 +362,7 @@ def test_fits_on_known_answers():
     assert fit("layers", [0, 1, 2, 3], [0, 1, 0, 1])["r2"] == pytest.approx(0.2)
 
 
+@pytest.mark.thorough
 def test_killed_sweep_resumes_and_a_complete_one_measures_anew(tmp_path, monkeypatch):
     flags = ["--smoke", "--device", "cpu", "--engine", "auto", "--meta_batch_size", "2", "--warmup", "1"]
     flags += ["--out", str(tmp_path)]
@@ -401,6 +402,7 @@ def test_killed_sweep_resumes_and_a_complete_one_measures_anew(tmp_path, monkeyp
     assert len(calls) == 8 * 9 + 1  # complete: nothing is reused
 
 
+@pytest.mark.thorough
 def test_cosine_grows_as_the_formula_says():
     args, found = parse_args("--hidden_dim 8 --layers 1 --meta_batch_size 8".split()), []
     for args.random_seed in range(8):

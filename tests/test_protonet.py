@@ -266,6 +266,7 @@ def test_evaluation_at_other_n_and_k(trained_protonet):
     assert protonet.main([*base, "--within_alphabet"])["within_alphabet"]
 
 
+@pytest.mark.thorough
 def test_float32_and_bfloat16_agree(trained_protonet):
     """The same network in both: accuracies within one point, features within 3 % of their size."""
     folder, _ = trained_protonet

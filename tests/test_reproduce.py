@@ -63,6 +63,7 @@ def test_a_second_time_nothing_runs(done, work):
     assert (done / "hw1" / "K1N2_seed1.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_and_started_again_nothing_is_lost_or_twice(done, work, tmp_path, sent):
     """The run's process ends with reproduce.py, and the second start resumes it to the same figure."""
@@ -356,6 +357,7 @@ def test_another_order_of_the_queries_shows_in_the_first_step(copies, before):
     assert pulse.difference(before["hw1.py"], after["hw1.py"]).startswith("loss of step 1: ")
 
 
+@pytest.mark.thorough
 def test_a_pulse_is_the_same_twice_and_a_failure_is_named(before, work, tmp_path):
     flags = flags_of("hw1.py", tmp_path)
     again = pulse.take(REPO, "hw1.py", flags, work)
@@ -468,6 +470,7 @@ def read_result(folder, name):
     return json.loads(path.read_text()) if path.exists() else None
 
 
+@pytest.mark.thorough
 def test_a_test_trains_what_it_tests_where_that_is_not_there(two_cases, tmp_path):
     trained, tested = two_cases("mnist_a")
     assert trained["dataset"] == "glyphs" and tested["dataset"] == "mnist" and "curves" not in tested
@@ -487,6 +490,7 @@ def test_a_test_trains_what_it_tests_where_that_is_not_there(two_cases, tmp_path
     assert again["remark"] and tested_again["accuracies"] == tested["accuracies"]
 
 
+@pytest.mark.thorough
 def test_a_drifted_run_is_trained_anew_and_not_collected_again(two_cases, tmp_path, monkeypatch):
     two_cases("protonet/a")
     (run,) = (tmp_path / "runs" / "reproduce_cpu").glob("protonet_a_seed1_*")
@@ -502,6 +506,7 @@ def test_a_drifted_run_is_trained_anew_and_not_collected_again(two_cases, tmp_pa
     assert ledger["protonet/a_seed1"]["code"] != "older"
 
 
+@pytest.mark.thorough
 def test_a_failed_start_is_named_once(two_cases, tmp_path, monkeypatch, capsys):
     test, train = ledger.all_cases()
     broken = train._replace(recipe=f"{train.recipe} --data_folder nowhere --dataset folder")
@@ -522,6 +527,7 @@ def test_a_run_that_starts_from_another_names_that_run():
     assert not any("--init_from" in job.flags for job in smoke)
 
 
+@pytest.mark.thorough
 def test_a_failure_is_named_and_the_others_run(monkeypatch, tmp_path, capsys):
     bad = Case("bad", "--learning_rate nan", script="hw1.py", method="hw1")
     good = Case("good", "--num_classes 2", script="hw1.py", method="hw1")

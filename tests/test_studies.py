@@ -59,12 +59,14 @@ def restored(tmp_path_factory):
     return here
 
 
+@pytest.mark.thorough
 def test_every_table_and_quoted_number_comes_back_bit_for_bit(restored):
     for page in [*DOCUMENTS, RESULTS / "README.md", *RESULTS.glob("*/runs.csv")]:
         same = (restored / page.relative_to(REPO)).read_bytes() == page.read_bytes()
         assert same, f"{page}: run python reproduce.py report"
 
 
+@pytest.mark.thorough
 def test_every_picture_comes_back(restored):
     names = [
         {path.relative_to(folder) for path in folder.glob("*/*.png")} for folder in (restored / "results", RESULTS)

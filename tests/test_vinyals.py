@@ -194,7 +194,10 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("module", TINY, ids=lambda module: module.__name__)
+THOROUGH = [pytest.param(module, marks=pytest.mark.thorough) if module is mae else module for module in TINY]
+
+
+@pytest.mark.parametrize("module", THOROUGH, ids=lambda module: module.__name__)
 def test_every_script_says_on_which_split_it_was(module, tmp_path):
     tasks = [word for word in TASKS if module is not transfer or word != "--num_val_tasks"]
     tasks = tasks[:2] if module is transfer else tasks
