@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -17,14 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import status
+from . import status, warm
 from .ledger import HERE, Job, Ledger, collect, collected
-
-
-def die_with_parent() -> None:
-    """In the child: SIGTERM, on which the scripts save and leave, should reproduce.py be killed (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
 
 
 def log_of(job: Job, runs: Path) -> Path:
@@ -39,7 +32,7 @@ def run_job(job: Job, out: Path, runs: Path, threads: int, lock_file, children: 
         if not drifted:
             return None
         shutil.rmtree(folder)
-    command = [sys.executable, str(HERE / job.case.script)]
+    command = [str(HERE / job.case.script)]
     if (folder / "checkpoint.pt").exists():
         command += ["--resume", str(folder)]
     else:
@@ -47,6 +40,8 @@ def run_job(job: Job, out: Path, runs: Path, threads: int, lock_file, children: 
         command += [*job.flags, "--log_dir", str(runs)]
         # Scripts with an output of their own name their own runs.
         own = ["--out", str(out / job.case.method)]
+        if job.case.writes_its_own:
+            (out / job.case.method).mkdir(parents=True, exist_ok=True)
         command += own if job.case.writes_its_own else ["--run_name", folder.name]
         if job.case.tests:
             folder.mkdir()
@@ -54,8 +49,14 @@ def run_job(job: Job, out: Path, runs: Path, threads: int, lock_file, children: 
     threads = min(threads, int(os.environ.get("OMP_NUM_THREADS", threads)))
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(log_of(job, runs), "ab") as log:
-        linux = {"pass_fds": (lock_file.fileno(),), "preexec_fn": die_with_parent} if os.name == "posix" else {}
-        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, **linux)
+        if "--smoke" in job.flags and threads == 1:  # seconds of importing torch are most of such a run
+            child = warm.Process(*command, cwd=Path.cwd(), env=environment, log=log_of(job, runs), keep=lock_file)
+        else:
+            linux = (
+                {"pass_fds": (lock_file.fileno(),), "preexec_fn": warm.die_with_parent} if os.name == "posix" else {}
+            )
+            words = [sys.executable, *command]
+            child = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment, **linux)
         children.add(child)
         code = child.wait()
         children.discard(child)

@@ -21,7 +21,8 @@ from fewshot.images import omniglot  # noqa: E402
 from fewshot.tasks.splits import Dataset  # noqa: E402
 
 import torch  # noqa: E402
-import warm  # noqa: E402
+
+from studies import warm  # noqa: E402
 
 has_omniglot = pytest.mark.skipif(not os.environ.get("OMNIGLOT_DIR"), reason="needs OMNIGLOT_DIR")
 

@@ -29,11 +29,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import warm
 from conftest import REPO, draw_folder
 
 import predict
 import protonet
+from studies import warm
 
 # The smallest complete run of each training script.
 COMMON = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_test_tasks", "4"]

@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import warm
 from conftest import REPO, known_dataset, one_line_error
 from PIL import Image, ImageCms
 
@@ -37,6 +36,7 @@ import predict
 import protonet
 import transfer
 from load_data import DataGenerator
+from studies import warm
 
 GLYPHS = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--num_test_tasks", "4"]
 TINY = {

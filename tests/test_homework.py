@@ -11,8 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import warm
 from conftest import REPO
+
+from studies import warm
 
 sys.path.insert(1, str(next(REPO.glob("*/assignment.py")).parent))  # the modules beside the assignments
 

@@ -11,13 +11,13 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-import warm
 from conftest import REPO, known_dataset, one_line_error
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import hw1
 from hw1 import MANN, Recurrent, evaluate
 from load_data import DataGenerator
+from studies import warm
 
 SMOKE = ["--smoke", "--dataset", "glyphs", "--device", "cpu"]
 

@@ -10,12 +10,11 @@ import subprocess
 import imageio.v3 as imageio
 import numpy as np
 import pytest
-import warm
 from conftest import REPO
 
 import reproduce
 from bench import races
-from studies import report
+from studies import report, warm
 
 DOCUMENTS = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 GLYPHS = "--dataset glyphs --device cpu"

@@ -16,12 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 import imageio.v3 as imageio
 import numpy as np
 import pytest
-import warm
 from conftest import REPO, one_line_error
 from test_others import write_mnist
 
 import reproduce
-from studies import ledger, pulse, runner, status
+from studies import ledger, pulse, runner, status, warm
 from studies.ledger import Case, cases_of, code_of, make_jobs
 
 SMOKE = ["hw1", "--scale", "smoke", "--only", "K1N2", "--dataset", "glyphs", "--device", "cpu"]

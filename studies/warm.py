@@ -2,9 +2,14 @@
 
 A script started here is a process of its own, with its own exit code, signals, working directory, environment and
 output, and it imports every file of this package itself. What it does not have is an interpreter of its own: what
-Python reads when it starts (PYTHONIOENCODING, say) needs `subprocess`.
+Python reads when it starts (PYTHONIOENCODING, say) needs `subprocess`, and so does another number of threads.
+
+The tests start their scripts so, and `reproduce.py --scale smoke`, whose runs are mostly imports.
 """
 
+from __future__ import annotations
+
+import ctypes
 import multiprocessing
 import os
 import runpy
@@ -12,10 +17,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+from multiprocessing import reduction
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-OURS = {"", str(REPO), str(REPO / "tests"), str(REPO / "homework")}
+OURS = {"", *(str(REPO / folder) for folder in ("", "tests", "homework", "assignments"))}
 
 kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 context = multiprocessing.get_context(kind)
@@ -25,10 +31,19 @@ context.set_forkserver_preload(
 )
 
 
-def enter(command: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
+def die_with_parent() -> None:
+    """In the child: SIGTERM, on which the scripts save and leave, should its parent be killed (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+
+
+def enter(command: list[str], cwd: str, env: dict[str, str], out: str, err: str, kept) -> None:
     """The new process: becomes `python SCRIPT ARGUMENTS` or `python -m MODULE ARGUMENTS`."""
+    die_with_parent()
+    if kept is not None:
+        kept.detach()  # open until this process ends
     for fd, name in ((1, out), (2, err)):
-        file = os.open(name, os.O_WRONLY)
+        file = os.open(name, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, fd)
         os.close(file)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
@@ -45,15 +60,32 @@ def enter(command: list[str], cwd: str, env: dict[str, str], out: str, err: str)
         runpy.run_path(command[0], run_name="__main__")
 
 
-class Process:
-    """As much of subprocess.Popen as the tests use; output goes to files, read when the process has ended."""
+class Kept:
+    """An open file on its way into the new process."""
 
-    def __init__(self, *command, cwd, env: dict[str, str] | None = None):
+    def __init__(self, file):
+        self.file = file
+
+    def __getstate__(self):
+        return {"fd": reduction.DupFd(self.file.fileno())}  # only while the process is being started
+
+    def __setstate__(self, state):
+        self.detach = state["fd"].detach
+
+
+class Process:
+    """As much of subprocess.Popen as is used here; output goes to files, read when the process has ended.
+
+    log: one file that stdout and stderr are added to, in place of two of its own; keep: a file that stays open in it.
+    """
+
+    def __init__(self, *command, cwd, env: dict[str, str] | None = None, log: Path | None = None, keep=None):
         self.args = [str(word) for word in command]
-        self.files = [tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()]
+        self.files = [] if log else [tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()]
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-        names = [file.name for file in self.files]
-        self.process = context.Process(target=enter, args=(self.args, str(cwd), dict(environment), *names))
+        names = [str(Path(log).resolve())] * 2 if log else [file.name for file in self.files]
+        kept = None if keep is None else Kept(keep)
+        self.process = context.Process(target=enter, args=(self.args, str(cwd), dict(environment), *names, kept))
         self.process.start()
         self.pid = self.process.pid
 
