@@ -27,7 +27,8 @@ from studies import warm  # noqa: E402
 has_omniglot = pytest.mark.skipif(not os.environ.get("OMNIGLOT_DIR"), reason="needs OMNIGLOT_DIR")
 
 
-# What RECORD=1 writes to results/: which cases of test_field.py and test_environment.py were right, what the tests of
+FIELD = ("test_field.py", "test_environment.py", "test_leaks.py")  # faults that people report
+# What RECORD=1 writes to results/: which cases of FIELD were right, what the tests of
 # test_faults.py counted (record_property("group/name", value)), and what a run of all
 # tests gave on this Python and torch.
 outcomes: dict[str, str] = {}
@@ -35,7 +36,7 @@ counted: dict[str, dict] = {}
 
 
 def pytest_runtest_logreport(report):
-    of_field = "test_field.py" in report.nodeid or "test_environment.py" in report.nodeid
+    of_field = report.nodeid.split("::")[0].rsplit("/", 1)[-1] in FIELD
     if of_field and (report.when == "call" or report.outcome != "passed"):
         outcomes[report.nodeid.split("::")[1]] = report.outcome
     if "test_faults.py" in report.nodeid and report.when == "call" and report.passed:
@@ -56,7 +57,7 @@ def pytest_terminal_summary(terminalreporter, config):
                 row = kinds.setdefault(kind.replace("_", " "), {"tried": 0, "right": 0, "cases": []})
                 row["tried"], row["right"] = row["tried"] + 1, row["right"] + (outcome == "passed")
                 row["cases"] += [case.removesuffix("]")] if case else []
-        command = "RECORD=1 pytest -m 'not slow' tests/test_field.py tests/test_environment.py"
+        command = f"RECORD=1 pytest -n 0 -m 'not slow' {' '.join(f'tests/{file}' for file in FIELD)}"
         experiment.write_json(results / "field.json", {"command": command, "kinds": kinds})
     path = results / "faults.json"
     found = json.loads(path.read_text()) if path.exists() else {}
