@@ -1,6 +1,6 @@
 """The homework made from the scripts: the student's version, and a grader that is itself put to the test.
 
-The scripts of this package are the solution. An assignment (homework/NAME/) only says which of their functions the
+The scripts of this package are the solution. An assignment (assignments/NAME/) only says which of their functions the
 students write; the student's folder is made from the scripts of today, so that it cannot go out of date. The grader
 compares with independent references and properties in a process that no submission can reach (sandbox.py there).
 `check` proves it: unwritten code gets nothing, the solution everything, each of many classic mistakes loses at
@@ -37,7 +37,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
 HERE = Path(__file__).resolve().parent
-FOLDER = HERE / "homework"  # the assignments, and the modules of the grader
+FOLDER = HERE / "assignments"  # they, and the modules of the grader, which their tests.py import as the students do
 sys.path.insert(0, str(FOLDER))
 
 from fewshot.experiment import UserError, run_script, write_json  # noqa: E402

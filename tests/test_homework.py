@@ -180,7 +180,7 @@ def test_an_assignment_is_checked_when_read(tmp_path, monkeypatch, old, new, wor
     edited(tmp_path, "hw1", monkeypatch, lambda text: text.replace(old, new, 1))
     with pytest.raises(homework.UserError) as error:
         homework.main(["build", "hw1", "--out", str(tmp_path / "out")])
-    assert all(word in str(error.value) for word in ["homework/hw1/", *words]), error.value
+    assert all(word in str(error.value) for word in ["assignments/hw1/", *words]), error.value
 
 
 def test_what_no_longer_fits_the_scripts_is_an_error(tmp_path, monkeypatch):

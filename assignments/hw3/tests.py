@@ -17,9 +17,9 @@ def randn(*shape, seed):
 
 
 def probe_preprocess(x):
-    import meta_lstm
+    from fewshot.learners import lstm_rule
 
-    return list(meta_lstm.preprocess(x))
+    return list(lstm_rule.preprocess(x))
 
 
 @graded("1", public=True)
@@ -47,10 +47,10 @@ def test_preprocessing(student):
 
 
 def probe_preprocess_gradient(x, directions):
-    import meta_lstm
+    from fewshot.learners import lstm_rule
 
     x = x.clone().requires_grad_()
-    value = sum((part * d).sum() for part, d in zip(meta_lstm.preprocess(x), directions, strict=True))
+    value = sum((part * d).sum() for part, d in zip(lstm_rule.preprocess(x), directions, strict=True))
     return torch.autograd.grad(value, x)[0] if value.requires_grad else None
 
 
@@ -73,12 +73,12 @@ def test_derivative_of_the_preprocessing(student):
 
 def probe_cell(inputs, h, c, weight_ih, weight_hh, bias, u, v, constant_inputs):
     """New h and c; and the derivative of their products with u and v to everything."""
-    import meta_lstm
+    from fewshot.learners import lstm_rule
 
     given = [t.clone().requires_grad_() for t in (inputs, h, c, weight_ih, weight_hh, bias)]
     if constant_inputs:
         given[0] = inputs.clone()
-    new_h, new_c = meta_lstm.LSTMCell.apply(*given)
+    new_h, new_c = lstm_rule.LSTMCell.apply(*given)
     value = (new_h * u).sum() + (new_c * v).sum()
     wanted = given[1:] if constant_inputs else given
     gradients = torch.autograd.grad(value, wanted, allow_unused=True)
@@ -165,7 +165,7 @@ def probe_updates(parameters, grads, losses):
     for name, p in rule.named_parameters():
         p.data.copy_(parameters[name])
     _, B, P = grads.shape
-    theta, state = rule.start(B, torch.float64, rule.draw_tiles(B))
+    theta, state = rule.start(B, torch.float64)
     wide = theta.shape[1]
     steps, grads = [], grads.clone().requires_grad_()
     for grad, loss in zip(grads, losses, strict=True):
@@ -271,7 +271,7 @@ def episodes(B, N, K, Q, seed):
 def make_rule(learner, rate):
     """A rule as simple as can be: gradient descent with a learned rate for all parameters.
 
-    Its state counts the updates, from the sum of the tiles on; the tiles that it draws itself are zeros.
+    Its state counts the updates.
     """
 
     class Rule(torch.nn.Module):
@@ -281,12 +281,8 @@ def make_rule(learner, rate):
             self.theta0 = torch.nn.Parameter(learner.initial().double())
             self.rate = torch.nn.Parameter(torch.tensor(rate, dtype=torch.float64))
 
-        def draw_tiles(self, B):
-            return [torch.zeros(B, dtype=torch.int64)]
-
-        def start(self, B, dtype, tiles):
-            self.started = [*getattr(self, "started", []), [B, int(sum(part.sum() for part in tiles))]]
-            return self.theta0.expand(B, -1), self.started[-1][1]
+        def start(self, B, dtype):
+            return self.theta0.expand(B, -1), 0
 
         def forward(self, theta, grad, loss, state):
             self.losses = getattr(self, "losses", 0) + loss.sum()
@@ -295,17 +291,21 @@ def make_rule(learner, rate):
     return Rule()
 
 
-def probe_train(support, labels, N, inner, second_order=False, tracked=True, tiles=None, calls=1):
+def probe_train(support, labels, N, inner, second_order=False, tracked=True, first=None, calls=1):
+    """What the training gives; `first`: it starts from twice the rule's parameters, and the state counts from there."""
+    from fewshot.learners import side_by_side
+
     import meta_lstm
 
-    learner = meta_lstm.Learner(1, 28, N)
+    learner = side_by_side.Learner(1, 28, N)
     rule = make_rule(learner, 0.3)
     watch = lambda losses, state: seen.append([losses.detach().clone(), state])
     for _ in range(calls):
         seen = []
         with torch.set_grad_enabled(tracked):
-            theta, statistics = meta_lstm.adapt(
-                rule, learner, support, labels, meta_lstm.Inner(**inner), second_order, torch.float64, watch, tiles
+            start = () if first is None else (2 * rule.theta0.expand(len(labels), -1), first)
+            theta, statistics = meta_lstm.train_learner(
+                rule, learner, support, labels, meta_lstm.Inner(**inner), second_order, torch.float64, watch, start
             )
     result = {"theta0": rule.theta0, "theta": theta, "statistics": list(statistics), "seen": seen}
     if tracked:
@@ -358,22 +358,22 @@ def oracle_train(theta0, rate, support, labels, N, inner, second_order):
     return torch.stack(thetas), averages, torch.stack(losses, dim=1)
 
 
-def check_training(student, B, N, K, inner, second_order, tracked=True, tiles=None, calls=1):
+def check_training(student, B, N, K, inner, second_order, tracked=True, first=None, calls=1):
     support, labels, _, _ = episodes(B, N, K, 1, seed=100)
-    how = {"second_order": second_order, "tracked": tracked, "tiles": tiles, "calls": calls}
+    how = {"second_order": second_order, "tracked": tracked, "first": first, "calls": calls}
     found = student.run(probe_train, support=support, labels=labels, N=N, inner=inner, **how)
     theta0 = found["theta0"].double().requires_grad_()
     rate = torch.tensor(0.3).double().requires_grad_()
-    theta, averages, losses = oracle_train(theta0, rate, support, labels, N, inner, second_order)
+    begin = theta0 if first is None else 2 * theta0
+    theta, averages, losses = oracle_train(begin, rate, support, labels, N, inner, second_order)
     close(found["theta"], theta.detach(), "the trained parameters", 1e-6)
     for i in range(4):
         expected = torch.stack([torch.cat([task[i][k] for task in averages]) for k in range(2)])
         close(found["statistics"][i], expected, f"the running averages of batch norm {i}", 1e-6)
     expect(len(found["seen"]) == len(losses), "`watch` is not called once after each update")
-    first = sum(int(part.sum()) for part in tiles or ())
     for t, (got, expected) in enumerate(zip(found["seen"], losses, strict=True)):
         close(got[0], expected.detach(), f"the losses that `watch` sees in update {t + 1}", 1e-6)
-        expect(got[1] == first + t + 1, "the rule's state is not the one after the update, begun with the tiles")
+        expect(got[1] == (first or 0) + t + 1, "the rule's state is not the one after the update")
     if tracked:
         value = theta.square().sum() + (losses.sum() if second_order else 0)
         gradients = torch.autograd.grad(value, [theta0, rate])
@@ -401,10 +401,10 @@ def test_training(student):
 
 @graded("3")
 def test_training_again(student):
-    """A second call begins anew; tiles that are handed in are the rule's."""
+    """A second call begins anew; a start that is handed in is where it begins."""
     inner = {"epochs": 2, "batch": 2, "momentum": 0.8}
     check_training(student, 2, 2, 1, inner, second_order=False, calls=2)
-    check_training(student, 2, 2, 1, inner, second_order=False, tiles=[torch.tensor([3, 4]), torch.tensor([5])])
+    check_training(student, 2, 2, 1, inner, second_order=False, first=7)
 
 
 @graded("3")
@@ -419,45 +419,39 @@ def test_training_without_graph(student):
     check_training(student, 2, 2, 1, {"epochs": 2, "batch": 2, "momentum": 0.9}, second_order=False, tracked=False)
 
 
-# ------------------------------------------------------------------------ 4: the meta-gradient
+# ----------------------------------------------------------------- 4: the losses of the queries
 
 
-def probe_meta_gradient(episodes, N, inner, at_once, query_norm, calls=1, second_order=False, tiles=None):
+def probe_queries(episodes, N, inner, query_norm="batch", calls=1, second_order=False, first=None):
+    """Losses and accuracies of the last call, and the gradients that the means of all calls have left."""
+    from fewshot.learners import side_by_side
+
     import meta_lstm
 
-    learner = meta_lstm.Learner(1, 28, N)
-    rule = make_rule(learner, 0.3)
+    learner = side_by_side.Learner(1, 28, N)
+    rule, B = make_rule(learner, 0.3), len(episodes[0])
     for _ in range(calls):
-        loss, accuracy = meta_lstm.meta_gradient(
-            rule, learner, episodes, meta_lstm.Inner(**inner), torch.float64, at_once, query_norm, second_order, tiles
+        start = () if first is None else (2 * rule.theta0.expand(B, -1), first)
+        losses, right = meta_lstm.query_losses(
+            rule, learner, episodes, meta_lstm.Inner(**inner), second_order, torch.float64, query_norm, start
         )
-    return {
-        "loss": float(loss),
-        "accuracy": float(accuracy),
-        "started": rule.started,
-        "theta0": rule.theta0,
-        "gradients": [rule.theta0.grad, rule.rate.grad],
-    }
+        if losses.requires_grad:
+            losses.mean().backward()
+    gradients = [rule.theta0.grad, rule.rate.grad]
+    return {"losses": losses, "right": right, "theta0": rule.theta0, "gradients": gradients}
 
 
-def check_meta_gradient(student, at_once, query_norm, calls=1, second_order=False):
+def check_queries(student, query_norm="batch", calls=1, second_order=False, first=None):
     B, N, inner = 3, 2, {"epochs": 2, "batch": 2, "momentum": 0.9}
     tasks = episodes(B, N, 1, 4, seed=110)
     turn = torch.randperm(N * 4, generator=torch.Generator().manual_seed(1))
     tasks[2], tasks[3] = tasks[2][:, turn], tasks[3][:, turn]
     tasks[3][0, :5] = 1 - tasks[3][0, :5]  # so that not all queries are right
-    found = student.run(
-        probe_meta_gradient,
-        episodes=tasks,
-        N=N,
-        inner=inner,
-        at_once=at_once,
-        query_norm=query_norm,
-        calls=calls,
-        second_order=second_order,
-    )
+    how = {"query_norm": query_norm, "calls": calls, "second_order": second_order, "first": first}
+    found = student.run(probe_queries, episodes=tasks, N=N, inner=inner, **how)
     theta0, rate = found["theta0"].double().requires_grad_(), torch.tensor(0.3).double().requires_grad_()
-    theta, _, _ = oracle_train(theta0, rate, tasks[0], tasks[1], N, inner, second_order)
+    begin = theta0 if first is None else 2 * theta0
+    theta, _, _ = oracle_train(begin, rate, tasks[0], tasks[1], N, inner, second_order)
     losses, right = [], []
     for b in range(B):
         if query_norm == "support":
@@ -466,51 +460,48 @@ def check_meta_gradient(student, at_once, query_norm, calls=1, second_order=Fals
             scores = oracle_learner(theta[b], tasks[2][b], N)[0]
         losses.append(F.cross_entropy(scores, tasks[3][b]))
         right.append((scores.argmax(dim=1) == tasks[3][b]).double().mean())
-    loss = torch.stack(losses).mean()
-    expect(abs(found["loss"] - loss.item()) < 1e-6 * loss.item(), "the mean loss of the queries: wrong value")
-    expect(abs(found["accuracy"] - torch.stack(right).mean()) < 1e-6, "the mean accuracy: wrong value")
-    gradients = torch.autograd.grad(calls * loss, [theta0, rate])
+    losses = torch.stack(losses)
+    close(found["losses"], losses.detach(), "the loss of each task's queries", 1e-6)
+    close(found["right"], torch.stack(right), "the accuracy of each task's queries", 1e-6)
+    gradients = torch.autograd.grad(calls * losses.mean(), [theta0, rate])
     for name, got, expected in zip(("theta0", "the rule"), found["gradients"], gradients, strict=True):
         expect(got is not None, f"{name} has no gradient")
         close(got, expected, f"the gradient of {name}", 1e-5)
 
 
 @graded("4", public=True)
-def test_meta_gradient_in_parts(student):
-    """However many tasks are handled at once, the loss is the same; and it gives a gradient."""
-    tasks, inner = episodes(4, 2, 1, 3, seed=111), {"epochs": 1, "batch": 2, "momentum": 0.9}
-    found = [
-        student.run(probe_meta_gradient, episodes=tasks, N=2, inner=inner, at_once=n, query_norm="batch")
-        for n in (4, 1)
-    ]
-    expect(abs(found[0]["loss"] - found[1]["loss"]) < 1e-6, "the loss depends on tasks_at_once")
-    expect(found[0]["gradients"][1] is not None, "the rule has no gradient")
-    close(found[1]["gradients"][0], found[0]["gradients"][0].double(), "the gradient with one task at once", 1e-5)
+def test_every_task_has_a_loss_of_its_own(student):
+    """Three tasks, three losses and accuracies; other labels of one task's queries change that task alone."""
+    tasks, inner = episodes(3, 2, 1, 3, seed=111), {"epochs": 1, "batch": 2, "momentum": 0.9}
+    found = student.run(probe_queries, episodes=tasks, N=2, inner=inner)
+    other = [*tasks[:3], tasks[3].clone()]
+    other[3][1] = 1 - other[3][1]
+    again = student.run(probe_queries, episodes=other, N=2, inner=inner)
+    shaped(found["right"], (3,), "the accuracies")
+    changed = (shaped(found["losses"], (3,), "the losses") - shaped(again["losses"], (3,), "the losses")).abs() > 1e-6
+    expect(changed.tolist() == [False, True, False], "a loss is not that of its own task's queries alone")
 
 
 @graded("4")
-def test_meta_gradient(student):
-    """Loss and accuracy of the queries and the gradient of their mean, added to what was there."""
-    check_meta_gradient(student, at_once=2, query_norm="batch")
-    check_meta_gradient(student, at_once=3, query_norm="batch", calls=2)
+def test_queries(student):
+    """Loss and accuracy of the queries, and the gradient of their mean; a second call adds to what was there."""
+    check_queries(student)
+    check_queries(student, calls=2)
 
 
 @graded("4")
-def test_meta_gradient_normalised_by_the_support_set(student):
+def test_queries_normalised_by_the_support_set(student):
     """With query_norm="support" the support set normalises the queries, with a gradient of its statistics."""
-    check_meta_gradient(student, at_once=2, query_norm="support")
+    check_queries(student, query_norm="support")
 
 
 @graded("4")
-def test_meta_gradient_of_drawn_tiles(student):
-    """Tiles that are handed in are those of each `tasks_at_once` tasks."""
-    tasks, inner = episodes(3, 2, 1, 3, seed=112), {"epochs": 1, "batch": 2, "momentum": 0.9}
-    how = {"N": 2, "inner": inner, "at_once": 2, "query_norm": "batch"}
-    found = student.run(probe_meta_gradient, episodes=tasks, tiles=[[torch.tensor([3])], [torch.tensor([5])]], **how)
-    expect(found["started"] == [[2, 3], [1, 5]], "the tiles do not reach `adapt`, part by part")
+def test_queries_after_a_start_of_ones_own(student):
+    """`start` is handed on to the training."""
+    check_queries(student, first=3)
 
 
 @graded("4")
-def test_meta_gradient_of_second_order(student):
+def test_queries_of_second_order(student):
     """second_order is handed on."""
-    check_meta_gradient(student, at_once=3, query_norm="batch", second_order=True)
+    check_queries(student, second_order=True)

@@ -251,7 +251,7 @@ def probe_predict(images, labels, options, alone=False, calls=1):
 
     torch.manual_seed(3)
     _, rows, N, _ = images.shape
-    model = hw1.MANN(N, rows, 12, **options).eval()
+    model = hw1.MANN(N, rows, 12, hw1.Recurrent(**options)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(2)  # so that each input can be seen in the output
@@ -278,8 +278,7 @@ def episodes(B, K, N, seed):
     return images, labels
 
 
-SETTINGS = ({"head": "linear"}, {"head": "recurrent", "logit_scale": 3.0}, {"head": "linear", "recurrent": "gru"})
-MEMORIES = ({"memory": "attention", "heads": 2}, {"memory": "external", "heads": 2})
+SETTINGS = ({"head": "linear"}, {"head": "recurrent", "logit_scale": 3.0}, {"head": "linear", "cell": "gru"})
 
 
 def oracle_predict(parameters, options, images, labels, alone=False):
@@ -287,7 +286,7 @@ def oracle_predict(parameters, options, images, labels, alone=False):
     import hw1
 
     _, rows, N, _ = images.shape
-    model = hw1.MANN(N, rows, 12, **options).eval()
+    model = hw1.MANN(N, rows, 12, hw1.Recurrent(**options)).eval()
     for p, value in zip(model.parameters(), parameters, strict=True):
         p.data.copy_(value)
     images = images.clone().requires_grad_()
@@ -300,10 +299,10 @@ def oracle_predict(parameters, options, images, labels, alone=False):
 def compare_with_ours(student, alone):
     """Every kind of network: predictions of the second call, and the derivative through the features."""
     images, labels = episodes(3, 2, 4, seed=5)
-    for options in (*SETTINGS, *MEMORIES):
+    for options in SETTINGS:
         found = student.run(probe_predict, images=images, labels=labels, options=options, alone=alone, calls=2)
         preds, gradient = oracle_predict(found["parameters"], options, images, labels, alone)
-        name = options.get("memory", options.get("recurrent", "lstm"))
+        name = options.get("cell", "lstm")
         close(found["preds"], preds, f"the predictions of a second call, {name}", 1e-3)
         expect(found["gradient"] is not None, "the predictions have no derivative to the images")
         close(found["gradient"], gradient, f"the derivative of the queries' predictions to the images, {name}", 1e-3)
@@ -312,7 +311,7 @@ def compare_with_ours(student, alone):
 def oracle_sequence(parameters, options, pairs):
     """The recurrent network over [B, T, D + N] in float64, one layer after the other."""
     linear = options.get("head") == "linear"
-    cell = {"lstm": nn.LSTM, "gru": nn.GRU}[options.get("recurrent", "lstm")]
+    cell = {"lstm": nn.LSTM, "gru": nn.GRU}[options.get("cell", "lstm")]
     parameters = [p.double() for p in parameters]
     layers, rest = parameters[: len(parameters) - 2 * linear], parameters[len(parameters) - 2 * linear :]
     sequence = pairs.double()
@@ -567,9 +566,9 @@ STEPS, HIDDEN, ENOUGH = 300, 64, 0.8
 @functools.cache
 def glyphs():
     """500 invented characters by 20 drawers, uint8 [10000, 1, 28, 28]."""
-    import load_data
+    from fewshot.images import glyphs as drawn
 
-    return torch.from_numpy(load_data.draw_glyphs(500, 28, seed=7))
+    return torch.from_numpy(drawn.draw_glyphs(500, 28, seed=7))
 
 
 def probe_train(images, classes, steps, hidden):
@@ -589,7 +588,7 @@ def probe_train(images, classes, steps, hidden):
     }
     dataset = splits.Dataset(**{name: values.get(name) for name in splits.Dataset._fields})
     sampler = episodes.EpisodeSampler(dataset, "train", 2, 1, 1, 32, 1, rotations=True)
-    model = hw1.MANN(2, 2, hidden, head="linear", forget_bias=1.0)
+    model = hw1.MANN(2, 2, hidden, hw1.Recurrent(head="linear", forget_bias=1.0))
     optimizer = torch.optim.Adam(model.parameters(), 4e-3)
     for _ in range(steps):
         x, y = sampler.sample_rows()
@@ -610,7 +609,7 @@ def test_training(student):
 
     images = glyphs()
     trained = student.run(probe_train, images=images[:8000], classes=400, steps=STEPS, hidden=HIDDEN)
-    model = hw1.MANN(2, 2, HIDDEN, head="linear", forget_bias=1.0)
+    model = hw1.MANN(2, 2, HIDDEN, hw1.Recurrent(head="linear", forget_bias=1.0))
     expect(len(trained) == len(list(model.parameters())), "the trained network has other parameters")
     for p, value in zip(model.parameters(), trained, strict=True):
         p.data.copy_(shaped(value, p.shape, "a parameter"))

@@ -54,8 +54,6 @@ def rows_other_draws(self, batch_size=None, features=None):
 
 @right("2a", "MANN.classify", "one episode after the other")
 def classify_plain(self, features, input_labels):
-    if self.attention is not None:
-        return self.attention(features, input_labels)
     B, rows, N, D = features.shape
     labels = input_labels.clone()
     labels[:, rows - 1] = 0
@@ -69,8 +67,6 @@ def classify_plain(self, features, input_labels):
 
 @right("2a", "MANN.classify", "labels multiplied by a mask")
 def classify_mask(self, features, input_labels):
-    if self.attention is not None:
-        return self.attention.forward(features, input_labels)
     B, rows, N, D = features.shape
     mask = torch.ones(rows, 1, 1)
     mask[-1] = 0.0
@@ -81,8 +77,6 @@ def classify_mask(self, features, input_labels):
 
 @right("2b", "MANN.classify_alone", "the support set read again for every query")
 def alone_plain(self, features, input_labels):
-    if self.attention is not None:
-        return self.attention(features, input_labels)[:, -1]
     B, _, N, _ = features.shape
     support = torch.cat([features[:, :-1], input_labels[:, :-1]], dim=-1).flatten(1, 2)
     zeros = torch.zeros(B, N)

@@ -39,7 +39,7 @@ def cell_plain__backward(ctx, grad_h, grad_c):
 
 @right("2b", "MetaLSTM.forward", "one gate after the other")
 def gates_plain(self, theta, grad, loss, state):
-    of_h, memory = self.layer1(grad, loss, state.memory)
+    of_h, memory = self.read(grad, loss, state.memory, self.gate_weight)
     w_f, w_i = self.gate_weight
     b_f, b_i = self.gate_bias
     f = torch.sigmoid(of_h[:, 0] + theta * w_f[-2] + state.forget * w_f[-1] + b_f)
@@ -48,13 +48,12 @@ def gates_plain(self, theta, grad, loss, state):
     return new, State(memory, f, i)
 
 
-@right("3", "adapt", "batches by index, one epoch after the other")
-def adapt_plain(rule, learner, support, labels, inner, second_order=False, dtype=torch.float32, watch=None, tiles=None):
+@right("3", "train_learner", "batches by index, one epoch after the other")
+def adapt_plain(rule, learner, support, labels, inner, second_order=False, dtype=torch.float32, watch=None, start=()):
     B, n = labels.shape
     N = learner.num_classes
     K = n // N
-    tiles = rule.draw_tiles(B) if tiles is None else tiles
-    theta, state = rule.start(B, dtype, tiles)
+    theta, state = start if start else rule.start(B, dtype)
     statistics = learner.fresh_statistics(theta)
     order = [c * K + k for k in range(K) for c in range(N)]
     graph = second_order and torch.is_grad_enabled()
@@ -64,7 +63,9 @@ def adapt_plain(rule, learner, support, labels, inner, second_order=False, dtype
             with torch.enable_grad():
                 here = theta if graph else theta.detach().clone().requires_grad_(True)
                 scores = learner(here, support[:, batch], statistics, inner.momentum, dtype)
-                losses = torch.stack([F.cross_entropy(s, y) for s, y in zip(scores, labels[:, batch], strict=True)])
+                losses = torch.stack(
+                    [nn.functional.cross_entropy(s, y) for s, y in zip(scores, labels[:, batch], strict=True)]
+                )
                 gradient = torch.autograd.grad(losses.sum(), here, create_graph=graph)[0]
             if not graph:
                 losses = losses.detach()
@@ -74,32 +75,15 @@ def adapt_plain(rule, learner, support, labels, inner, second_order=False, dtype
     return theta, statistics
 
 
-@right("4", "meta_gradient", "one task after the other")
-def meta_plain(
-    rule,
-    learner,
-    episodes,
-    inner,
-    dtype=torch.float32,
-    tasks_at_once=4,
-    query_norm="batch",
-    second_order=False,
-    tiles=None,
-):
-    B, step = len(episodes[0]), 1 if tiles is None else tasks_at_once
-    total, correct = 0.0, 0.0
-    for b in range(0, B, step):
-        support, labels, query, query_labels = (x[b : b + step] for x in episodes)
-        drawn = None if tiles is None else tiles[b // step]
-        theta, _ = adapt(rule, learner, support, labels, inner, second_order, dtype, tiles=drawn)
-        if query_norm == "support":
-            together = torch.cat([support, query], dim=1)
-            scores = learner(theta, together, dtype=dtype, num_support=support.shape[1])[:, support.shape[1] :]
-        else:
-            scores = learner(theta, query, dtype=dtype)
-        losses = [F.cross_entropy(s, y) for s, y in zip(scores, query_labels, strict=True)]
-        loss = sum(losses) / B
-        loss.backward()
-        total += loss.item()
-        correct += (scores.argmax(dim=2) == query_labels).double().mean(dim=1).sum().item() / B
-    return torch.tensor(total), torch.tensor(correct)
+@right("4", "query_losses", "one task after the other behind the training")
+def queries_plain(rule, learner, tasks, inner, second_order=False, dtype=torch.float32, query_norm="batch", start=()):
+    support, labels, query, query_labels = tasks
+    theta, _ = train_learner(rule, learner, support, labels, inner, second_order, dtype, None, start)
+    if query_norm == "support":
+        together = torch.cat([support, query], dim=1)
+        scores = learner(theta, together, dtype=dtype, num_support=support.shape[1])[:, support.shape[1] :]
+    else:
+        scores = learner(theta, query, dtype=dtype)
+    losses = [nn.functional.cross_entropy(s, y) for s, y in zip(scores, query_labels, strict=True)]
+    right = (scores.argmax(dim=2) == query_labels).double().mean(dim=1)
+    return torch.stack(losses), right

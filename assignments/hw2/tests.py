@@ -253,9 +253,9 @@ def probe_adapt(theta, step_sizes, support, labels, options, direction, tracked=
     s = maml.Setting(**{**options, "dtype": torch.float64})
     if not tracked:
         with torch.no_grad():
-            return {"path": maml.adapt(theta, step_sizes, support, labels, s)}
+            return {"path": maml.inner_loop(theta, step_sizes, support, labels, s)}
     step_sizes = [{name: r.clone().requires_grad_() for name, r in sizes.items()} for sizes in step_sizes]
-    path = maml.adapt(theta, step_sizes, support, labels, s)
+    path = maml.inner_loop(theta, step_sizes, support, labels, s)
     value = sum((path[-1][name] * d).sum() for name, d in direction.items())
     learned = [*theta.values(), *(r for sizes in step_sizes for r in sizes.values())]
     gradient = torch.autograd.grad(value, learned, allow_unused=True)
@@ -406,11 +406,16 @@ def probe_task_loss(theta, step_sizes, task, options, weights):
     theta = {name: p.clone().requires_grad_() for name, p in theta.items()}
     s = maml.Setting(**{**options, "dtype": torch.float64})
     step_sizes = [{name: r.clone().requires_grad_() for name, r in sizes.items()} for sizes in step_sizes]
-    loss = maml.task_loss(theta, step_sizes, *task, s, weights)
+    loss = maml.multi_step_loss(theta, step_sizes, *task, s, weights)
+    plain = maml.task_loss(theta, step_sizes, *task, s) if weights == [1.0] else None
     learned = [*theta.values(), *(r for sizes in step_sizes for r in sizes.values())]
     gradient = torch.autograd.grad(loss, learned, allow_unused=True)
     of_rates = list(gradient[len(theta) :])
-    return {"loss": loss, "gradient": dict(zip(theta, gradient, strict=False)), "of_rates": of_rates}
+    found = {"loss": loss, "gradient": dict(zip(theta, gradient, strict=False)), "of_rates": of_rates}
+    if plain is None:
+        return found
+    gradient = torch.autograd.grad(plain, list(theta.values()), allow_unused=True)
+    return found | {"plain": plain, "plain_gradient": dict(zip(theta, gradient, strict=True))}
 
 
 def check_task_loss(student, options, steps, shares):
@@ -434,6 +439,12 @@ def check_task_loss(student, options, steps, shares):
         expect(got is not None, f"the loss does not depend on the initial {name}")
         close(got, gradient, f"the gradient of {name}", 1e-5)
     compare_rates(found["of_rates"], expected, sizes)
+    if shares == [1.0]:
+        close(found["plain"], expected.detach(), "task_loss: the loss of the queries", 1e-6)
+        for name, gradient in zip(theta, gradients, strict=True):
+            got = found["plain_gradient"][name]
+            expect(got is not None, f"task_loss does not depend on the initial {name}")
+            close(got, gradient, f"task_loss: the gradient of {name}", 1e-5)
 
 
 @graded("2b", public=True)
@@ -484,7 +495,8 @@ def probe_head(support, options):
     import maml
 
     support = support.clone().requires_grad_()
-    head = maml.proto_head(support, maml.Setting(**options))
+    make = maml.one_step_head if options["head"] == "one_step" else maml.proto_head
+    head = make(support, options["num_classes"])
     value = sum(p.square().sum() for p in head.values())
     return {**head, "gradient": torch.autograd.grad(value, support)[0] if value.requires_grad else None}
 

@@ -51,11 +51,11 @@ def episode_plain(encoder, episode, num_classes, dtype):
     return total / B
 
 
-@right("2a", "adapt", "torch.autograd.grad step by step")
+@right("2a", "inner_loop", "torch.autograd.grad step by step")
 def adapt_plain(theta, step_sizes, support, labels, s):
     p = dict(theta)
     if s.head != "linear":
-        p.update(proto_head(embed(p, support, s, len(support)), s))
+        p.update(HEADS[s.head](embed(p, support, s, len(support)), s.num_classes))
     names = [name for name in p if name.startswith("head_") or not s.freeze_body]
     path = [dict(p)]
     for sizes in step_sizes:
@@ -70,9 +70,9 @@ def adapt_plain(theta, step_sizes, support, labels, s):
     return path
 
 
-@right("2b", "task_loss", "one step's loss after the other")
+@right("2b", "multi_step_loss", "one step's loss after the other")
 def task_plain(theta, step_sizes, support, support_labels, query, query_labels, s, weights):
-    path = adapt(theta, step_sizes, support, support_labels, s)
+    path = inner_loop(theta, step_sizes, support, support_labels, s)
     total = 0.0
     for k, weight in enumerate(weights):
         p = path[len(path) - len(weights) + k]
@@ -83,12 +83,24 @@ def task_plain(theta, step_sizes, support, support_labels, query, query_labels, 
     return total
 
 
+@right("2b", "task_loss", "from the logarithms of the probabilities")
+def loss_plain(theta, step_sizes, support, support_labels, query, query_labels, s):
+    p = inner_loop(theta, step_sizes, support, support_labels, s)[-1]
+    scores = query_logits(p, support, query, s)
+    return -(scores - scores.logsumexp(dim=1, keepdim=True)).gather(1, query_labels[:, None]).mean()
+
+
 @right("3", "proto_head", "einsum, one class after the other")
-def head_plain(support, s):
-    K = len(support) // s.num_classes
-    centres = torch.stack([support[n * K : (n + 1) * K].sum(dim=0) / K for n in range(s.num_classes)])
-    if s.head == "one_step":
-        weight = (centres - centres.mean(dim=0)) / math.sqrt(centres.shape[1])
-        return {"head_weight": weight, "head_bias": torch.zeros(s.num_classes, dtype=weight.dtype)}
+def head_plain(support, num_classes):
+    K = len(support) // num_classes
+    centres = torch.stack([support[n * K : (n + 1) * K].sum(dim=0) / K for n in range(num_classes)])
     bias = -torch.einsum("nd,nd->n", centres, centres)
     return {"head_weight": 2 * centres, "head_bias": bias}
+
+
+@right("3", "one_step_head", "one class after the other")
+def step_plain(support, num_classes):
+    K = len(support) // num_classes
+    centres = torch.stack([support[n * K : (n + 1) * K].sum(dim=0) / K for n in range(num_classes)])
+    weight = (centres - centres.mean(dim=0)) / math.sqrt(centres.shape[1])
+    return {"head_weight": weight, "head_bias": torch.zeros(num_classes, dtype=weight.dtype)}

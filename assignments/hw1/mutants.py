@@ -87,11 +87,6 @@ MUTANTS = [
     ("loss_plain", "the wanted scores have no gradient", "(scores * wanted).sum(dim=-1)",
      "(scores * wanted).sum(dim=-1).detach()"),
     # Memories that were not thought of.
-    ("classify_plain", "attention is forgotten", "if self.attention is not None:", "if False:"),
-    ("classify_plain", "attention sees the labels of the images before it",
-     "return self.attention(features, input_labels)", "return self.attention(features, input_labels.roll(1, 1))"),
-    ("alone_plain", "attention is forgotten", "if self.attention is not None:", "if False:"),
-    ("alone_plain", "the first row of attention", "input_labels)[:, -1]\n", "input_labels)[:, 0]\n"),
     ("alone_states", "(h, c) alone: no table of an external memory", "[tuple(copy(s) for s in end) if",
      "[tuple(copy(s) for s in end[:2]) if"),
     ("alone_states", "a GRU is forgotten", "tuple(copy(s) for s in end) if isinstance(end, tuple) else copy(end)",
