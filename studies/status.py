@@ -30,7 +30,8 @@ from . import pulse
 from .ledger import HERE, Case, Job, Ledger, case_of, code_of, collected, studies
 
 STATES = ("measured", "confirmed", "drifted", "missing", "error")
-WHERE = {"device", "data_folder", "dataset", "log_dir", "run_name", "out"}  # flags that change no figure
+# Flags that change no figure; the run that --init_from names is the case's start, which its key knows.
+WHERE = {"device", "data_folder", "dataset", "log_dir", "run_name", "out", "init_from"}
 PULSES = Path("runs") / "pulses"
 UNPACKING = threading.Lock()
 

@@ -90,8 +90,6 @@ def alone_plain(self, features, input_labels):
 
 @right("2b", "MANN.classify_alone", "states copied once a query")
 def alone_states(self, features, input_labels):
-    if self.attention is not None:
-        return self.classify(features, input_labels)[:, -1]
     B, _, N, _ = features.shape
     support = torch.cat([features[:, :-1], input_labels[:, :-1]], dim=-1).flatten(1, 2)
     _, ends = self.read(support)
