@@ -87,8 +87,6 @@ MUTANTS = [
     ("loss_plain", "the wanted scores have no gradient", "(scores * wanted).sum(dim=-1)",
      "(scores * wanted).sum(dim=-1).detach()"),
     # Memories that were not thought of.
-    ("alone_states", "(h, c) alone: no table of an external memory", "[tuple(copy(s) for s in end) if",
-     "[tuple(copy(s) for s in end[:2]) if"),
     ("alone_states", "a GRU is forgotten", "tuple(copy(s) for s in end) if isinstance(end, tuple) else copy(end)",
      "tuple(copy(s) for s in end)"),
     # Results in another order than the caller unpacks.
