@@ -2,7 +2,7 @@
 
 An episode (a task) is N classes with K labelled support images and Q query images each
 (Vinyals et al. 2016, "Matching networks for one shot learning"). `load_dataset` gets the images from
-`omniglot.py` or `glyphs.py` and divides the classes; from then on one uint8 array lives on the training
+`fewshot/images/` and divides the classes; from then on one uint8 array lives on the training
 device and a whole meta-batch of B episodes is a few tensor operations (`EpisodeSampler`, every kind of
 episode). `DataGenerator` serves the same episodes one at a time through the course's interface.
 

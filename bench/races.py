@@ -282,7 +282,7 @@ def bench_protonet(args, device: torch.device, dataset: Dataset) -> list[dict]:
     with tempfile.TemporaryDirectory() as root:
         lists = ListSampler(dataset, "train", N, K + Q - 1, args.random_seed, Path(root))
 
-        def plain_step() -> None:
+        def one_after_another() -> None:
             losses = []
             for _ in range(B):
                 images, labels = (torch.from_numpy(x).to(device) for x in lists.sample_task())
@@ -291,7 +291,7 @@ def bench_protonet(args, device: torch.device, dataset: Dataset) -> list[dict]:
                 losses.append(basics.protonet.episode_loss(plain, support, query, labels[K:].flatten(), N))
             plain_step(plain_adam, torch.stack(losses).mean())
 
-        contestants = {"tasks one after another": plain_step}
+        contestants = {"tasks one after another": one_after_another}
         for dtype in precisions(device):
             encoder = Conv4().to(device, memory_format=torch.channels_last)
             adam = torch.optim.Adam(encoder.parameters(), 1e-3, fused=True)

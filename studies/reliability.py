@@ -6,6 +6,8 @@ from pathlib import Path
 
 from studies.results import read_if, table
 
+ROOMS = {"bench": ("races", "growth"), "studies": ("report",)}  # scripts behind the doors
+
 
 def faults(out: Path) -> str:
     """What the fault tests counted of each script, from faults.json."""
@@ -14,7 +16,8 @@ def faults(out: Path) -> str:
         kills, memory, two = (found[key].get(script) for key in ("kills", "memory", "two_processes"))
         size, grown = (f"{memory['MB']} MB", f"{memory['growth_percent']:.2f} %") if memory else ("", "")
         kills, two = f"{kills} / {kills}" if kills else "", f"{two:.0e}" if two else ""
-        rows.append([f"`{script}.py`", kills, two, size, grown, f"{cases} of {cases}"])
+        place = next((f"{folder}/" for folder in ("bench", "studies") if script in ROOMS[folder]), "")
+        rows.append([f"`{place}{script}.py`", kills, two, size, grown, f"{cases} of {cases}"])
     titles = "script | kills survived / made, bit for bit equal | meta-gradient of two processes differs by "
     titles += "| peak memory of 2,000 steps | growth in the last 1,000 | bad flag values refused"
     return table(titles, rows)

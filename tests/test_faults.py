@@ -45,7 +45,7 @@ TRAINING = {
     "meta_lstm": ["--num_query", "2", "--train_query", "1", "--meta_batch_size", "2", "--num_val_tasks", "4"],
 }
 SCRIPTS = [*TRAINING, "memorization", "bayes", "mae", "profile_costs", "feature_weights"]
-SCRIPTS += ["predict", "benchmark", "growth", "reproduce", "studies.report", "load_data"]
+SCRIPTS += ["predict", "bench.races", "bench.growth", "reproduce", "studies.report", "load_data"]
 
 
 def flags_of(script, *more):

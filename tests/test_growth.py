@@ -1,4 +1,4 @@
-"""growth.py: what it fits, and that the steps it measures are the scripts' own, at the sizes it says."""
+"""bench/growth.py: what it fits, and that the steps it measures are the scripts' own, at the sizes it says."""
 
 import json
 from argparse import Namespace
@@ -196,5 +196,5 @@ def test_noise_is_the_same_every_time():
 
 def test_an_out_that_is_no_folder_is_one_line(run_script, tmp_path):
     (tmp_path / "file").write_text("")
-    result = run_script("growth.py", "--smoke", "--method", "mae", "--out", tmp_path / "file")
+    result = run_script("-m", "bench", "growth", "--smoke", "--method", "mae", "--out", tmp_path / "file")
     one_line_error(result, "--out")

@@ -168,9 +168,9 @@ def edited(folder, name, monkeypatch, change, file="assignment.toml"):
         ("points = 10\n", "points = 10\npoint = 3\n", ["unknown key 'point'"]),
         ('question = "1b"', 'question = "1a"', ["[[blank]] 1a, question"]),
         ('question = "1b"', "question = 1", ["[[blank]] 1, question = 1", "not a text"]),
-        ('functions = ["draw_distinct"]', 'functions = ["draw_distinkt"]', ["load_data.py", "draw_distinkt"]),
+        ('functions = ["draw_distinct"]', 'functions = ["draw_distinkt"]', ["episodes.py", "draw_distinkt"]),
         ('functions = ["draw_distinct"]', "functions = []", ["functions", "empty"]),
-        ('file = "load_data.py"', 'file = "load_date.py"', ["'load_date.py'", "no such script"]),
+        ('file = "fewshot/tasks/episodes.py"', 'file = "load_date.py"', ["'load_date.py'", "no such script"]),
         ('level = "hard"', 'level = "harder"', ["level = 'harder'"]),
         ("[[blank]]", "[[blank]", ["assignment.toml is no TOML", "line"]),
         ('question = "5"\n', 'question = "8"\n', ["tests.py", "'5'"]),
@@ -186,7 +186,7 @@ def test_an_assignment_is_checked_when_read(tmp_path, monkeypatch, old, new, wor
 def test_what_no_longer_fits_the_scripts_is_an_error(tmp_path, monkeypatch):
     """A right answer with other arguments than the script's function, and a mistake whose text is gone."""
     replaced = lambda old, new: lambda text: text.replace(old, new)
-    edited(tmp_path / "a", "hw3", monkeypatch, replaced("watch=None, tiles=None):", "watch=None):"), "right.py")
+    edited(tmp_path / "a", "hw3", monkeypatch, replaced("watch=None, start=()\n):", "watch=None\n):"), "right.py")
     with pytest.raises(homework.UserError, match=r"hw3/right.py, adapt_plain no longer fits: its arguments"):
         homework.main(["check", "hw3"])
     edited(tmp_path / "b", "hw3", monkeypatch, replaced("new_c = f * c + i * g", "new_c = i * g + f * c"), "right.py")
@@ -410,10 +410,10 @@ def test_own_helpers_are_taken_along_and_links_are_not(a, grader, tmp_path):
     (tmp_path / "mine" / "steps").mkdir(parents=True)
     (tmp_path / "mine" / "steps" / "all.py").write_text(f"import torch\n\n\n{source}\n")
     (tmp_path / "my_helpers.py").write_text("one = 1\n")
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "__init__.py").write_text("raise SystemExit\n")  # would hide ours
+    (tmp_path / "fewshot").mkdir()
+    (tmp_path / "fewshot" / "__init__.py").write_text("raise SystemExit\n")  # would hide ours
     (tmp_path / "secret.py").symlink_to("/etc/passwd")
-    (tmp_path / "experiment.py").write_text("raise SystemExit\n")  # ours is taken
+    (tmp_path / "fewshot.py").write_text("raise SystemExit\n")  # ours is taken
     (tmp_path / "large.py").write_text("#" * 2**21)
     found, notes = read_submission(a, tmp_path)
     assert set(found) == {FILE, "my_helpers.py", "mine/steps/all.py"}

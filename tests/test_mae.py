@@ -4,6 +4,7 @@ from fewshot import experiment
 from fewshot.experiment import UserError
 from fewshot.learners.vit import Block, ViT, patchify, sines_and_cosines, unpatchify
 from fewshot.tasks.episodes import EpisodeSampler
+from fewshot.tasks.splits import load_dataset
 
 import base64
 import json
@@ -375,14 +376,14 @@ def test_a_saved_run_tests_the_same_and_at_other_n(trained):
 def test_no_label_is_used_in_training(trained, monkeypatch, tmp_path):
     """With the characters of the training drawings shuffled among each other the network is the same, bit for bit."""
     folder, _ = trained
-    real = mae.load_dataset
+    real = mae.load_for
 
     def shuffled(*args):
         data = real(*args)
         order = np.random.default_rng(0).permutation(len(data.names))
         return data._replace(names=[data.names[i] for i in order])
 
-    monkeypatch.setattr(mae, "load_dataset", shuffled)
+    monkeypatch.setattr(mae, "load_for", shuffled)
     mae.main([*SMOKE, "--log_dir", str(tmp_path), "--run_name", "a"])
     a, b = (torch.load(f / "best.pt", weights_only=True)["model"] for f in (folder, tmp_path / "a"))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -402,7 +403,7 @@ def test_reconstruction_keeps_visible_pixels():
 
 def test_the_sheet_of_reconstructions_shows_the_pictures_black_on_white():
     args = mae.parse_args([*SMOKE])
-    data = mae.load_dataset("glyphs", None, "course", 28)
+    data = load_dataset("glyphs")
     for repeat in (1, 3):  # grey and coloured
         many = data._replace(images=np.repeat(data.images, repeat, axis=1))
         model = mae.make_model(args, repeat)

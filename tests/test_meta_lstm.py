@@ -5,6 +5,7 @@ from fewshot.experiment import UserError
 from fewshot.learners.lstm_rule import HIDDEN, LSTMCell, preprocess
 from fewshot.learners.side_by_side import EPS, Learner, ask, task_losses
 from fewshot.tasks.episodes import EpisodeSampler
+from fewshot.tasks.splits import load_dataset
 
 import json
 import math
@@ -457,7 +458,7 @@ def test_training_lowers_the_loss():
     learner = Learner(1, 28, 5)
     rule = MetaLSTM(learner.initial(), 0.1)
     optimizer = torch.optim.Adam(rule.parameters(), 3e-3)
-    tasks = EpisodeSampler(meta_lstm.load_dataset("glyphs"), "train", 5, 1, 3, 4, 0).sample()
+    tasks = EpisodeSampler(load_dataset("glyphs"), "train", 5, 1, 3, 4, 0).sample()
     losses = []
     for _ in range(12):
         optimizer.zero_grad()
