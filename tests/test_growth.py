@@ -6,7 +6,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import one_line_error
+from conftest import REPO, one_line_error
 
 import attention
 import hw1
@@ -16,7 +16,7 @@ import meta_lstm
 import protonet
 import transfer
 from bench import growth
-from studies import speed
+from studies import speed, warm
 
 ARGS = Namespace(smoke=True, repeats=1, device="cpu", dtype="float32", random_seed=1)
 
@@ -194,7 +194,8 @@ def test_noise_is_the_same_every_time():
     assert one.images.shape == (40, 3, 28, 28) and np.array_equal(one.images, other.images)
 
 
-def test_an_out_that_is_no_folder_is_one_line(run_script, tmp_path):
+def test_an_out_that_is_no_folder_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    result = run_script("-m", "bench", "growth", "--smoke", "--method", "mae", "--out", tmp_path / "file")
+    words = ["growth", "--smoke", "--method", "mae", "--out", tmp_path / "file"]
+    result = warm.run("-m", "bench", *words, cwd=tmp_path, env={"PYTHONPATH": str(REPO)})
     one_line_error(result, "--out")

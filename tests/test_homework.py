@@ -186,7 +186,7 @@ def test_an_assignment_is_checked_when_read(tmp_path, monkeypatch, old, new, wor
 def test_what_no_longer_fits_the_scripts_is_an_error(tmp_path, monkeypatch):
     """A right answer with other arguments than the script's function, and a mistake whose text is gone."""
     replaced = lambda old, new: lambda text: text.replace(old, new)
-    edited(tmp_path / "a", "hw3", monkeypatch, replaced("watch=None, start=()\n):", "watch=None\n):"), "right.py")
+    edited(tmp_path / "a", "hw3", monkeypatch, replaced("watch=None, start=()):", "watch=None):"), "right.py")
     with pytest.raises(homework.UserError, match=r"hw3/right.py, adapt_plain no longer fits: its arguments"):
         homework.main(["check", "hw3"])
     edited(tmp_path / "b", "hw3", monkeypatch, replaced("new_c = f * c + i * g", "new_c = i * g + f * c"), "right.py")
