@@ -5,6 +5,7 @@ learning". The items of a task first look at each other and take over what they 
 the share of its attention that falls on each label. Labels enter only by comparison, so any N and K can be asked.
 
     python -m basics.attention --num_classes 5 --num_shot 1
+    96.9 ± 0.3 % (2,000 tasks), 2.3 minutes on an Intel Xeon with AVX-512 and AMX (results/basics/attention.json)
 
 The same with all that makes it better: attention.py.
 """

@@ -5,6 +5,8 @@ Salimans et al. 2017, "Evolution strategies as a scalable alternative to reinfor
 backwards, and the difference of the two losses says how far to go along it. Nothing of the fine-tuning is kept.
 
     python -m basics.evolution_strategies --num_shot 10
+    error 0.201 ± 0.009 (600 tasks), 1.3 minutes on an Intel Xeon with AVX-512 and AMX
+    (results/basics/evolution_strategies.json)
 
 Beside MAML, with time and memory: profile_costs.py.
 """

@@ -5,6 +5,7 @@ gradient steps on a task's support set, from theta on. The outer loop moves thet
 steps falls; its gradient goes through the steps.
 
     python -m basics.maml --num_classes 5 --num_shot 1
+    91.4 ± 0.5 % (600 tasks), 3.0 minutes on an Intel Xeon with AVX-512 and AMX (results/basics/maml.json)
 
 The same with all that makes it better: maml.py.
 """

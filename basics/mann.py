@@ -5,6 +5,7 @@ sequence of images, each beside its label; N queries follow, beside zeros. Label
 weight can know them: the LSTM has to remember which picture bore which label.
 
     python -m basics.mann --num_classes 2 --num_shot 1
+    93.1 ± 0.4 % (10,000 tasks), 1.8 minutes on an Intel Xeon with AVX-512 and AMX (results/basics/mann.json)
 
 The same with all that makes it better: hw1.py.
 """

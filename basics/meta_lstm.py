@@ -5,6 +5,7 @@ set, but not by gradient descent: an LSTM reads gradient and loss at each parame
 and how far to step. This rule and the parameters to start from are learned from the queries' loss.
 
     python -m basics.meta_lstm --num_classes 5 --num_shot 1
+    86.1 ± 0.7 % (600 tasks), 4.0 minutes on an Intel Xeon with AVX-512 and AMX (results/basics/meta_lstm.json)
 """
 
 import torch

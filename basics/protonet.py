@@ -5,6 +5,7 @@ The mean of a class's support features is its prototype; the class scores of a q
 the prototypes. Training tasks have more classes than test tasks, which makes them harder and teaches more.
 
     python -m basics.protonet --num_classes 5 --num_shot 1
+    97.5 ± 0.3 % (600 tasks), 2.2 minutes on an Intel Xeon with AVX-512 and AMX (results/basics/protonet.json)
 
 The same with all that makes it better: protonet.py.
 """
