@@ -22,7 +22,7 @@ from fewshot.experiment import Run, UserError, number, whole
 from fewshot.experiment.replay import recorded
 from fewshot.learners.adapted import MAML, Parameters, Setting, accuracy_of, classify, embed, query_logits, update_norms
 from fewshot.learners.conv4 import LAYERS, Conv4, prototypes
-from fewshot.learners.outer_loop import make_optimizers, rate_factor
+from fewshot.learners.outer_loop import make_optimizers, multi_step_weights, rate_factor
 from fewshot.learners.task_loop import mean_over_tasks, over_tasks
 from fewshot.tasks.data_of_run import load_for
 from fewshot.tasks.episodes import EpisodeSampler, fixed_tasks
@@ -129,14 +129,6 @@ def multi_step_loss(theta: Parameters, step_sizes, support, support_labels, quer
     path = inner_loop(theta, step_sizes, support=support, labels=support_labels, s=s)
     losses = [F.cross_entropy(query_logits(p, support, query, s), query_labels) for p in path[-len(weights) :]]
     return sum(w * loss for w, loss in zip(weights, losses, strict=True))
-
-
-def multi_step_weights(steps: int, progress: float) -> list[float]:
-    """Weights of the losses after each inner step (MAML++): equal at first, only the last from `progress` 0.25 on."""
-    if steps < 2 or progress >= 0.25:
-        return [1.0]
-    others = (1 - progress / 0.25) / steps
-    return [others] * (steps - 1) + [1 - (steps - 1) * others]
 
 
 def warmup_loss(theta: Parameters, support, support_labels, query, query_labels, s: Setting) -> torch.Tensor:

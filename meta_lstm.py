@@ -23,14 +23,13 @@ from fewshot.experiment import Run, UserError, number, whole
 from fewshot.experiment.replay import recorded
 from fewshot.learners.gates import Watch, log_gates
 from fewshot.learners.lstm_rule import HIDDEN, CoordinateLSTM, Memory, pad, small
-from fewshot.learners.side_by_side import Learner, ask, task_losses
+from fewshot.learners.side_by_side import Learner, ask, in_parts, task_losses
 from fewshot.tasks.data_of_run import load_for
 from fewshot.tasks.episodes import EpisodeSampler, fixed_tasks
 from fewshot.tasks.splits import Dataset
 
 import argparse
 import math
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -149,11 +148,6 @@ def query_losses(
     else:
         logits = ask(learner, theta, query, statistics=None, dtype=dtype)
     return task_losses(logits, query_labels), (logits.argmax(dim=-1) == query_labels).float().mean(dim=1)
-
-
-def in_parts(tasks, tasks_at_once: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    """A meta-batch in parts of so many tasks, which bounds the memory of a step."""
-    return zip(*(x.split(tasks_at_once) for x in tasks), strict=True)
 
 
 @torch.no_grad()

@@ -24,10 +24,9 @@ from __future__ import annotations
 
 from fewshot import experiment
 from fewshot.experiment import UserError
-from fewshot.images.drawings import prepare_drawing
+from fewshot.images.drawings import prepare_as_trained, prepare_drawing
 from fewshot.images.folders import contents, few, must_be_readable, plain_name, unread_note, walk
-from fewshot.images.pictures import read_image, resize
-from fewshot.images.preparation import Preparation, prepare
+from fewshot.images.pictures import read_image
 
 import csv
 import io
@@ -46,14 +45,6 @@ from torch import nn
 
 from bench import export
 from protonet import embed, make_encoder, squared_distances
-
-# ------------------------------------------------------------------------------------ pictures
-
-
-def prepare_as_trained(image: np.ndarray, channels: int, inverted: bool, size: int) -> torch.Tensor:
-    """A picture uint8 [C, H, W] as a run on a folder of pictures had its own: float32 [channels, size, size]."""
-    return torch.from_numpy(prepare(resize(image[None], size), Preparation(channels, inverted)))[0].float() / 255
-
 
 # ------------------------------------------------------------------------- network and classes
 

@@ -30,7 +30,7 @@ import maml
 import meta_lstm
 import profile_costs
 import protonet
-from bench import races
+from bench import networks, race
 
 NAMES = sorted(path.stem for path in (REPO / "basics").glob("[a-z]*.py"))
 f64 = torch.float64
@@ -64,7 +64,7 @@ def fast_mann_after_a_step(plain: nn.Module, images, labels) -> list:
     """The parameters of hw1.py after a step as the race takes it, by Adam in one kernel."""
     model = hw1.MANN(labels.shape[-1], labels.shape[1], plain.layer1.hidden_size).double()
     copied(plain.parameters(), model.parameters())
-    races.our_step(model, torch.optim.Adam(model.parameters(), 1e-3, fused=True), images, labels, torch.float32)
+    networks.our_step(model, torch.optim.Adam(model.parameters(), 1e-3, fused=True), images, labels, torch.float32)
     return list(model.parameters())
 
 
@@ -176,7 +176,7 @@ def test_mann_equals_hw1():
     assert same(logits, fast_logits) and same(loss, fast_loss)
     assert all(map(same, torch.autograd.grad(loss, list(plain.parameters()), retain_graph=True), fast))
     fast = fast_mann_after_a_step(plain, images, labels)
-    races.plain_step(torch.optim.Adam(plain.parameters(), 1e-3), loss)
+    race.plain_step(torch.optim.Adam(plain.parameters(), 1e-3), loss)
     assert all(torch.allclose(a, b, atol=1e-8) for a, b in zip(plain.parameters(), fast, strict=True))
 
 
@@ -217,7 +217,7 @@ class Sphere(nn.Module):
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("strided, sphere", [(True, False), (False, False), (False, True)])
 def test_maml_equals_maml(steps, first_order, strided, sphere):
-    plain = noisy(basics.maml.strided_conv4(N) if strided else races.pooled_conv4(N))
+    plain = noisy(basics.maml.strided_conv4(N) if strided else networks.pooled_conv4(N))
     if sphere:
         plain = nn.Sequential(*plain[:-1], Sphere(), plain[-1])
     tasks, theta = tasks_of_noise(2), dict(plain.named_parameters())

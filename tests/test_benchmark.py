@@ -10,8 +10,10 @@ import pytest
 import torch
 from conftest import known_dataset
 
-from bench import peers, races
-from bench.races import ListSampler, keep, seconds_to_accuracy
+from bench import machines, peers, races
+from bench.machines import seconds_to_accuracy
+from bench.networks import ListSampler
+from bench.races import keep
 from studies import speed
 
 pytestmark = pytest.mark.thorough  # races take seconds each
@@ -50,7 +52,7 @@ def test_races_are_kept_by_title_and_processor(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_processes_are_raced(tmp_path, monkeypatch):
     """A whole training in one process with one and two threads and in two processes, each as it says."""
-    monkeypatch.setattr(races, "TRAININGS", ("hw1.py --num_test_tasks 8",))
+    monkeypatch.setattr(machines, "TRAININGS", ("hw1.py --num_test_tasks 8",))
     flags = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--out", str(tmp_path)]
     [result] = races.main(["processes", *flags])
     rates = [value["tasks_per_second"] for value in result.values() if isinstance(value, dict)]

@@ -27,15 +27,11 @@ MAY_IMPORT = {
     "studies": [*LIBRARY, "load_data", "studies"],  # pictures need data
 }
 LONG = {  # files of more than 450 lines, methods of more than 400, and why
-    "bench/races.py": "one room for all races; it wants to be several",
     "feature_weights.py": "three parts of one homework, closed form, gradient steps, classification",
     "mae.py": "a transformer with its decoder, two losses and its pictures",
     "memorization.py": "two learners, two regularisers",
     "bayes.py": "the bound in five terms, for sinusoids and for drawings",
-    "predict.py": "reading, labelling, printing and drawing people's pictures",
     "homework.py": "building, grading and proving",
-    "maml.py": "two lines over",
-    "meta_lstm.py": "two lines over",
     "profile_costs.py": "seven lines over",
 }
 

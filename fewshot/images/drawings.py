@@ -1,7 +1,11 @@
-"""Drawings and photographs of characters, brought into the form of the training images."""
+"""People's own pictures, brought into the form of the training images: drawings of characters, or any pictures."""
 
 from __future__ import annotations
 
+from fewshot.images.pictures import resize
+from fewshot.images.preparation import Preparation, prepare
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -60,3 +64,8 @@ def prepare_drawing(image: torch.Tensor, ink: str, size: int) -> torch.Tensor:
     canvas[y : y + bottom - top, x : x + right - left] = level[top:bottom, left:right]
     small = F.interpolate(canvas[None, None], size=(size, size), mode="bilinear", antialias=True)[0]
     return (small / small.max()).clamp(0, 1)  # thin strokes lose contrast when they shrink
+
+
+def prepare_as_trained(image: np.ndarray, channels: int, inverted: bool, size: int) -> torch.Tensor:
+    """A picture uint8 [C, H, W] as a run on a folder of pictures had its own: float32 [channels, size, size]."""
+    return torch.from_numpy(prepare(resize(image[None], size), Preparation(channels, inverted)))[0].float() / 255

@@ -34,3 +34,11 @@ def rate_factor(done: int, warmup_steps: int, train_steps: int, schedule: str) -
     begin, end = (1.0, 0.1) if first else (0.1 if warmup_steps else 1.0, 0.01)
     share = done / warmup_steps if first else (done - warmup_steps) / (train_steps - warmup_steps)
     return end + (begin - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def multi_step_weights(steps: int, progress: float) -> list[float]:
+    """Weights of the losses after each inner step (MAML++): equal at first, only the last from `progress` 0.25 on."""
+    if steps < 2 or progress >= 0.25:
+        return [1.0]
+    others = (1 - progress / 0.25) / steps
+    return [others] * (steps - 1) + [1 - (steps - 1) * others]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fewshot.learners.batch_norm import batch_norm
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -96,3 +97,8 @@ def ask(learner: Learner, theta, query, statistics, dtype) -> torch.Tensor:
         each = zip(theta.split(1), query.split(1), parts, strict=True)
         return torch.cat([learner(t, q, part, 0.0, dtype) for t, q, part in each])
     return learner(theta, query, statistics, 0.0, dtype)
+
+
+def in_parts(tasks, tasks_at_once: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    """A meta-batch in parts of so many tasks, which bounds the memory of a step."""
+    return zip(*(x.split(tasks_at_once) for x in tasks), strict=True)
