@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -78,7 +79,12 @@ def lock(file, wait: bool) -> None:
         import fcntl
     except ImportError:  # Windows: two reproduce.py at once are the user's own care
         return
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise
+        print(f"note: no locks on this file system ({error.strerror}); start reproduce.py only once", file=sys.stderr)
 
 
 def run_all(jobs: list[Job], drifted: set[str], out: Path, runs: Path, num_jobs: int) -> list[str]:

@@ -22,6 +22,7 @@ import tempfile
 import types
 import unicodedata
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from test_field import TEN, draw, refused
 
 import hw1
 import predict
+from studies import runner
 
 TINY = ["--smoke", "--dataset", "glyphs", "--device", "cpu", "--hidden_dim", "8", "--meta_batch_size", "4"]
 TINY += ["--train_steps", "4", "--eval_freq", "2", "--num_val_tasks", "4", "--num_test_tasks", "4", "--run_name", "a"]
@@ -254,6 +256,32 @@ def test_a_file_system_without_locks(number, tmp_path, monkeypatch, capsys):
     assert err.count("\n") == 1 and os.strerror(number) in err and str(tmp_path) in err
     files.release(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number, goes_on", [(errno.ENOLCK, True), (errno.EOPNOTSUPP, True), (errno.EAGAIN, False)])
+def test_reproduce_without_locks(number, goes_on, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with open(tmp_path / "lock", "w") as file:
+        with contextlib.nullcontext() if goes_on else pytest.raises(OSError):
+            runner.lock(file, wait=False)
+    assert ("no locks on this file system" in capsys.readouterr().err) == goes_on
+
+
+def test_threads_that_write_one_file_do_not_meet(tmp_path):
+    """Each writes a temporary file of its own; the last one stays."""
+    texts = [f"{n}" * 100_000 for n in range(8)]
+    write = lambda text: files.write_atomically(tmp_path / "x", lambda out: out.write(text.encode()))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, texts * 5))
+    assert (tmp_path / "x").read_text() in texts and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_full_disk_is_told_with_a_flag_that_is_there(tmp_path):
+    refused(lambda: files.write_atomically(tmp_path / "no" / "x", lambda _: None), "choose another place")
+    refused(lambda: files.write_json(tmp_path / "no" / "x", {}, "--log_dir"), "choose another --log_dir")
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EAGAIN])

@@ -45,12 +45,12 @@ def read_flags(folder: Path | str, flag: str, *needed: str) -> dict:
     return saved
 
 
-def write_atomically(path: Path, write, flag: str = "--log_dir") -> None:
+def write_atomically(path: Path, write, flag: str = "place") -> None:
     """Call write(file) on a temporary file and move it to `path`; the old file survives a failure.
 
     flag: what chooses another place, for the words of the error.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")  # two threads may write it
     try:
         with open(partial, "wb") as out:
             write(out)
@@ -70,11 +70,11 @@ def write_beside(checkpoint: str, name: str, write) -> None:
         write_atomically(Path(checkpoint) / name, write)
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict, flag: str = "place") -> None:
     """Indented, but innermost lists each on one line."""
     text = json.dumps(content, indent=2)
     text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s*\]", lambda m: "[" + re.sub(r"\n\s+", " ", m[1]) + "]", text)
-    write_atomically(path, lambda out: out.write((text + "\n").encode()))
+    write_atomically(path, lambda out: out.write((text + "\n").encode()), flag)
 
 
 def load_checkpoint(path: Path, parts: tuple[str, ...] = ("model", "step")) -> dict:

@@ -123,7 +123,7 @@ class Run:
                 hold(self.folder)
                 if "train_steps" in saved["flags"] and args.train_steps > saved["flags"]["train_steps"]:
                     saved["flags"]["train_steps"], saved["command"] = args.train_steps, args.command
-                    write_json(self.folder / "flags.json", saved)
+                    write_json(self.folder / "flags.json", saved, "--log_dir")
         else:
             self.folder = self._new_folder()
         self.writer = None
@@ -149,9 +149,10 @@ class Run:
                     raise UserError(f"cannot create {folder} ({error}); choose another --log_dir") from None
             hold(folder)
             saved = {"script": self.script, "dataset": self.dataset, "command": a.command, "flags": flags_of(a)}
-            write_json(folder / "flags.json", saved | {"versions": versions(), "git_commit": a.git_commit})
+            content = saved | {"versions": versions(), "git_commit": a.git_commit}
+            write_json(folder / "flags.json", content, "--log_dir")
             for file, content in getattr(a, "kept", {}).items():  # what is known of the data
-                write_atomically(folder / file, lambda out, content=content: out.write(content))
+                write_atomically(folder / file, lambda out, content=content: out.write(content), "--log_dir")
         if shard()[1] > 1:
             shared = [folder]
             dist.broadcast_object_list(shared)
@@ -208,7 +209,7 @@ class Run:
         state["rng"] = {"torch": torch.get_rng_state(), "python": random.getstate(), "cuda": []}
         if torch.cuda.is_initialized():
             state["rng"]["cuda"] = torch.cuda.get_rng_state_all()
-        write_atomically(self.folder / "checkpoint.pt", lambda out: torch.save(state, out))
+        write_atomically(self.folder / "checkpoint.pt", lambda out: torch.save(state, out), "--log_dir")
 
     def steps(self):
         """Yield the numbers of the steps still to do; on Ctrl-C and the other signals of SAVE_ON save and leave."""
@@ -305,7 +306,7 @@ class Run:
             self.best = self.best if val_accuracy is None else val_accuracy
             if self.writes:
                 best = {"step": self.step, "val_accuracy": val_accuracy, "model": self.tracked["model"].state_dict()}
-                write_atomically(self.folder / "best.pt", lambda out: torch.save(best, out))
+                write_atomically(self.folder / "best.pt", lambda out: torch.save(best, out), "--log_dir")
         elif choose:
             self.stale += 1
         self.save()
