@@ -1,6 +1,6 @@
 """The run folder: atomic writes, hostile and foreign checkpoints, intervals, the common flags."""
 
-from fewshot import experiment
+from fewshot import SPIN, experiment
 from fewshot.experiment import UserError, device, load_checkpoint, mean_and_ci95, write_atomically
 
 import json
@@ -230,7 +230,7 @@ def test_the_command_is_a_newcomers_one():
 def test_denormal_numbers_count_as_zero_in_every_thread():
     """Gradients of saturated gates are full of them, and arithmetic with them is up to a hundred times slower."""
     code = """
-from fewshot import experiment
+from fewshot import SPIN, experiment
 import argparse, threading, torch
 experiment.setup(argparse.Namespace(random_seed=1, device="cpu"))
 torch.set_num_threads(2)
@@ -253,19 +253,19 @@ print(left + [int(x.grad.count_nonzero())] if torch.set_flush_denormal(True) els
 @pytest.mark.parametrize("given", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "PASSIVE"}], ids=str)
 def test_how_threads_wait_is_the_users_choice_where_there_is_one(given):
     code = """
-from fewshot import experiment
+from fewshot import SPIN, experiment
 import os, threading, argparse, torch
 torch.set_num_threads(2)
 for _ in range(2):
     experiment.setup(argparse.Namespace(random_seed=1, device="cpu"))
 watching = [thread.name for thread in threading.enumerate()].count("share_cores")
-print([os.environ.get(name) for name in experiment.SPIN], watching)
+print([os.environ.get(name) for name in SPIN], watching)
 """
-    environment = {name: value for name, value in os.environ.items() if name not in experiment.SPIN} | given
+    environment = {name: value for name, value in os.environ.items() if name not in SPIN} | given
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True, check=True
     )
-    expected = [given.get(name) for name in experiment.SPIN] if given else list(experiment.SPIN.values())
+    expected = [given.get(name) for name in SPIN] if given else list(SPIN.values())
     watched = int(not given and experiment.busy_seconds() is not None)
     assert found.stdout.strip() == f"{expected} {watched}"
 
@@ -274,7 +274,7 @@ print([os.environ.get(name) for name in experiment.SPIN], watching)
 def test_threads_doze_while_other_processes_need_the_cores():
     """Told that others fill the computer, a thread opens a team of its own; told that none does, it goes."""
     code = """
-from fewshot import experiment
+from fewshot import SPIN, experiment
 import os, threading, time, torch
 torch.set_num_threads(2)
 others, clock = 0.0, [time.monotonic(), 0.0]

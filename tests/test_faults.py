@@ -382,7 +382,8 @@ def test_batch_norm_over_two_processes_is_that_of_one(kind, tmp_path):
 RUN_ALL = f"""
 import sys, json, torch, importlib
 sys.path.insert(0, {str(REPO)!r})
-import load_data, experiment
+from fewshot import experiment
+import load_data
 gather, precision = load_data.EpisodeSampler.gather, experiment.precision
 def gather_wide(self, rows):
     torch.set_default_dtype(torch.float32)
@@ -580,7 +581,7 @@ def test_memory_is_flat_over_2000_steps(script, work, tmp_path, run_script, reco
     flags = flags_of(script, "--train_steps", "2000", "--eval_freq", "250", "--log_dir", tmp_path, "--run_name", "a")
     flags += ["--finetune_steps", "1800"] if script == "transfer" else []  # its second phase needs more, from step 201
     watch = (
-        "import sys, json; sys.path.insert(0, sys.argv[1]); import experiment, importlib, os\n"
+        "import sys, json; sys.path.insert(0, sys.argv[1]); from fewshot import experiment; import importlib, os\n"
         "real, seen = experiment.Run.record, [0, 0]\n"
         "def record(run, loss):\n"
         "    real(run, loss)\n"

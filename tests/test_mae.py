@@ -296,7 +296,8 @@ def test_ridge_head_is_the_minimum_of_its_objective():
 def test_ridge_head_on_several_threads():
     """Of the default's size, on two threads, in a process of its own: there torch's batched LU went wrong or hung."""
     code = """
-import experiment, torch, mae
+from fewshot import experiment
+import torch, mae
 torch.manual_seed(0)
 torch.set_num_threads(2)
 labels = torch.arange(5).expand(8, 5)
@@ -541,7 +542,7 @@ def test_protonet_starts_from_the_encoder(tmp_path):
     assert all(torch.equal(value, best[k]) for k, value in scratch.state_dict().items())
     with pytest.raises(UserError, match="another model"):
         protonet.main(["--smoke", "--dataset", "glyphs", "--init_from", str(tmp_path / "mae")])
-    with pytest.raises(UserError, match="--init_from .*nowhere has no best.pt"):
+    with pytest.raises(UserError, match="--init_from .*nowhere is not a run folder"):
         protonet.main([*VIT, "--init_from", str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match="--width 12: --encoder vit takes a multiple of 8"):
         protonet.parse_args([*VIT, "--width", "12"])

@@ -47,6 +47,7 @@ def commands() -> list[str]:
     found = set()
     for page in DOCUMENTS:
         text = re.sub(r"```python .*?```", "", page.read_text(), flags=re.DOTALL)  # the skeleton has its own test
+        text = re.sub(r"runs/reproduce_\w+/\w+", "RUN_DIR", text)
         for name, rest in re.findall(r"(?:python3?|nproc_per_node=\d) (\w+\.py)([^`|\n&]*)", text):
             found.add(f"{name} {rest.replace(' K ', ' 1 ').replace(' N ', ' 2 ').strip()}".strip())
     return sorted(found)
