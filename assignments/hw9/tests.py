@@ -138,10 +138,11 @@ def test_min_norm_of_rank_deficient_systems(student):
         y = randn(6, 2, seed=7)
         expected = torch.from_numpy(np.linalg.pinv(matrix.numpy(), rcond=1e-10) @ y.numpy())
         close(student.run(probe_solution, A=matrix, y=y), expected, what, 1e-6)
-    A, y = randn(200, 6, 12, seed=30), randn(200, 6, 2, seed=50)  # some drivers of lstsq are right by chance, mostly
-    A[..., 3:] = 0
-    expected = torch.from_numpy(np.linalg.pinv(A.numpy(), rcond=1e-10) @ y.numpy())
-    close(student.run(probe_solution, A=A, y=y), expected, "most features of weight zero, in batches", 1e-6)
+    for seed in range(80):  # some drivers of lstsq are right by chance, mostly
+        A, y = randn(2, 6, 12, seed=30 + seed), randn(2, 6, 2, seed=130 + seed)
+        A[..., 3:] = 0
+        expected = torch.from_numpy(np.linalg.pinv(A.numpy(), rcond=1e-10) @ y.numpy())
+        close(student.run(probe_solution, A=A, y=y), expected, "most features of weight zero, in batches", 1e-6)
 
 
 @graded("2")
