@@ -161,7 +161,8 @@ def test_memory_grows_with_the_meta_batch():
     few, many = (growth.run_point({"method": "mae", "axis": "B", "value": B}, ARGS, {}) for B in (32, 128))
     assert 2 < many["peak_bytes"] / few["peak_bytes"] < 5
     again = growth.run_point({"method": "mae", "axis": "B", "value": 32}, ARGS, {})
-    assert again["peak_bytes"] == few["peak_bytes"]
+    # Within a few per cent: what the step before has left is released sooner or later.
+    assert again["peak_bytes"] == pytest.approx(few["peak_bytes"], rel=0.05)
 
 
 def test_smoke_leaves_json_and_pictures(tmp_path):
