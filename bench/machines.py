@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fewshot import experiment
+from fewshot import SPIN, experiment
 from fewshot.experiment import UserError
 from fewshot.experiment.replay import Gradient
 from fewshot.learners.conv4 import Conv4
@@ -29,6 +29,8 @@ from bench.race import print_race, race
 from hw1 import MANN
 from maml import MAML, Setting, task_loss
 
+REPO = Path(__file__).resolve().parent.parent
+
 
 def seconds_to_accuracy(args, target: float, recipe: str = "") -> dict:
     """Seconds of training from scratch until protonet.py's validation accuracy (5-way 1-shot) first passes `target`.
@@ -38,29 +40,8 @@ def seconds_to_accuracy(args, target: float, recipe: str = "") -> dict:
     found = {"recipe": recipe, "target": target, "seconds": [], "test_accuracy": []}
     for seed in range(1, args.seeds + 1):
         with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(io.StringIO()):
-            metrics = protonet.main(
-                [
-                    *recipe.split(),
-                    "--random_seed",
-                    str(seed),
-                    "--eval_freq",
-                    "100",
-                    "--num_val_tasks",
-                    "2000",
-                    "--log_dir",
-                    root,
-                    "--run_name",
-                    "run",
-                    "--device",
-                    args.device,
-                    "--dtype",
-                    args.dtype,
-                    "--dataset",
-                    args.dataset,
-                    *(["--data_folder", args.data_folder] if args.data_folder else []),
-                    *(["--smoke"] if args.smoke else []),
-                ]
-            )
+            flags = f"{recipe} --random_seed {seed} --eval_freq 100 --num_val_tasks 2000 --dtype {args.dtype}".split()
+            metrics = protonet.main([*flags, "--log_dir", root, "--run_name", "run", *common_flags(args)])
             validation = metrics["curves"]["Accuracy/val"]
         passed = [step for step, accuracy in validation if accuracy > target]
         each = metrics["train_seconds"] / metrics["steps"]
@@ -141,11 +122,10 @@ def bench_processes(args, device: torch.device, dataset: Dataset) -> list[dict]:
     }
     results = []
     for training in TRAININGS:
-        script, *flags = training.split()
         result = {"title": training, "device": "cuda" if device.type == "cuda" else "cpu"}
         print(training)
         for name, (start, threads) in ways.items():
-            rate = train(args, [*start, str(Path(__file__).with_name(script)), *flags], OMP_NUM_THREADS=threads)
+            rate = train(args, start, training, "tasks_per_second", OMP_NUM_THREADS=threads)
             print(f"  {name:34s} {rate:8.1f} tasks a second")
             result[name] = {"tasks_per_second": rate}
         print(json.dumps(result))
@@ -153,13 +133,21 @@ def bench_processes(args, device: torch.device, dataset: Dataset) -> list[dict]:
     return results
 
 
-def train(args, command: list[str], figure: str = "tasks_per_second", **environment: str) -> float:
-    """Training tasks a second, or milliseconds of a step, of `command`, a script and its flags, in its own process."""
+def common_flags(args) -> list[str]:
+    """The flags of a script that trains on the device and the data of this race."""
+    data = ["--data_folder", args.data_folder] if args.data_folder else []
+    return ["--device", args.device, "--dataset", args.dataset, *data, *(["--smoke"] if args.smoke else [])]
+
+
+def train(args, start: list[str], training: str, figure: str, **environment: str) -> float:
+    """The `figure` of metrics.json of `training`, a script at the top and its flags, in a process that `start` begins.
+
+    "step_ms" are the milliseconds of a training step.
+    """
+    script, *flags = training.split()
     with tempfile.TemporaryDirectory() as root:
-        where = ["--log_dir", root, "--run_name", "run", "--device", args.device, "--dataset", args.dataset]
-        where += ["--data_folder", args.data_folder] if args.data_folder else []
-        where += ["--smoke"] if args.smoke else []
-        subprocess.run([*command, *where], check=True, capture_output=True, env=os.environ | environment)
+        command = [*start, str(REPO / script), *flags, "--log_dir", root, "--run_name", "run", *common_flags(args)]
+        subprocess.run(command, check=True, capture_output=True, env=os.environ | environment)
         found = experiment.read_json(Path(root) / "run" / "metrics.json", "log_dir")
         return 1e3 * found["train_seconds"] / found["steps"] if figure == "step_ms" else found[figure]
 
@@ -181,17 +169,15 @@ def bench_busy(args, device: torch.device, dataset: Dataset) -> list[dict]:
     """
     cores, results = str(os.cpu_count()), []
     # One spin more than ours is the user's own wish, and so nobody looks after it (`experiment.share_cores`).
-    policies = {"spinning": experiment.SPIN | {"GOMP_SPINCOUNT": "300001"}, "ours": experiment.SPIN}
+    policies = {"spinning": SPIN | {"GOMP_SPINCOUNT": "300001"}, "ours": SPIN}
     for training in BUSY:
-        script, *flags = training.split()
         result, alone = {"title": f"busy, {training}", "device": "cpu"}, None
         print(training)
         for loops in (0, 1, 2):
             busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(loops)]
             try:
                 for name, policy in policies.items():
-                    command = [sys.executable, str(Path(__file__).with_name(script)), *flags]
-                    ms = train(args, command, "step_ms", OMP_NUM_THREADS=cores, **policy)
+                    ms = train(args, [sys.executable], training, "step_ms", OMP_NUM_THREADS=cores, **policy)
                     alone = alone or ms
                     result[f"{loops} loops, {name}"] = {"ms": round(ms, 2), "ratio": round(alone / ms, 3)}
                     print(f"  {loops} loops, threads {name:10s} {ms:8.1f} ms a step, {ms / alone:5.2f} times the first")

@@ -29,8 +29,7 @@ from pathlib import Path
 
 import torch
 
-from bench.machines import bench_busy, bench_gpu, bench_processes
-from bench.networks import bench_costs, bench_episodes, bench_maml, bench_mann, bench_meta_lstm, bench_protonet
+from bench import episodes, machines, networks
 from bench.race import print_race, race
 
 
@@ -42,17 +41,9 @@ def bench_peers(args, device: torch.device, dataset: Dataset | None) -> list[dic
     return [print_race(title, race(contestants, args.repeats, warmup=2), device) for title, contestants in races]
 
 
-BENCHMARKS = {
-    "episodes": bench_episodes,
-    "mann": bench_mann,
-    "protonet": bench_protonet,
-    "maml": bench_maml,
-    "meta_lstm": bench_meta_lstm,
-    "costs": bench_costs,
-    "processes": bench_processes,
-    "busy": bench_busy,
-    "gpu": bench_gpu,
-}
+# Every function bench_NAME of these rooms is the race NAME.
+FOUND = [found for room in (episodes, networks, machines) for found in vars(room).items()]
+BENCHMARKS = {name.removeprefix("bench_"): function for name, function in FOUND if name.startswith("bench_")}
 
 
 def keep(results: list[dict], args, path: Path) -> None:

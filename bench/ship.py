@@ -32,7 +32,7 @@ from bench import export
 from predict import Network, strangeness
 from protonet import embed_split, squared_distances
 
-RESULT = Path(__file__).resolve().parent / "results" / "shipped.json"
+RESULT = Path(__file__).resolve().parent.parent / "results" / "shipped.json"
 KEPT = 0.9  # of the queries of known classes
 FULL_SIZE = 105  # pixels a side of Omniglot's drawings
 QUERIES = 5  # of each class

@@ -1,4 +1,4 @@
-"""bench/races.py: its plain loader, what it keeps, peers that must show that they compute the same."""
+"""bench/: its doors, the plain loader, what is kept, peers that must show that they compute the same."""
 
 from fewshot import experiment
 from fewshot.learners.conv4 import Conv4
@@ -8,11 +8,12 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import known_dataset
+from conftest import REPO, known_dataset
 
-from bench import machines, peers, races
+from bench import __main__ as door
+from bench import machines, peers, races, ship
+from bench.episodes import ListSampler
 from bench.machines import seconds_to_accuracy
-from bench.networks import ListSampler
 from bench.races import keep
 from studies import speed
 
@@ -47,6 +48,33 @@ def test_races_are_kept_by_title_and_processor(tmp_path, monkeypatch):
     kept = json.loads((tmp_path / "speed.json").read_text())
     assert [(r["processor"], r["course step"]["ms"]) for r in kept] == [("AMD", 2.0), ("Intel", 4.0)]
     assert all(r["command"] == args.command and r["git_commit"] == "abc" and "torch" in r["versions"] for r in kept)
+
+
+def test_the_door_finds_every_room_and_names_them_where_it_finds_none(monkeypatch, capsys):
+    assert set(races.BENCHMARKS) == {"episodes", "mann", "protonet", "maml", "meta_lstm", "costs", "gpu",
+                                     "processes", "busy"}  # fmt: skip
+    assert door.main(["--help"]) is None and "python -m bench NAME" in capsys.readouterr().out
+    with pytest.raises(experiment.UserError, match="mann.*growth, ship"):
+        door.main(["nothing"])
+    for room in door.ROOMS:
+        with pytest.raises(SystemExit) as stop:
+            door.main([room, "--help"])
+        assert stop.value.code == 0 and f"-m bench {room}" in capsys.readouterr().out
+
+
+def test_every_training_is_that_of_a_script_at_the_top():
+    for training in (*machines.TRAININGS, *machines.BUSY):
+        assert (machines.REPO / training.split()[0]).is_file()
+    assert ship.RESULT == REPO / "results" / "shipped.json"
+
+
+def test_a_busy_computer_is_raced(tmp_path, monkeypatch):
+    """A training beside no, one and two endless loops, with threads that always spin and with ours."""
+    monkeypatch.setattr(machines, "BUSY", ("hw1.py --hidden_dim 8 --num_test_tasks 8",))
+    [result] = races.main(["busy", "--smoke", "--dataset", "glyphs", "--device", "cpu"])
+    times = {name: value["ms"] for name, value in result.items() if isinstance(value, dict)}
+    assert list(times) == [f"{n} loops, {whose}" for n in (0, 1, 2) for whose in ("spinning", "ours")]
+    assert min(times.values()) > 0
 
 
 @pytest.mark.slow
